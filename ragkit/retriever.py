@@ -1,0 +1,118 @@
+"""The bi-encoder: pooled BERT-class vectors and their dot product, as in Contriever."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
+
+from ragkit import RagkitError
+from ragkit.corpus import Passage
+from ragkit.profile import RetrieverSettings
+from ragkit.vocabulary import build_tokenizer
+
+EMBEDDED_HIDDEN, EMBEDDED_LAYERS = 128, 2
+CROP_TEMPERATURE = 0.05
+
+
+class RetrieverError(RagkitError):
+    """A retriever cannot be loaded or trained."""
+
+
+def check_model(name: str) -> None:
+    """A clear word on a model that is neither a folder nor reachable, before transformers' own."""
+    try:
+        AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise RagkitError(
+            f"Model {name!r} cannot be loaded: it is no folder with a config.json here, and the hub did not give it "
+            f"(no network, a wrong name, or a gated model). Give a local folder in the profile. ({str(error).splitlines()[0]})"
+        ) from None
+
+
+class Retriever(nn.Module):
+    """Encodes questions and passages with one model; a passage is read as `title text`."""
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, settings: RetrieverSettings) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+
+    def forward(self, texts: list[str]) -> Tensor:
+        """Vectors `[texts, dimensions]`, with gradients."""
+        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=self.settings.passage_tokens, return_tensors="pt")
+        states = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
+        if self.settings.pooling == "cls":
+            return states[:, 0]
+        mask = batch["attention_mask"][:, :, None].to(states.dtype)
+        return (states * mask).sum(1) / mask.sum(1)
+
+    @torch.no_grad()
+    def encode(self, texts: list[str], batch: int = 128) -> NDArray[np.float32]:
+        """Vectors `[texts, dimensions]` in the order given; encoded in order of length, so that little is padded."""
+        self.eval()
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        vectors: list[Tensor] = [torch.empty(0)] * len(texts)
+        for start in tqdm(range(0, len(order), batch), desc="encode", leave=False, disable=len(order) < 20 * batch):
+            chosen = order[start : start + batch]
+            for i, vector in zip(chosen, self([texts[i] for i in chosen]), strict=True):
+                vectors[i] = vector
+        return torch.stack(vectors).float().numpy()
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)  # type: ignore[operator]
+        self.tokenizer.save_pretrained(folder)
+
+    @classmethod
+    def load(cls, name: str, settings: RetrieverSettings) -> Retriever:
+        """From a folder or a hub name (safetensors only, no remote code), in float32."""
+        check_model(name)
+        model = AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+        return cls(model, AutoTokenizer.from_pretrained(name), settings)
+
+
+def passage_text(passage: Passage) -> str:
+    return f"{passage.title} {passage.text}".strip()
+
+
+def crop(words: list[str], rng: random.Random) -> str:
+    """A random span of 20 to 60 percent of the words."""
+    length = max(2, round(len(words) * rng.uniform(0.2, 0.6)))
+    start = rng.randint(0, max(0, len(words) - length))
+    return " ".join(words[start : start + length])
+
+
+def train_by_cropping(passages: list[Passage], settings: RetrieverSettings, seed: int) -> Retriever:
+    """The initial retriever: no labels, two random crops of one passage attract, crops of other passages repel.
+
+    Contriever's recipe (Izacard et al. 2022) with in-batch negatives, cosine similarity and a temperature while
+    training; scored by plain dot product afterwards.
+    """
+    rng = random.Random(f"crops {seed}")
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer()
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=EMBEDDED_HIDDEN, num_hidden_layers=EMBEDDED_LAYERS, num_attention_heads=4,
+        intermediate_size=2 * EMBEDDED_HIDDEN, pad_token_id=tokenizer.pad_token_id, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, max_position_embeddings=settings.passage_tokens,
+    )  # fmt: skip
+    retriever = Retriever(BertModel(config, add_pooling_layer=False), tokenizer, settings)
+    optimizer = torch.optim.AdamW(retriever.parameters(), lr=settings.crop_rate)
+    words = [passage_text(p).split() for p in passages]
+    retriever.train()
+    for _ in tqdm(range(settings.crop_steps), desc="crops", leave=False):
+        chosen = rng.sample(words, min(settings.crop_batch, len(words)))
+        vectors = nn.functional.normalize(retriever([crop(w, rng) for w in chosen + chosen]), dim=-1)
+        logits = vectors[: len(chosen)] @ vectors[len(chosen) :].T / CROP_TEMPERATURE
+        loss = nn.functional.cross_entropy(logits, torch.arange(len(chosen)))
+        if not torch.isfinite(loss):
+            raise RetrieverError("The retriever's loss is not a number. Lower retriever.crop_rate.")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return retriever.eval()

@@ -1,0 +1,168 @@
+"""Stages remembered on disk: what was made, from what, and whether it can be used again."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import json
+import logging
+import shutil
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import filelock
+import torch
+
+from ragkit import RagkitError
+
+log = logging.getLogger(__name__)
+LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "faiss-cpu")
+
+
+class StoreError(RagkitError):
+    """A run folder cannot be used."""
+
+
+def without_docstrings(tree: ast.AST) -> str:
+    """The tree as text; comments are already gone, docstrings are taken out."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.dump(tree)
+
+
+def code_of(makers: list[Any]) -> dict[str, str]:
+    """A fingerprint of each function and class of the package that `makers` reach, themselves included."""
+    found: dict[str, str] = {}
+    waiting = list(makers)
+    while waiting:
+        thing = inspect.unwrap(waiting.pop())
+        name = f"{thing.__module__}.{thing.__qualname__}"
+        if name in found:
+            continue
+        tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+        found[name] = hashlib.sha256(without_docstrings(tree).encode()).hexdigest()[:16]
+        scope = vars(inspect.getmodule(thing))
+        for node in ast.walk(tree):
+            target = None
+            if isinstance(node, ast.Name):
+                target = scope.get(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                owner = scope.get(node.value.id)
+                target = getattr(owner, node.attr, None) if isinstance(owner, ModuleType) else None
+            if isinstance(node, ast.Name) and isinstance(target, int | float | str | tuple) and node.id.isupper():
+                found[f"{thing.__module__}.{node.id}"] = repr(target)
+            elif (inspect.isfunction(inspect.unwrap(target)) or inspect.isclass(target)) and target.__module__.startswith("ragkit"):
+                waiting.append(target)
+    return dict(sorted(found.items()))
+
+
+def file_hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Hashes of all files below a stage's folder."""
+    return {str(p.relative_to(folder)): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "stage.json"}
+
+
+def difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:
+    """The first thing in which two stage records differ, for people."""
+    for key in [*old, *(k for k in new if k not in old)]:
+        was, now = old.get(key), new.get(key)
+        if was == now:
+            continue
+        if isinstance(was, dict) and isinstance(now, dict):
+            return difference(was, now, f"{path}{key}.")
+        if path.startswith("code."):
+            return f"code of {key} changed"
+        if path.startswith("upstream."):
+            return f"{key} was made anew"
+        return f"{path}{key} {was} -> {now}"
+    return "unknown"
+
+
+class Store:
+    """The stages of one run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.seconds: dict[str, float] = {}
+        self.status: dict[str, str] = {}
+        (folder / "stages").mkdir(parents=True, exist_ok=True)
+
+    @contextmanager
+    def only_run(self) -> Iterator[None]:
+        """Holds the folder; a second run in it is refused with a sentence instead of a mixed-up result."""
+        lock = filelock.FileLock(self.folder / "run.lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise StoreError(f"Another run is working in {self.folder}. Wait for it, or use another profile name.") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def stage(self, name: str, make: Callable[[Path], None], settings: dict[str, Any], upstream: dict[str, str], code: list[Any]) -> Path:
+        """The folder of a finished stage, made by `make(folder)` unless one with the same key is there.
+
+        `settings` are JSON values, `upstream` maps stage names to keys, `code` lists the functions that do the work.
+        While it is made the folder stands under `partial/` with its key in its name: a killed stage goes on there from
+        its own checkpoints, and a finished one is renamed into place in one step.
+        """
+        record = {
+            "profile": json.loads(json.dumps(settings)),
+            "upstream": upstream,
+            "code": code_of(code),
+            "libraries": {lib: metadata.version(lib) for lib in LIBRARIES} | {"threads": torch.get_num_threads()},
+        }
+        key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:20]
+        home = self.folder / "stages" / name
+        reason = self.why_not(home, record)
+        if reason is None:
+            log.info("reused   %s", name)
+            self.status[name] = "reused"
+            return home
+        log.info("running  %s (%s)", name, reason)
+        partial = self.folder / "partial" / f"{name.replace('/', '-')}-{key}"
+        partial.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        make(partial)
+        seconds = round(time.monotonic() - started, 2)
+        (partial / "stage.json").write_text(
+            json.dumps({"key": key, "record": record, "seconds": seconds, "files": contents(partial)}, indent=1), "utf8"
+        )
+        if home.exists():
+            shutil.rmtree(home)
+        home.parent.mkdir(parents=True, exist_ok=True)
+        partial.rename(home)
+        self.seconds[name], self.status[name] = seconds, f"ran: {reason}"
+        log.info("done     %s in %.1f s", name, seconds)
+        return home
+
+    def key(self, name: str) -> str:
+        """The key of a stage that is in place."""
+        return json.loads((self.folder / "stages" / name / "stage.json").read_text("utf8"))["key"]
+
+    @staticmethod
+    def why_not(home: Path, record: dict[str, Any]) -> str | None:
+        """Why a stage must be made (None: it need not be)."""
+        if not (home / "stage.json").is_file():
+            return "not made yet"
+        try:
+            saved = json.loads((home / "stage.json").read_text("utf8"))
+        except ValueError:
+            return "its record is damaged"
+        if saved["record"] != record:
+            return difference(saved["record"], record)
+        damaged = [name for name, digest in saved["files"].items() if not (home / name).is_file() or file_hash(home / name) != digest]
+        return f"{damaged[0]} is damaged or missing" if damaged else None
