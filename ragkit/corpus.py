@@ -168,14 +168,14 @@ def build_files(settings: FileSet) -> Corpus:
     return Corpus(settings.name, passages, split(questions, sizes, random.Random(f"split {settings.seed}"), settings.questions))
 
 
-def build_world(settings: WorldSet) -> Corpus:
-    """A question set of an embedded world, drawn from reserved names.
+def build_world(settings: WorldSet, reserved: bool = True) -> Corpus:
+    """A question set of an embedded world, drawn from reserved names (the measured sets) or from the others (training).
 
     Each fact is stated by `wordings_per_fact` passages in different wordings. Two thirds of the entities serve
     distillation, a sixth each dev and test. The last wording of each question is held out: dev and test only.
     """
     rng = random.Random(f"world {settings.world} {settings.seed}")
-    entities = rng.sample(made := world.make_entities(settings.world, settings.entities, rng, reserved=True), len(made))
+    entities = rng.sample(made := world.make_entities(settings.world, settings.entities, rng, reserved), len(made))
     passages: list[Passage] = []
     gold: dict[tuple[str, str], list[int]] = {}
     for entity in entities:

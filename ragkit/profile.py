@@ -59,8 +59,9 @@ class RetrieverSettings(Section):
 
     model: str = "embedded"
     pooling: Literal["mean", "cls"] = "mean"
+    normalise: bool = True  # unit vectors; Contriever's own score is the plain dot product: false
     passage_tokens: Count = 256
-    crop_steps: Count = 400
+    crop_steps: Count = 800
     crop_batch: Count = 64
     crop_rate: Positive = 1e-3
 
@@ -94,7 +95,7 @@ class DistillSettings(Section):
     batch: Count = 32
     rate: Positive = 5e-4
     entropy: Share = 0.5  # mean entropy of every non-uniform target, as a share of log(k): it fixes each temperature
-    retriever_temperature: Positive = 0.1
+    retriever_temperature: Positive = 0.05
 
 
 class EvaluateSettings(Section):

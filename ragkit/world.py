@@ -199,13 +199,18 @@ def write_passage(entity: Entity, relation: str, wording: int, rng: random.Rando
 
 
 def ask(entity: Entity, relation: str, wording: int, rng: random.Random) -> str:
-    """The question for a fact in one of its wordings; long questions draw two clues from the entity's other facts."""
+    """The question for a fact in one of its wordings.
+
+    Long questions draw two clues from the entity's other facts, in the alias that its passages rarely use: a clue
+    describes, it does not quote.
+    """
     rels = relations(entity.world)
     text = rels[entity.kind, relation]["questions"][wording]
     if "{c1}" in text:
-        others = rng.sample([r for r in entity.facts if r != relation], 2)
+        closed = [r for r in entity.facts if r != relation and isinstance(rels[entity.kind, r]["answer"], list)]
+        others = rng.sample(closed, 2)
         for slot, other in zip(("{c1}", "{c2}"), others, strict=True):
-            text = text.replace(slot, rels[entity.kind, other]["clue"].replace("{a}", entity.facts[other][0]))
+            text = text.replace(slot, rels[entity.kind, other]["clue"].replace("{a}", entity.facts[other][1]))
         text = text.replace("{e}", entity.name)
         return text[0].upper() + text[1:]
     return text.replace("{e}", entity.name).lower()
@@ -258,3 +263,15 @@ def training_document(rng: random.Random, n_passages: int, n_restated: int, n_de
         sentence = frame.replace("{q}", question)
         digest.insert(rng.randint(1, len(digest)), sentence if sentence.endswith(("?", ".")) else sentence + ".")
     return "\n".join([*paragraphs, " ".join(digest)])
+
+
+def open_prose(world: str, n: int, rng: random.Random) -> list[str]:
+    """`n` sentences of training prose that carry a question's wording about some unmeasured entity and leave it open."""
+    entities = make_entities(world, min(n, 200), rng, reserved=False)
+    sentences = []
+    for _ in range(n):
+        entity = rng.choice(entities)
+        relation = rng.choice(list(entity.facts))
+        question = ask(entity, relation, rng.randrange(len(relations(world)[entity.kind, relation]["questions"])), rng)
+        sentences.append(rng.choice(spec()["prose"]["open"]).replace("{q}", question))
+    return sentences

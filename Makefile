@@ -1,0 +1,46 @@
+# Two commands do everything: `make reproduce` and `make test`. `make help` lists the rest.
+PROFILE ?= tiny
+ifeq ($(CONDA_DEFAULT_ENV),ragkit)
+BIN :=
+READY :=
+else
+BIN := .venv/bin/
+READY := .venv/ready
+endif
+PYTHON ?= python3
+
+.PHONY: help reproduce lab test report lint pretrain clean doctor
+help:            ## this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --upgrade pip
+	.venv/bin/pip install --quiet -e '.[dev]'
+	touch .venv/ready
+
+reproduce: $(READY)  ## run every notebook of PROFILE (default tiny) in order and write the report
+	$(BIN)python -m ragkit reproduce --profile $(PROFILE)
+
+test: $(READY)       ## all tests
+	$(BIN)python -m pytest tests
+
+lint: $(READY)       ## ruff and mypy
+	$(BIN)ruff check ragkit tests
+	$(BIN)ruff format --check ragkit tests
+	$(BIN)mypy
+
+lab: $(READY)        ## JupyterLab on working copies of the notebooks
+	$(BIN)jupyter lab $$($(BIN)python -m ragkit lab)
+
+report: $(READY)     ## write the report of PROFILE again
+	$(BIN)python -m ragkit report --profile $(PROFILE)
+
+doctor: $(READY)     ## can this machine run it?
+	$(BIN)python -m ragkit doctor
+
+pretrain: $(READY)   ## train the embedded reader again (hours)
+	$(BIN)python -m ragkit.pretrain ragkit/assets/reader
+
+clean:           ## remove runs and the environment
+	rm -rf runs .venv *.egg-info .pytest_cache .mypy_cache .ruff_cache

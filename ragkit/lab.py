@@ -1,0 +1,373 @@
+"""The experiment as stages: every box of the data flow, made once, remembered, and opened from any notebook."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
+
+from ragkit import corpus as corpora
+from ragkit import distill, index, metrics, teacher, world
+from ragkit.corpus import PARTS, Corpus, Passage, Question
+from ragkit.profile import FileSet, Profile, RetrieverSettings, WorldSet, load_profile
+from ragkit.reader import Reader, fine_tune
+from ragkit.retriever import Retriever, passage_text, train_by_cropping
+from ragkit.store import Store
+
+log = logging.getLogger(__name__)
+
+READERS = ("off-the-shelf", "fine-tuned")
+TARGETS = {
+    "off-the-shelf attention": "the pretrained reader's attention (the paper's first regime)",
+    "fine-tuned attention": "the attention of the reader after Step 1 (the paper's second regime)",
+    "fine-tuned perplexity": "how likely the fine-tuned reader finds the answer given each passage alone",
+    "uniform": "control: every passage the same",
+    "shuffled": "control: the fine-tuned attention, permuted within each question",
+    "answer string": "control: the passages that contain the answer as text",
+    "oracle": "control: the gold passages",
+}
+DEPTH = 20
+TRAINING_WORLDS, TRAINING_ENTITIES, TRAINING_QUESTIONS = 8, 48, 576
+SAME_KIND_SHARE = 0.3  # of Step 1's prompts: all passages state the same kind of fact about different entities
+
+
+def make_corpus(settings: WorldSet | FileSet, folder: Path) -> None:
+    corpora.build(settings).save(folder)
+
+
+def make_retriever(corpus: Corpus, world_name: str | None, settings: RetrieverSettings, seed: int, folder: Path) -> None:
+    """The initial retriever, the passages' vectors, and each part's candidates.
+
+    The embedded one is trained on the passages and, in a world, on as much prose that holds the words of questions:
+    a word it never met would be noise in every vector, which a retriever pretrained on the web does not suffer from.
+    """
+    if settings.model == "embedded":
+        passages = list(corpus.passages)
+        if world_name:
+            prose = world.open_prose(world_name, len(passages), random.Random(f"prose {seed}"))
+            passages += [Passage("", "", sentence) for sentence in prose]
+        retriever = train_by_cropping(passages, settings, seed)
+    else:
+        retriever = Retriever.load(settings.model, settings)
+    retriever.save(folder / "model")
+    vectors = retriever.encode([passage_text(p) for p in corpus.passages])
+    arrays = {"passages": vectors}
+    for part in PARTS:
+        queries = retriever.encode([q.text for q in corpus.questions[part]])
+        arrays[part] = index.search(queries, vectors, min(DEPTH, len(vectors)))[0]
+    save_file(arrays, folder / "vectors.safetensors")
+
+
+class Lessons:
+    """What Step 1 learns from: questions with retrieved passages, never those of the measured parts.
+
+    In an embedded world: freshly drawn training worlds, searched by the initial retriever. On real text: the
+    questions for distillation with their candidates.
+    """
+
+    def __init__(self, settings: WorldSet | FileSet, corpus: Corpus, retriever: Retriever, candidates: NDArray[np.int64], profile: Profile) -> None:
+        self.profile = profile
+        self.items: list[tuple[Question, list[Passage], list[Passage], list[Passage]]] = []  # question, found, gold, same kind
+        if isinstance(settings, FileSet):
+            for question, row in zip(corpus.questions["distill"], candidates, strict=True):
+                self.add(question, corpus, row.tolist(), [])
+            return
+        for number in range(TRAINING_WORLDS):
+            drawn = training_world(settings, 1000 * profile.seed + number)
+            questions = drawn.questions["distill"]
+            queries = retriever.encode([q.text for q in questions])
+            vectors = retriever.encode([passage_text(p) for p in drawn.passages])
+            found = index.search(queries, vectors, profile.k)[0]
+            same_kind: dict[str, list[int]] = {}
+            for q in questions:
+                same_kind.setdefault(q.relation, []).append(q.gold[0])
+            for q, row in zip(questions, found, strict=True):
+                self.add(q, drawn, row.tolist(), sorted(set(same_kind[q.relation])))
+
+    def add(self, question: Question, corpus: Corpus, found: list[int], same_kind: list[int]) -> None:
+        def read(places: Any) -> list[Passage]:
+            return [corpus.passages[i] for i in places]
+
+        others = [i for i in same_kind if i not in question.gold]
+        self.items.append((question, read(i for i in found[: self.profile.k]), read(question.gold), read(others)))
+
+    def draw(self, rng: random.Random) -> tuple[Question, list[Passage]]:
+        """A question and k passages in random order; a gold one is put among them in `reader.gold_share` of the draws."""
+        question, found, gold, same_kind = rng.choice(self.items)
+        k = self.profile.k
+        if gold and len(same_kind) >= k - 1 and rng.random() < SAME_KIND_SHARE:
+            passages = [rng.choice(gold), *rng.sample(same_kind, k - 1)]
+        else:
+            passages = list(found)
+            if gold and not any(p in gold for p in passages) and rng.random() < self.profile.reader.gold_share:
+                passages[rng.randrange(len(passages))] = rng.choice(gold)
+        return question, rng.sample(passages, len(passages))
+
+
+def training_world(settings: WorldSet, seed: int) -> Corpus:
+    """A small redrawn world for Step 1: other names than the frozen one, no held-out wording."""
+    fresh = settings.model_copy(update={"seed": seed, "entities": TRAINING_ENTITIES, "distill": TRAINING_QUESTIONS, "dev": 1, "test": 1})
+    return corpora.build_world(fresh, reserved=False)
+
+
+def make_fine_tuned(reader: Reader, lessons: Lessons, seed: int, folder: Path) -> None:
+    losses = fine_tune(reader, lessons.draw, folder, seed)
+    reader.save(folder)
+    (folder / "losses.json").write_text(json.dumps(losses), "utf8")
+
+
+def make_teacher(reader: Reader, corpus: Corpus, candidates: NDArray[np.int64], n: int, k: int, folder: Path) -> None:
+    questions = corpus.questions["distill"][:n]
+    teacher.save(teacher.look(reader, questions, [[corpus.passages[i] for i in row[:k]] for row in candidates[: len(questions)]]), folder)
+
+
+def make_distilled(lab: Lab, set_name: str, target: str, seed: int, folder: Path) -> None:
+    """Step 2 for one target and seed: the test rankings, and the curve over epochs measured on dev."""
+    corpus, retriever = lab.corpus(set_name), lab.retriever(set_name)
+    vectors = lab.vectors(set_name)
+    targets = lab.target(set_name, target)
+    questions = corpus.questions["distill"][: len(targets)]
+    dev = corpus.questions["dev"]
+
+    def watch(now: Retriever) -> dict[str, float]:
+        found = index.search(now.encode([q.text for q in dev]), vectors["passages"], lab.profile.k)[0].tolist()
+        return {"hr": float(metrics.hits(found, [q.gold for q in dev], lab.profile.k).mean())}
+
+    torch.manual_seed(seed)
+    curve = distill.train_queries(
+        retriever, [q.text for q in questions], torch.from_numpy(vectors["passages"]),
+        torch.from_numpy(vectors["distill"][: len(questions), : lab.profile.k].copy()), torch.from_numpy(targets).float(),
+        lab.profile.distill, seed, folder, watch,
+    )  # fmt: skip
+    queries = retriever.encode([q.text for q in corpus.questions["test"]])
+    save_file({"test": index.search(queries, vectors["passages"], min(DEPTH, len(corpus.passages)))[0]}, folder / "ranking.safetensors")
+    (folder / "curve.json").write_text(json.dumps(curve), "utf8")
+
+
+def make_answers(reader: Reader, questions: list[Question], found: list[list[Passage]], folder: Path) -> None:
+    answers = reader.answer([reader.prompt(q, passages) for q, passages in zip(questions, found, strict=True)])
+    (folder / "answers.json").write_text(json.dumps(answers, ensure_ascii=False), "utf8")
+
+
+class Lab:
+    """One run: a profile, its folder, and its stages. Asking for a thing makes what is missing."""
+
+    def __init__(self, profile: str | Profile = "tiny", runs: Path | str = "runs") -> None:
+        self.profile = profile if isinstance(profile, Profile) else load_profile(profile)
+        self.store = Store(Path(runs) / self.profile.name)
+        self.opened: dict[str, Path] = {}
+
+    @cached_property
+    def sets(self) -> dict[str, WorldSet | FileSet]:
+        return {s.name: s for s in self.profile.sets}
+
+    def open(self, name: str, make: Any, settings: Any, upstream: list[str], code: list[Any]) -> Path:
+        """A stage's folder; within one session it is checked once."""
+        if name not in self.opened:
+            keys = {other: self.store.key(other) for other in upstream}
+            self.opened[name] = self.store.stage(name, make, settings, keys, code)
+        return self.opened[name]
+
+    def corpus(self, set_name: str) -> Corpus:
+        """Passages and questions of a set."""
+        settings = self.sets[set_name]
+        name = f"corpus/{set_name}"
+        return Corpus.load(set_name, self.open(name, lambda f: make_corpus(settings, f), settings.model_dump(), [], [make_corpus]))
+
+    def _retriever_folder(self, set_name: str) -> Path:
+        corpus, settings, seed = self.corpus(set_name), self.profile.retriever, self.profile.seed
+        world_name = getattr(self.sets[set_name], "world", None)
+        record = {**settings.model_dump(), "seed": seed}
+        return self.open(
+            f"retriever/{set_name}", lambda f: make_retriever(corpus, world_name, settings, seed, f), record, [f"corpus/{set_name}"], [make_retriever]
+        )
+
+    def retriever(self, set_name: str) -> Retriever:
+        """The initial retriever."""
+        return Retriever.load(str(self._retriever_folder(set_name) / "model"), self.profile.retriever)
+
+    def vectors(self, set_name: str) -> dict[str, NDArray[Any]]:
+        """`passages` `[passages, d]`, and the initial candidates of each part `[questions, 20]`."""
+        return load_file(self._retriever_folder(set_name) / "vectors.safetensors")
+
+    def found(self, set_name: str, part: str, ranking: NDArray[np.int64] | None = None) -> list[list[Passage]]:
+        """The k passages of each question of a part, by the initial retriever or a ranking."""
+        corpus = self.corpus(set_name)
+        rows = self.vectors(set_name)[part] if ranking is None else ranking
+        return [[corpus.passages[i] for i in row[: self.profile.k]] for row in rows]
+
+    def reader(self, set_name: str, which: str) -> Reader:
+        """The reader before (`off-the-shelf`) or after Step 1 (`fine-tuned`)."""
+        settings = self.profile.reader
+        if which == "off-the-shelf":
+            return Reader.load(settings.model, settings, self.off_the_shelf_style(set_name))
+        name = f"step1/{set_name}"
+
+        def make(folder: Path) -> None:
+            lessons = Lessons(self.sets[set_name], self.corpus(set_name), self.retriever(set_name), self.vectors(set_name)["distill"], self.profile)
+            make_fine_tuned(Reader.load(settings.model, settings), lessons, self.profile.seed, folder)
+
+        record = {**settings.model_dump(), "k": self.profile.k, "seed": self.profile.seed}
+        self._retriever_folder(set_name)
+        folder = self.open(name, make, record, [f"retriever/{set_name}"], [make_fine_tuned, Lessons])
+        return Reader.load(str(folder), settings)
+
+    def style_scores(self, set_name: str) -> dict[str, float]:
+        """EM of the off-the-shelf reader on dev with a question prompt and, where there are clozes, a cloze prompt."""
+        corpus = self.corpus(set_name)
+        questions = corpus.questions["dev"][: self.profile.evaluate.answered]
+        styles = ["question", "cloze"] if all(q.cloze for q in questions) else ["question"]
+        result = {}
+        for style in styles:
+            reader = Reader.load(self.profile.reader.model, self.profile.reader, style)
+            answers = self.answers(set_name, f"off-the-shelf-{style}-dev", reader, questions, self.found(set_name, "dev"), f"retriever/{set_name}")
+            result[style] = float(np.mean([metrics.exact_match(a, q.answers) for a, q in zip(answers, questions, strict=True)]))
+        return result
+
+    def off_the_shelf_style(self, set_name: str) -> str:
+        """The prompt with which the off-the-shelf reader does better on dev."""
+        scores = self.style_scores(set_name)
+        return max(scores, key=lambda style: scores[style])
+
+    def answers(
+        self, set_name: str, label: str, reader: Reader, questions: list[Question], found: list[list[Passage]], upstream: str
+    ) -> list[str]:
+        """The reader's answers to the first questions from the given passages, as a stage."""
+        found = found[: len(questions)]
+        record = {"reader": reader.settings.model_dump(), "style": reader.style, "questions": len(questions), "k": self.profile.k}
+        code = [make_answers, Reader]
+        folder = self.open(f"answers/{set_name}/{label}", lambda f: make_answers(reader, questions, found, f), record, [upstream], code)
+        return json.loads((folder / "answers.json").read_text("utf8"))
+
+    def teacher(self, set_name: str, which: str) -> dict[str, NDArray[np.float32]]:
+        """All scores of one reader on the questions for distillation (see `ragkit.teacher.look`)."""
+        reader, corpus = self.reader(set_name, which), self.corpus(set_name)
+        n, k = self.profile.distill.questions, self.profile.k
+        record = {"reader": self.profile.reader.model_dump(), "style": reader.style, "questions": n, "k": k}
+        upstream = [f"retriever/{set_name}"] + ([f"step1/{set_name}"] if which == "fine-tuned" else [])
+        make = lambda f: make_teacher(reader, corpus, self.vectors(set_name)["distill"], n, k, f)  # noqa: E731
+        return teacher.load(self.open(f"teacher/{set_name}/{which}", make, record, upstream, [make_teacher]))
+
+    def target(self, set_name: str, name: str) -> NDArray[np.float64]:
+        """A target of TARGETS for the questions for distillation `[questions, k]`."""
+        share, k = self.profile.distill.entropy, self.profile.k
+        corpus = self.corpus(set_name)
+        questions = corpus.questions["distill"][: self.profile.distill.questions]
+        candidates = self.vectors(set_name)["distill"][: len(questions), :k].tolist()
+        if name in ("off-the-shelf attention", "fine-tuned attention"):
+            scores = self.teacher(set_name, name.removesuffix(" attention"))
+            return distill.from_scores(teacher.attention_scores(scores, self.profile.attention), share)
+        if name == "fine-tuned perplexity":
+            return distill.from_scores(self.teacher(set_name, "fine-tuned")["likelihood"].astype(np.float64), share)
+        if name == "uniform":
+            return distill.uniform(len(questions), k)
+        if name == "shuffled":
+            return distill.shuffled(self.target(set_name, "fine-tuned attention"), self.profile.seed)
+        if name == "answer string":
+            texts = [p.text for p in corpus.passages]
+            return distill.from_scores(distill.answer_string_scores(candidates, texts, [q.answers for q in questions]), share)
+        return distill.from_scores(distill.oracle_scores(candidates, [q.gold for q in questions]), share)
+
+    def distilled(self, set_name: str, target: str, seed: int) -> tuple[NDArray[np.int64], list[dict[str, float]]]:
+        """Step 2: the test ranking `[questions, 20]` and the curve over epochs."""
+        upstream = [f"retriever/{set_name}"]
+        if target in ("off-the-shelf attention", "fine-tuned attention", "fine-tuned perplexity", "shuffled"):
+            which = "off-the-shelf" if target.startswith("off") else "fine-tuned"
+            self.teacher(set_name, which)
+            upstream.append(f"teacher/{set_name}/{which}")
+        record = {"distill": self.profile.distill.model_dump(exclude={"seeds"}), "attention": self.profile.attention.model_dump(), "seed": seed}
+        folder = self.open(
+            self.step2_name(set_name, target, seed), lambda f: make_distilled(self, set_name, target, seed, f), record, upstream,
+            [make_distilled, distill.from_scores, distill.shuffled, distill.oracle_scores, distill.answer_string_scores],
+        )  # fmt: skip
+        return load_file(folder / "ranking.safetensors")["test"], json.loads((folder / "curve.json").read_text("utf8"))
+
+    @staticmethod
+    def step2_name(set_name: str, target: str, seed: int) -> str:
+        return f"step2/{set_name}/{target.replace(' ', '-')}-{seed}"
+
+    def retrieval_rows(self, set_name: str) -> dict[tuple[str, int], NDArray[np.int64]]:
+        """Test rankings by (system, seed): BM25, the initial retriever, and each target's distilled retrievers."""
+        corpus = self.corpus(set_name)
+        texts = [passage_text(p) for p in corpus.passages]
+        rows = {("BM25", 0): index.bm25([q.text for q in corpus.questions["test"]], texts, min(DEPTH, len(texts)))}
+        rows["initial", 0] = self.vectors(set_name)["test"]
+        for target in TARGETS:
+            for seed in self.profile.distill.seeds:
+                rows[target, seed] = self.distilled(set_name, target, seed)[0]
+        return rows
+
+    def per_question(self, set_name: str) -> pd.DataFrame:
+        """Retrieval of every test question by every system: columns system, seed, question, HR@1, HR@5, HR@20, MRR."""
+        questions = self.corpus(set_name).questions["test"]
+        golds = [q.gold for q in questions]
+        frames = []
+        for (system, seed), ranking in self.retrieval_rows(set_name).items():
+            found = ranking.tolist()
+            columns = {f"HR@{k}": metrics.hits(found, golds, k) for k in metrics.CUTS} | {"MRR": metrics.reciprocal_ranks(found, golds)}
+            frames.append(pd.DataFrame({"set": set_name, "system": system, "seed": seed, "question": range(len(questions)), **columns}))
+        return pd.concat(frames, ignore_index=True)
+
+    def answer_rows(self, set_name: str) -> pd.DataFrame:
+        """EM and F1 of test questions: columns system, reader, seed, question, EM, F1.
+
+        Each regime answers with its own reader; BM25 and the controls answer with the fine-tuned one.
+        """
+        questions = self.corpus(set_name).questions["test"][: self.profile.evaluate.answered]
+        cases: list[tuple[str, str, int, list[list[Passage]], str]] = []
+        for which in READERS:
+            cases.append(("closed book", which, 0, [[] for _ in questions], f"retriever/{set_name}"))
+        rankings = self.retrieval_rows(set_name)
+        for (system, seed), ranking in rankings.items():
+            upstream = self.step2_name(set_name, system, seed) if system in TARGETS else f"retriever/{set_name}"
+            readers = READERS if system == "initial" else READERS[:1] if system.startswith("off-the-shelf") else READERS[1:]
+            for which in readers:
+                cases.append((system, which, seed, self.found(set_name, "test", ranking), upstream))
+        loaded = {which: self.reader(set_name, which) for which in READERS}
+        frames = []
+        for system, which, seed, found, upstream in cases:
+            answers = self.answers(set_name, f"{system}-{which}-{seed}".replace(" ", "-"), loaded[which], questions, found, upstream)
+            scored = {
+                "EM": [metrics.exact_match(a, q.answers) for a, q in zip(answers, questions, strict=True)],
+                "F1": [metrics.f1(a, q.answers) for a, q in zip(answers, questions, strict=True)],
+            }
+            frames.append(pd.DataFrame({"set": set_name, "system": system, "reader": which, "seed": seed, "question": range(len(answers)), **scored}))
+        return pd.concat(frames, ignore_index=True)
+
+    def premises(self, set_name: str) -> pd.DataFrame:
+        """The premises on dev: can this reader read, and is there room for the retriever to improve?"""
+        corpus, found = self.corpus(set_name), self.found(set_name, "dev")
+        dev = corpus.questions["dev"]
+        initial = metrics.hits(self.vectors(set_name)["dev"].tolist(), [q.gold for q in dev], self.profile.k)
+        rows: list[tuple[str, float]] = [(f"initial HR@{self.profile.k}", float(initial.mean()))]
+        questions = dev[: self.profile.evaluate.answered]
+        rng = random.Random(self.profile.seed)
+        with_gold, same_kind, permuted = [], [], []
+        for q, passages in zip(questions, found[: len(questions)], strict=True):
+            gold = corpus.passages[q.gold[0]] if q.gold else passages[0]
+            rest = [p for p in passages if p.id != gold.id][: self.profile.k - 1]
+            with_gold.append(rng.sample([gold, *rest], len(rest) + 1))
+            permuted.append(rng.sample(with_gold[-1], len(with_gold[-1])))
+            others = [corpus.passages[o.gold[0]] for o in dev if q.relation and o.relation == q.relation and o.entity != q.entity]
+            chosen = rng.sample(others, min(len(others), self.profile.k - 1))
+            same_kind.append(rng.sample([gold, *chosen], len(chosen) + 1))
+        for which in READERS:
+            reader, results = self.reader(set_name, which), {}
+            cases = {"gold among the passages": with_gold, "the same, permuted": permuted, "no passages": [[] for _ in questions]}
+            if questions[0].relation:
+                cases["same kind of fact, other entities"] = same_kind
+            for case, given in cases.items():
+                upstream = f"step1/{set_name}" if which == "fine-tuned" else f"retriever/{set_name}"
+                answers = self.answers(set_name, f"premise-{which}-{case}".replace(" ", "-").replace(",", ""), reader, questions, given, upstream)
+                results[case] = float(np.mean([metrics.exact_match(a, q.answers) for a, q in zip(answers, questions, strict=True)]))
+            rows += [(f"{which}: EM, {case}", value) for case, value in results.items()]
+        return pd.DataFrame(rows, columns=["premise", "value"]).assign(set=set_name)

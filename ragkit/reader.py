@@ -1,0 +1,193 @@
+"""The reader: a causal language model that answers a question from the passages in its prompt."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ragkit import RagkitError, world
+from ragkit.corpus import Passage, Question
+from ragkit.profile import ReaderSettings
+from ragkit.retriever import check_model
+
+PART = {"other": -1, "question": -2, "answer": -3, "title": -4}  # `owner` values that are not a passage's own text
+
+
+class ReaderError(RagkitError):
+    """A reader cannot be loaded, fed or trained."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt as tokens: `ids` `[tokens]`, and for each token its owner: a passage's number or a value of PART.
+
+    `answer_start` is the position of the first answer token (the length of the prompt if there is no answer).
+    """
+
+    ids: list[int]
+    owner: list[int]
+    answer_start: int
+    trimmed: int = 0
+
+
+class Reader:
+    """A causal language model with its tokenizer and the way its prompts are written.
+
+    `style` is `question` (passages, question, answer) or `cloze` (passages, the beginning of a statement).
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ReaderSettings, style: str = "question") -> None:
+        if not tokenizer.is_fast:
+            raise ReaderError(f"{settings.model}: a fast tokenizer (tokenizer.json) is needed to find each passage's tokens.")
+        self.model, self.tokenizer, self.settings, self.style = model.eval(), tokenizer, settings, style
+        self.end = tokenizer.eos_token_id
+        self.pad = self.end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    @classmethod
+    def load(cls, name: str, settings: ReaderSettings, style: str = "question") -> Reader:
+        """From a folder or hub name, in float32, on the fused attention path; `embedded` is the one that ships."""
+        path = str(embedded_reader()) if name == "embedded" else name
+        check_model(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True)
+        return cls(model, AutoTokenizer.from_pretrained(path), settings, style)
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def pieces(self, question: Question, passages: list[Passage]) -> list[tuple[str, int]]:
+        """The prompt as texts with their owners."""
+        parts: list[tuple[str, int]] = []
+        for number, passage in enumerate(passages):
+            parts += [(world.block(passage.title, ""), PART["title"]), (passage.text, number), ("\n", PART["other"])]
+        if self.style == "cloze":
+            return [*parts, ("In short. ", PART["other"]), (question.cloze, PART["question"])]
+        return [*parts, ("question: ", PART["other"]), (question.text, PART["question"]), ("\nanswer:", PART["other"])]
+
+    def prompt(self, question: Question, passages: list[Passage], answer: str | None = None) -> Prompt:
+        """The prompt, with the answer and an end token behind it if given.
+
+        A prompt longer than the reader's context loses tokens at the end of its passages, the same share from each;
+        never of the question. Raises ReaderError if the question alone does not fit.
+        """
+        pieces = self.pieces(question, passages)
+        text, spans = "", []
+        for piece, owner in pieces:
+            spans.append((len(text), len(text) + len(piece), owner))
+            text += piece
+        encoded = self.tokenizer(text, return_offsets_mapping=True)
+        ids, owner, span = [], [], 0
+        for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            ids.append(token)
+            first = next((i for i in range(start, end) if not text[i].isspace()), max(start, end - 1))
+            while span < len(spans) - 1 and first >= spans[span][1]:
+                span += 1
+            owner.append(spans[span][2] if end > start else PART["other"])
+        tail = [] if answer is None else [*self.tokenizer(" " + answer, add_special_tokens=False)["input_ids"], self.end]
+        spare = self.settings.context - len(ids) - max(len(tail), self.settings.answer_tokens)
+        if spare < 0:
+            ids, owner = self.trim(ids, owner, -spare, len(passages))
+        return Prompt(ids + tail, owner + [PART["answer"]] * len(tail), len(ids), max(0, -spare))
+
+    def trim(self, ids: list[int], owner: list[int], excess: int, k: int) -> tuple[list[int], list[int]]:
+        """Cuts the same share from the end of each passage, `excess` tokens in all."""
+        sizes = [owner.count(i) for i in range(k)]
+        if excess > sum(sizes):
+            raise ReaderError(f"The question alone is longer than the reader's context of {self.settings.context} tokens. Raise reader.context.")
+        keep = [size - -(-size * excess // sum(sizes)) for size in sizes]
+        seen, chosen = [0] * k, []
+        for i, who in enumerate(owner):
+            if who >= 0:
+                seen[who] += 1
+            if who < 0 or seen[who] <= keep[who]:
+                chosen.append(i)
+        return [ids[i] for i in chosen], [owner[i] for i in chosen]
+
+    def batch(self, prompts: list[Prompt], left: bool = False) -> tuple[Tensor, Tensor]:
+        """Padded ids and mask `[prompts, tokens]`."""
+        longest = max(len(p.ids) for p in prompts)
+        ids = torch.full((len(prompts), longest), self.pad)
+        mask = torch.zeros_like(ids)
+        for i, prompt in enumerate(prompts):
+            place = slice(longest - len(prompt.ids), longest) if left else slice(0, len(prompt.ids))
+            ids[i, place], mask[i, place] = torch.tensor(prompt.ids), 1
+        return ids, mask
+
+    @torch.no_grad()
+    def answer(self, prompts: list[Prompt], batch: int = 32) -> list[str]:
+        """Greedy answers, in order; what follows the first line break or full stop is cut."""
+        answers: list[str] = [""] * len(prompts)
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
+        for start in tqdm(range(0, len(order), batch), desc="answer", leave=False):
+            chosen = order[start : start + batch]
+            ids, mask = self.batch([prompts[i] for i in chosen], left=True)
+            out = self.model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=self.settings.answer_tokens, do_sample=False,
+                pad_token_id=self.pad, eos_token_id=self.end,
+            )  # fmt: skip
+            for i, row in zip(chosen, out[:, ids.shape[1] :], strict=True):
+                text = self.tokenizer.decode(row, skip_special_tokens=True).strip()
+                answers[i] = text.split("\n")[0].split(".")[0].strip()
+        return answers
+
+    def losses(self, prompts: list[Prompt]) -> Tensor:
+        """Mean negative log-likelihood (nats a token) of each prompt's answer `[prompts]`, with gradients."""
+        ids, mask = self.batch(prompts)
+        rows = torch.arange(ids.shape[1] - 1)[None]
+        starts = torch.tensor([p.answer_start for p in prompts])[:, None]
+        is_answer = (rows + 1 >= starts) & mask[:, 1:].bool()
+        states = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+        logits = self.model.get_output_embeddings()(states[is_answer])  # the head only where an answer token is predicted
+        loss = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][is_answer], reduction="none")
+        owner = torch.arange(len(prompts))[:, None].expand_as(is_answer)[is_answer]
+        return torch.zeros(len(prompts)).index_add(0, owner, loss) / is_answer.sum(1)
+
+
+def embedded_reader() -> Path:
+    """The folder of the reader that ships with the package."""
+    return Path(str(resources.files("ragkit").joinpath("assets/reader")))
+
+
+def fine_tune(reader: Reader, draw: Callable[[random.Random], tuple[Question, list[Passage]]], folder: Path, seed: int) -> list[float]:
+    """Step 1: teaches the reader to answer questions; returns the loss of each step.
+
+    `draw` gives a question with its passages. Checkpoints in `folder` (model and optimizer state, safe to load) let a
+    killed run go on with the same steps.
+    """
+    settings = reader.settings
+    torch.manual_seed(seed)
+    optimizer = torch.optim.AdamW(reader.model.parameters(), lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    checkpoint, losses = folder / "checkpoint.pt", []
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        reader.model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        losses = state["losses"]
+    reader.model.train()
+    for step in tqdm(range(len(losses), settings.steps), desc="Step 1", leave=False):
+        rng = random.Random(f"step 1 {seed} {step}")
+        prompts = [reader.prompt(q, found, q.answers[0]) for q, found in (draw(rng) for _ in range(settings.batch))]
+        for group in optimizer.param_groups:
+            group["lr"] = settings.rate * min(1.0, (step + 1) / 30, (settings.steps - step) / (0.3 * settings.steps))
+        loss = reader.losses(prompts).mean()
+        if not torch.isfinite(loss):
+            raise ReaderError(f"Step 1: the loss is not a number at step {step}. Lower reader.rate.")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(reader.model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if (step + 1) % 100 == 0 and step + 1 < settings.steps:
+            torch.save({"model": reader.model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, folder / "new.pt")
+            (folder / "new.pt").replace(checkpoint)
+    checkpoint.unlink(missing_ok=True)
+    reader.model.eval()
+    return losses
