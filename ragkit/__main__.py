@@ -90,7 +90,9 @@ def run_notebooks(lab: Any, profile_name: str, runs: Path) -> dict[str, str]:
         started, partial = time.monotonic(), folder / f"{source.stem}.partial"
         environment = dict(os.environ)
         os.environ["PYTHONPATH"] = os.pathsep.join([str(NOTEBOOKS.parent), environment.get("PYTHONPATH", "")])
-        papermill.execute_notebook(str(source), str(partial), parameters, kernel_name="python3", progress_bar=False, log_output=False, cwd=str(lab.store.folder))
+        papermill.execute_notebook(
+            str(source), str(partial), parameters, kernel_name="python3", progress_bar=False, log_output=False, cwd=str(lab.store.folder)
+        )
         partial.replace(done)
         seconds = round(time.monotonic() - started, 1)
         stamp.write_text(json.dumps({"record": record, "seconds": seconds}), "utf8")
@@ -114,7 +116,11 @@ def collect_manifest(lab: Any, notebooks: dict[str, str], seconds: float) -> dic
         "git": git.stdout.strip() or "not a git checkout",
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "numpy", "scipy", "faiss-cpu", "papermill")},
         "python": platform.python_version(),
-        "machine": {"cores": os.cpu_count(), "memory_gib": round(psutil.virtual_memory().total / 2**30, 1), "threads": torch.get_num_threads()},
+        "machine": {
+            "cores": os.cpu_count(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "threads": torch.get_num_threads(),
+        },
         "peak_memory_mib_of_a_notebook": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
         "seconds_of_this_call": round(seconds, 1),
         "notebooks": notebooks,

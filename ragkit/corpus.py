@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import logging
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from typing import Any, TextIO
 from ragkit import RagkitError, world
 from ragkit.profile import FileSet, WorldSet
 
+log = logging.getLogger(__name__)
 PARTS = ("distill", "dev", "test")
 
 
@@ -102,8 +104,12 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def read_passages(path: Path) -> list[Passage]:
-    """Passages of a DPR-format TSV (`id`, `text`, `title`, with that header), plain or gzipped."""
+    """Passages of a DPR-format TSV (`id`, `text`, `title`, with that header), plain or gzipped.
+
+    A passage without text is left out, and the log says how many were: real files hold a few.
+    """
     passages = []
+    empty: list[int] = []
     with open_text(path) as file:
         rows = csv.reader(file, delimiter="\t")
         header = next(rows, None)
@@ -113,8 +119,11 @@ def read_passages(path: Path) -> list[Passage]:
             if len(row) != 3:
                 raise DataError(f"{path}, line {rows.line_num}: expected 3 tab-separated fields, found {len(row)}.")
             if not row[1].strip():
-                raise DataError(f"{path}, line {rows.line_num}: passage {row[0]!r} is empty. Remove it.")
+                empty.append(rows.line_num)
+                continue
             passages.append(Passage(row[0], row[2], row[1]))
+    if empty:
+        log.warning("%s: %d passages without text were left out (the first at line %d).", path, len(empty), empty[0])
     if not passages:
         raise DataError(f"{path}: no passages.")
     return passages
@@ -190,7 +199,7 @@ def build_world(settings: WorldSet, reserved: bool = True) -> Corpus:
 
     third = len(entities) // 6
     owners = {"dev": entities[:third], "test": entities[third : 2 * third], "distill": entities[2 * third :]}
-    questions = {}
+    questions: dict[str, list[Question]] = {}
     for part in PARTS:
         asked = []
         for entity in owners[part]:
@@ -200,10 +209,14 @@ def build_world(settings: WorldSet, reserved: bool = True) -> Corpus:
                     asked.append(
                         Question(
                             id=f"{settings.name}-{entity.name}-{relation}-{wording}".replace(" ", "_"),
-                            text=world.ask(entity, relation, wording, rng), answers=entity.facts[relation],
-                            gold=tuple(sorted(place[i] for i in gold[entity.name, relation])), cloze=world.cloze(entity, relation),
-                            relation=relation, wording=wording, entity=entity.name,
-                        )  # fmt: skip
+                            text=world.ask(entity, relation, wording, rng),
+                            answers=entity.facts[relation],
+                            gold=tuple(sorted(place[i] for i in gold[entity.name, relation])),
+                            cloze=world.cloze(entity, relation),
+                            relation=relation,
+                            wording=wording,
+                            entity=entity.name,
+                        )
                     )
         questions |= split(asked, {part: getattr(settings, part)}, rng, f"set {settings.name}, part {part}")
     return Corpus(settings.name, passages, questions)

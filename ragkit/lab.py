@@ -60,7 +60,7 @@ def make_retriever(corpus: Corpus, world_name: str | None, settings: RetrieverSe
         retriever = Retriever.load(settings.model, settings)
     retriever.save(folder / "model")
     vectors = retriever.encode([passage_text(p) for p in corpus.passages])
-    arrays = {"passages": vectors}
+    arrays: dict[str, NDArray[Any]] = {"passages": vectors}
     for part in PARTS:
         queries = retriever.encode([q.text for q in corpus.questions[part]])
         arrays[part] = index.search(queries, vectors, min(DEPTH, len(vectors)))[0]
@@ -188,7 +188,11 @@ class Lab:
         world_name = getattr(self.sets[set_name], "world", None)
         record = {**settings.model_dump(), "seed": seed}
         return self.open(
-            f"retriever/{set_name}", lambda f: make_retriever(corpus, world_name, settings, seed, f), record, [f"corpus/{set_name}"], [make_retriever]
+            f"retriever/{set_name}",
+            lambda f: make_retriever(corpus, world_name, settings, seed, f),
+            record,
+            [f"corpus/{set_name}"],
+            [make_retriever],
         )
 
     def retriever(self, set_name: str) -> Retriever:
@@ -238,9 +242,7 @@ class Lab:
         scores = self.style_scores(set_name)
         return max(scores, key=lambda style: scores[style])
 
-    def answers(
-        self, set_name: str, label: str, reader: Reader, questions: list[Question], found: list[list[Passage]], upstream: str
-    ) -> list[str]:
+    def answers(self, set_name: str, label: str, reader: Reader, questions: list[Question], found: list[list[Passage]], upstream: str) -> list[str]:
         """The reader's answers to the first questions from the given passages, as a stage."""
         found = found[: len(questions)]
         record = {"reader": reader.settings.model_dump(), "style": reader.style, "questions": len(questions), "k": self.profile.k}
@@ -284,7 +286,11 @@ class Lab:
             which = "off-the-shelf" if target.startswith("off") else "fine-tuned"
             self.teacher(set_name, which)
             upstream.append(f"teacher/{set_name}/{which}")
-        record = {"distill": self.profile.distill.model_dump(exclude={"seeds"}), "attention": self.profile.attention.model_dump(), "seed": seed}
+        record = {
+            "distill": self.profile.distill.model_dump(exclude={"seeds"}),
+            "attention": self.profile.attention.model_dump(),
+            "seed": seed,
+        }
         folder = self.open(
             self.step2_name(set_name, target, seed), lambda f: make_distilled(self, set_name, target, seed, f), record, upstream,
             [make_distilled, distill.from_scores, distill.shuffled, distill.oracle_scores, distill.answer_string_scores],
@@ -362,7 +368,11 @@ class Lab:
             same_kind.append(rng.sample([gold, *chosen], len(chosen) + 1))
         for which in READERS:
             reader, results = self.reader(set_name, which), {}
-            cases = {"gold among the passages": with_gold, "the same, permuted": permuted, "no passages": [[] for _ in questions]}
+            cases: dict[str, list[list[Passage]]] = {
+                "gold among the passages": with_gold,
+                "the same, permuted": permuted,
+                "no passages": [[] for _ in questions],
+            }
             if questions[0].relation:
                 cases["same kind of fact, other entities"] = same_kind
             for case, given in cases.items():

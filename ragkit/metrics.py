@@ -97,11 +97,3 @@ def paired_gain(after: NDArray[np.float64], before: NDArray[np.float64], seed: i
     draws = [gains[rng.integers(n_seeds, size=n_seeds)][:, rng.integers(n, size=n)].mean() for _ in range(resamples)]
     low, high = np.quantile(draws, [0.025, 0.975])
     return Interval(float(gains.mean()), float(low), float(high), n)
-
-
-def paired_p(after: NDArray[np.float64], before: NDArray[np.float64], seed: int = 0) -> float:
-    """Two-sided p of a paired permutation test on the mean difference (SciPy)."""
-    if np.array_equal(after, before):
-        return 1.0
-    result = stats.permutation_test((after, before), lambda x, y, axis: np.mean(x - y, axis=axis), permutation_type="samples", n_resamples=2000, rng=seed)
-    return float(result.pvalue)

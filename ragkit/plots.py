@@ -60,7 +60,18 @@ def curves(table: pd.DataFrame, measure: str, label: str) -> tuple[Figure, str]:
     figure, axes = plt.subplots(1, len(sets), figsize=(5 * len(sets), 3.6), sharey=True, squeeze=False)
     for axis, name in zip(axes[0], sets, strict=True):
         part = table[table["set"] == name]
-        sns.lineplot(part, x="epoch", y=measure, hue="system", style="system", markers=True, dashes=False, errorbar=("pi", 100), ax=axis, legend=axis is axes[0][-1])
+        sns.lineplot(
+            part,
+            x="epoch",
+            y=measure,
+            hue="system",
+            style="system",
+            markers=True,
+            dashes=False,
+            errorbar=("pi", 100),
+            ax=axis,
+            legend=axis is axes[0][-1],
+        )
         axis.set(title=name, xlabel="epoch of Step 2", ylabel=label, xticks=sorted(part["epoch"].unique()))
     axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
     last = table[table["epoch"] == table["epoch"].max()].groupby(["set", "system"])[measure].mean()

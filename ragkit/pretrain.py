@@ -101,7 +101,10 @@ def pretrain(out: Path, steps: int, seed: int, check_every: int = 250) -> Falcon
             log.info("%s", row)
             with open(out / "curve.jsonl", "a", encoding="utf8") as curve:
                 curve.write(json.dumps(row) + "\n")
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "seconds": seconds}, state_file.with_suffix(".new"))
+            torch.save(
+                {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1, "seconds": seconds},
+                state_file.with_suffix(".new"),
+            )
             state_file.with_suffix(".new").replace(state_file)
     model.eval().save_pretrained(out)
     tokenizer.save_pretrained(out)

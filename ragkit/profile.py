@@ -132,9 +132,9 @@ def shipped() -> list[str]:
     return sorted(p.name.removesuffix(".yaml") for p in resources.files("ragkit").joinpath("assets/profiles").iterdir())
 
 
-def known_keys(model: type[BaseModel] = Profile) -> set[str]:
+def known_keys() -> set[str]:
     """Every key a profile may hold, at any depth."""
-    sections = [Profile, WorldSet, FileSet, RetrieverSettings, ReaderSettings, AttentionSettings, DistillSettings, EvaluateSettings]
+    sections: list[type[BaseModel]] = [Profile, WorldSet, FileSet, RetrieverSettings, ReaderSettings, AttentionSettings, DistillSettings, EvaluateSettings]
     return {key for section in sections for key in section.model_fields}
 
 

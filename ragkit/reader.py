@@ -80,11 +80,13 @@ class Reader:
         """
         pieces = self.pieces(question, passages)
         text, spans = "", []
-        for piece, owner in pieces:
-            spans.append((len(text), len(text) + len(piece), owner))
+        for piece, who in pieces:
+            spans.append((len(text), len(text) + len(piece), who))
             text += piece
         encoded = self.tokenizer(text, return_offsets_mapping=True)
-        ids, owner, span = [], [], 0
+        span = 0
+        ids: list[int] = []
+        owner: list[int] = []
         for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             ids.append(token)
             first = next((i for i in range(start, end) if not text[i].isspace()), max(start, end - 1))
@@ -134,7 +136,7 @@ class Reader:
                 pad_token_id=self.pad, eos_token_id=self.end,
             )  # fmt: skip
             for i, row in zip(chosen, out[:, ids.shape[1] :], strict=True):
-                text = self.tokenizer.decode(row, skip_special_tokens=True).strip()
+                text = str(self.tokenizer.decode(row, skip_special_tokens=True)).strip()
                 answers[i] = text.split("\n")[0].split(".")[0].strip()
         return answers
 

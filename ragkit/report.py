@@ -70,14 +70,19 @@ def write(run: Path) -> Path:
     folder = run / "report"
     folder.mkdir(exist_ok=True)
     notebooks = sorted((run / "notebooks").glob("*.ipynb"))
-    pages = [("Overview", "index.html")] + [(p.stem[:2] + " " + p.stem[3:].replace("_", " "), f"{p.stem}.html") for p in notebooks] + [("Gallery", "gallery.html"), ("Manifest", "manifest.html")]
+    pages = (
+        [("Overview", "index.html")]
+        + [(p.stem[:2] + " " + p.stem[3:].replace("_", " "), f"{p.stem}.html") for p in notebooks]
+        + [("Gallery", "gallery.html"), ("Manifest", "manifest.html")]
+    )
     for path in notebooks:
         (folder / f"{path.stem}.html").write_text(page(path.stem, notebook_html(path), pages), "utf8")
     figures = []
     for path in sorted((run / "figures").glob("*.svg")):
         alt = path.with_suffix(".txt").read_text("utf8")
         svg = path.read_text("utf8")
-        figures.append(f'<figure><div role="img" aria-label="{html.escape(alt, quote=True)}">{svg[svg.index("<svg") :]}</div><figcaption>{html.escape(alt)}</figcaption></figure>')
+        label, drawing = html.escape(alt, quote=True), svg[svg.index("<svg") :]
+        figures.append(f'<figure><div role="img" aria-label="{label}">{drawing}</div><figcaption>{html.escape(alt)}</figcaption></figure>')
     (folder / "gallery.html").write_text(page("Gallery", "<h1>Gallery</h1>" + "".join(figures), pages), "utf8")
     manifest = json.loads((run / "manifest.json").read_text("utf8"))
     shown = html.escape(json.dumps(manifest, indent=2))

@@ -51,7 +51,7 @@ def code_of(makers: list[Any]) -> dict[str, str]:
         found[name] = hashlib.sha256(without_docstrings(tree).encode()).hexdigest()[:16]
         scope = vars(inspect.getmodule(thing))
         for node in ast.walk(tree):
-            target = None
+            target: Any = None
             if isinstance(node, ast.Name):
                 target = scope.get(node.id)
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
@@ -59,7 +59,7 @@ def code_of(makers: list[Any]) -> dict[str, str]:
                 target = getattr(owner, node.attr, None) if isinstance(owner, ModuleType) else None
             if isinstance(node, ast.Name) and isinstance(target, int | float | str | tuple) and node.id.isupper():
                 found[f"{thing.__module__}.{node.id}"] = repr(target)
-            elif (inspect.isfunction(inspect.unwrap(target)) or inspect.isclass(target)) and target.__module__.startswith("ragkit"):
+            elif target is not None and (inspect.isfunction(inspect.unwrap(target)) or inspect.isclass(target)) and target.__module__.startswith("ragkit"):
                 waiting.append(target)
     return dict(sorted(found.items()))
 
@@ -138,9 +138,7 @@ class Store:
         started = time.monotonic()
         make(partial)
         seconds = round(time.monotonic() - started, 2)
-        (partial / "stage.json").write_text(
-            json.dumps({"key": key, "record": record, "seconds": seconds, "files": contents(partial)}, indent=1), "utf8"
-        )
+        (partial / "stage.json").write_text(json.dumps({"key": key, "record": record, "seconds": seconds, "files": contents(partial)}, indent=1), "utf8")
         if home.exists():
             shutil.rmtree(home)
         home.parent.mkdir(parents=True, exist_ok=True)

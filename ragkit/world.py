@@ -195,7 +195,7 @@ def write_passage(entity: Entity, relation: str, wording: int, rng: random.Rando
     details = detail(entity, relation, rng)[:n_details]
     first = [details.pop()] if len(details) > 1 and rng.random() < 0.3 else []
     offset = len(first[0]) + 1 if first else 0
-    return " ".join(first + [fact.text] + details), (fact.answer[0] + offset, fact.answer[1] + offset)
+    return " ".join([*first, fact.text, *details]), (fact.answer[0] + offset, fact.answer[1] + offset)
 
 
 def ask(entity: Entity, relation: str, wording: int, rng: random.Random) -> str:
@@ -247,7 +247,8 @@ def training_document(rng: random.Random, n_passages: int, n_restated: int, n_de
         else:
             facts.append((entities[0] if draw == "same_entity" and rng.random() < 0.6 else entity, ""))
             facts[-1] = (facts[-1][0], rng.choice(list(facts[-1][0].facts)))
-    paragraphs, unused = [], {}
+    paragraphs: list[str] = []
+    unused: dict[tuple[str, str], tuple[Entity, list[int]]] = {}
     for entity, rel in facts:
         wording = rng.randrange(len(rels[entity.kind, rel]["statements"]))
         paragraphs.append(block(entity.name, write_passage(entity, rel, wording, rng, n_details)[0]))

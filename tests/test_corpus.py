@@ -1,0 +1,100 @@
+"""Files of passages and questions: real formats read, bad lines named."""
+
+import gzip
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from ragkit import corpus
+from ragkit.corpus import DataError
+from ragkit.index import SearchError, search
+from ragkit.profile import FileSet
+
+HEADER = "id\ttext\ttitle\n"
+REAL = pytest.mark.skipif("RAGKIT_REAL_DATA" not in os.environ, reason="RAGKIT_REAL_DATA is not set: no real data to read")
+
+
+def write(tmp_path, name, text):
+    path = tmp_path / name
+    path.write_text(text)
+    return path
+
+
+def test_a_dpr_file_plain_or_gzipped(tmp_path):
+    text = HEADER + '1\t"A quoted ""text"", with tab"\tTitle\n2\tPlain\tOther\n'
+    plain = corpus.read_passages(write(tmp_path, "p.tsv", text))
+    (tmp_path / "p.tsv.gz").write_bytes(gzip.compress(text.encode()))
+    assert plain == corpus.read_passages(tmp_path / "p.tsv.gz")
+    assert plain[0].text == 'A quoted "text", with tab'
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (HEADER + "1\tonly two\n", "line 2: expected 3"),
+        ("a\tb\n", "line 1: expected the header"),
+        (HEADER, "no passages"),
+    ],
+)
+def test_bad_passages_are_named(tmp_path, text, words):
+    with pytest.raises(DataError, match=words):
+        corpus.read_passages(write(tmp_path, "p.tsv", text))
+
+
+def test_empty_passages_are_left_out_and_said(tmp_path, caplog):
+    found = corpus.read_passages(write(tmp_path, "p.tsv", HEADER + "1\tfine\tT\n2\t \tT\n"))
+    assert [p.id for p in found] == ["1"]
+    assert "1 passages without text were left out (the first at line 3)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("{not json", "line 2: not valid JSON"),
+        ('{"question": " ", "answer": ["a"]}', "line 2: 'question' is missing or empty"),
+        ('{"question": "q", "answer": []}', "line 2: no answers"),
+        ('{"question": "q", "answer": ["a"], "gold_id": "99"}', "line 2: gold passage '99'"),
+        ("[1]", "line 2: expected an object"),
+    ],
+)
+def test_bad_questions_are_named(tmp_path, line, words):
+    path = write(tmp_path, "q.jsonl", '{"question": "q", "answer": ["a"]}\n' + line + "\n")
+    with pytest.raises(DataError, match=words):
+        corpus.read_questions(path, [corpus.Passage("1", "T", "x")])
+
+
+def test_triviaqa_answers_with_aliases(tmp_path):
+    row = {"question": "q", "answer": {"value": "Ulm", "aliases": ["Ulm", "City of Ulm"]}}
+    assert corpus.read_questions(write(tmp_path, "q.jsonl", json.dumps(row)), [])[0].answers == ("Ulm", "City of Ulm")
+
+
+def test_a_missing_file_and_a_large_k(tmp_path):
+    with pytest.raises(DataError, match="Check the path"):
+        corpus.read_passages(tmp_path / "none.tsv")
+    import numpy as np
+
+    with pytest.raises(SearchError, match="Lower k"):
+        search(np.ones((1, 2), dtype=np.float32), np.ones((3, 2), dtype=np.float32), 4)
+    with pytest.raises(SearchError, match="different retrievers"):
+        search(np.ones((1, 2), dtype=np.float32), np.ones((3, 3), dtype=np.float32), 1)
+
+
+def test_too_many_questions_asked_for(tmp_path):
+    passages = write(tmp_path, "p.tsv", HEADER + "1\tx\tT\n")
+    questions = write(tmp_path, "q.jsonl", '{"question": "q", "answer": ["a"]}\n')
+    with pytest.raises(DataError, match="Lower distill, dev or test"):
+        corpus.build(FileSet(source="files", name="f", passages=str(passages), questions=str(questions)))
+
+
+@REAL
+def test_real_passages_and_questions():
+    folder = Path(os.environ["RAGKIT_REAL_DATA"])
+    passages = corpus.read_passages(folder / "wiki/psgs_w100.sample.tsv.gz")
+    assert len(passages) == 25316 - 79  # 79 records have no text; none of them is a gold passage
+    questions = corpus.read_questions(folder / "nq/nq-open-gold.jsonl.gz", passages)
+    assert len(questions) == 2655
+    assert sum(bool(q.gold) for q in questions) == 2655
+    assert len(corpus.read_questions(folder / "nq/NQ-open.dev.jsonl", [])) == 3610
+    assert len(corpus.read_questions(folder / "triviaqa/trivia-dev.sample.jsonl", [])) == 2000

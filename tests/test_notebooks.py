@@ -1,0 +1,92 @@
+"""The notebooks: clean sources, the whole smoke run, the report, and the faults of a run."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_sources_are_clean(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
+    assert set(papermill.inspect_notebook(str(path))) == {"PROFILE", "RUNS"}
+    text = "\n".join(cell.source for cell in notebook.cells)
+    assert "## Exercises" in text
+    assert not re.search(r"""if\s+PROFILE|profile\.name\s*==""", text)
+
+
+def ragkit(*arguments):
+    return subprocess.run([sys.executable, "-m", "ragkit", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    first = ragkit("reproduce", "--profile", "smoke", "--runs", str(runs))
+    assert first.returncode == 0, first.stderr[-3000:]
+    return runs
+
+
+def test_the_smoke_run_ends_with_a_report(smoke):
+    run = smoke / "smoke"
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert set(manifest["notebooks"]) == {p.stem for p in NOTEBOOKS}
+    for page in ["index", "gallery", "manifest", *(p.stem for p in NOTEBOOKS)]:
+        assert (run / "report" / f"{page}.html").is_file()
+    assert "not comparable" in (run / "report" / "index.html").read_text()
+
+
+def test_the_report_has_no_external_address(smoke):
+    for page in (smoke / "smoke" / "report").glob("*.html"):
+        text = page.read_text()
+        assert not re.findall(r"""(?:src|href|srcset|action)\s*=\s*["']?\s*(?:https?:)?//[^"'\s>]*""", text), page.name
+        assert not re.findall(r"""url\(\s*["']?\s*(?:https?:)?//""", text), page.name
+        assert "<script" not in text, page.name
+
+
+def test_every_figure_has_alt_text_and_a_table(smoke):
+    figures = sorted((smoke / "smoke" / "figures").glob("*.svg"))
+    assert len(figures) >= 4
+    for figure in figures:
+        assert len(figure.with_suffix(".txt").read_text()) > 40
+        assert figure.with_suffix(".csv").is_file()
+        assert figure.with_suffix(".png").is_file()
+
+
+def test_a_second_run_reuses_everything(smoke):
+    again = ragkit("reproduce", "--profile", "smoke", "--runs", str(smoke))
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert "running" not in again.stderr
+    assert again.stderr.count("reused   notebook") == len(NOTEBOOKS)
+
+
+def test_a_wrong_profile_ends_in_a_sentence():
+    wrong = ragkit("reproduce", "--profile", "tinny")
+    assert wrong.returncode == 2
+    assert "Did you mean 'tiny'" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+
+
+def test_environment_yml_installs_this_package():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["name"] == "ragkit"
+    assert {"pip": ["-e .[dev]"]} in environment["dependencies"]
+
+
+def test_html_in_passages_is_escaped():
+    from ragkit.views import marked_tokens
+
+    shown = marked_tokens(["<script>", "alert"], [1.0, 0.5], [0, 0], ["<b>x</b>"]).data
+    assert "<script>" not in shown
+    assert "<b>x</b>" not in shown
