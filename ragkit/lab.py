@@ -18,10 +18,10 @@ from safetensors.numpy import load_file, save_file
 from ragkit import corpus as corpora
 from ragkit import distill, index, metrics, teacher, world
 from ragkit.corpus import PARTS, Corpus, Passage, Question
-from ragkit.profile import FileSet, Profile, RetrieverSettings, WorldSet, load_profile
-from ragkit.reader import Reader, fine_tune
+from ragkit.profile import DistillSettings, FileSet, Profile, RetrieverSettings, WorldSet, load_profile
+from ragkit.reader import Reader, embedded_reader, fine_tune
 from ragkit.retriever import Retriever, passage_text, train_by_cropping
-from ragkit.store import Store
+from ragkit.store import Store, file_hash
 
 log = logging.getLogger(__name__)
 
@@ -130,23 +130,29 @@ def make_teacher(reader: Reader, corpus: Corpus, candidates: NDArray[np.int64], 
     teacher.save(teacher.look(reader, questions, [[corpus.passages[i] for i in row[:k]] for row in candidates[: len(questions)]]), folder)
 
 
-def make_distilled(lab: Lab, set_name: str, target: str, seed: int, folder: Path) -> None:
+def make_distilled(
+    corpus: Corpus,
+    retriever: Retriever,
+    vectors: dict[str, NDArray[Any]],
+    targets: NDArray[np.float64],
+    settings: DistillSettings,
+    k: int,
+    seed: int,
+    folder: Path,
+) -> None:
     """Step 2 for one target and seed: the test rankings, and the curve over epochs measured on dev."""
-    corpus, retriever = lab.corpus(set_name), lab.retriever(set_name)
-    vectors = lab.vectors(set_name)
-    targets = lab.target(set_name, target)
     questions = corpus.questions["distill"][: len(targets)]
     dev = corpus.questions["dev"]
 
     def watch(now: Retriever) -> dict[str, float]:
-        found = index.search(now.encode([q.text for q in dev]), vectors["passages"], lab.profile.k)[0].tolist()
-        return {"hr": float(metrics.hits(found, [q.gold for q in dev], lab.profile.k).mean())}
+        found = index.search(now.encode([q.text for q in dev]), vectors["passages"], k)[0].tolist()
+        return {"hr": float(metrics.hits(found, [q.gold for q in dev], k).mean())}
 
     torch.manual_seed(seed)
     curve = distill.train_queries(
         retriever, [q.text for q in questions], torch.from_numpy(vectors["passages"]),
-        torch.from_numpy(vectors["distill"][: len(questions), : lab.profile.k].copy()), torch.from_numpy(targets).float(),
-        lab.profile.distill, seed, folder, watch,
+        torch.from_numpy(vectors["distill"][: len(questions), :k].copy()), torch.from_numpy(targets).float(),
+        settings, seed, folder, watch,
     )  # fmt: skip
     queries = retriever.encode([q.text for q in corpus.questions["test"]])
     save_file({"test": index.search(queries, vectors["passages"], min(DEPTH, len(corpus.passages)))[0]}, folder / "ranking.safetensors")
@@ -220,10 +226,17 @@ class Lab:
             lessons = Lessons(self.sets[set_name], self.corpus(set_name), self.retriever(set_name), self.vectors(set_name)["distill"], self.profile)
             make_fine_tuned(Reader.load(settings.model, settings), lessons, self.profile.seed, folder)
 
-        record = {**settings.model_dump(), "k": self.profile.k, "seed": self.profile.seed}
+        record = {**self.reader_record(), "k": self.profile.k, "seed": self.profile.seed}
         self._retriever_folder(set_name)
         folder = self.open(name, make, record, [f"retriever/{set_name}"], [make_fine_tuned, Lessons])
         return Reader.load(str(folder), settings)
+
+    def reader_record(self) -> dict[str, Any]:
+        """What a stage that uses the reader depends on: its settings, and its weights where they lie in a local folder."""
+        settings = self.profile.reader
+        folder = embedded_reader() if settings.model == "embedded" else Path(settings.model)
+        weights = {file.name: file_hash(file) for file in sorted(folder.glob("*.safetensors"))}
+        return {**settings.model_dump(), "weights": weights}
 
     def style_scores(self, set_name: str) -> dict[str, float]:
         """EM of the off-the-shelf reader on dev with a question prompt and, where there are clozes, a cloze prompt."""
@@ -245,7 +258,7 @@ class Lab:
     def answers(self, set_name: str, label: str, reader: Reader, questions: list[Question], found: list[list[Passage]], upstream: str) -> list[str]:
         """The reader's answers to the first questions from the given passages, as a stage."""
         found = found[: len(questions)]
-        record = {"reader": reader.settings.model_dump(), "style": reader.style, "questions": len(questions), "k": self.profile.k}
+        record = {"reader": self.reader_record(), "style": reader.style, "questions": len(questions), "k": self.profile.k}
         code = [make_answers, Reader]
         folder = self.open(f"answers/{set_name}/{label}", lambda f: make_answers(reader, questions, found, f), record, [upstream], code)
         return json.loads((folder / "answers.json").read_text("utf8"))
@@ -254,7 +267,7 @@ class Lab:
         """All scores of one reader on the questions for distillation (see `ragkit.teacher.look`)."""
         reader, corpus = self.reader(set_name, which), self.corpus(set_name)
         n, k = self.profile.distill.questions, self.profile.k
-        record = {"reader": self.profile.reader.model_dump(), "style": reader.style, "questions": n, "k": k}
+        record = {"reader": self.reader_record(), "style": reader.style, "questions": n, "k": k}
         upstream = [f"retriever/{set_name}"] + ([f"step1/{set_name}"] if which == "fine-tuned" else [])
         make = lambda f: make_teacher(reader, corpus, self.vectors(set_name)["distill"], n, k, f)  # noqa: E731
         return teacher.load(self.open(f"teacher/{set_name}/{which}", make, record, upstream, [make_teacher]))
@@ -292,10 +305,15 @@ class Lab:
             "seed": seed,
         }
         folder = self.open(
-            self.step2_name(set_name, target, seed), lambda f: make_distilled(self, set_name, target, seed, f), record, upstream,
+            self.step2_name(set_name, target, seed), lambda f: make_distilled(*self.step2_inputs(set_name, target), seed, f), record, upstream,
             [make_distilled, distill.from_scores, distill.shuffled, distill.oracle_scores, distill.answer_string_scores],
         )  # fmt: skip
         return load_file(folder / "ranking.safetensors")["test"], json.loads((folder / "curve.json").read_text("utf8"))
+
+    def step2_inputs(self, set_name: str, target: str) -> tuple[Corpus, Retriever, dict[str, NDArray[Any]], NDArray[np.float64], DistillSettings, int]:
+        """What Step 2 needs, opened only when it must run."""
+        made = (self.corpus(set_name), self.retriever(set_name), self.vectors(set_name), self.target(set_name, target))
+        return *made, self.profile.distill, self.profile.k
 
     @staticmethod
     def step2_name(set_name: str, target: str, seed: int) -> str:
@@ -338,8 +356,7 @@ class Lab:
             readers = READERS if system == "initial" else READERS[:1] if system.startswith("off-the-shelf") else READERS[1:]
             for which in readers:
                 cases.append((system, which, seed, self.found(set_name, "test", ranking), upstream))
-        loaded = {which: self.reader(set_name, which) for which in READERS}
-        frames = []
+        loaded, frames = {which: self.reader(set_name, which) for which in READERS}, []
         for system, which, seed, found, upstream in cases:
             answers = self.answers(set_name, f"{system}-{which}-{seed}".replace(" ", "-"), loaded[which], questions, found, upstream)
             scored = {
