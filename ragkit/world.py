@@ -245,8 +245,8 @@ def training_document(rng: random.Random, n_passages: int, n_restated: int, n_de
         if draw == "same_relation":
             facts.append((entity, relation))
         else:
-            facts.append((entities[0] if draw == "same_entity" and rng.random() < 0.6 else entity, ""))
-            facts[-1] = (facts[-1][0], rng.choice(list(facts[-1][0].facts)))
+            owner = entities[0] if draw == "same_entity" and rng.random() < 0.6 else entity
+            facts.append((owner, rng.choice(list(owner.facts))))
     paragraphs: list[str] = []
     unused: dict[tuple[str, str], tuple[Entity, list[int]]] = {}
     for entity, rel in facts:
