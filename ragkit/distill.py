@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ragkit import RagkitError
+from ragkit import RagkitError, checkpoint
 from ragkit.metrics import holds_answer
 from ragkit.profile import DistillSettings
 from ragkit.retriever import Retriever
@@ -105,14 +105,8 @@ def train_queries(
     killed run goes on with the same steps.
     """
     optimizer = torch.optim.AdamW(retriever.parameters(), lr=settings.rate, weight_decay=0.01)
-    curve: list[dict[str, float]] = []
-    checkpoint = folder / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        retriever.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        curve = state["curve"]
-    elif watch:
+    curve: list[dict[str, float]] = checkpoint.load(folder, retriever, [optimizer]) or []
+    if watch and not curve:
         curve = [{"epoch": 0, "kl": float("nan"), **watch(retriever)}]
     for epoch in tqdm(range(len(curve) if not watch else len(curve) - 1, settings.epochs), desc="Step 2", leave=False):
         order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(1000 * seed + epoch))
@@ -131,7 +125,7 @@ def train_queries(
             losses.append(float(loss.detach()))
         retriever.eval()
         curve.append({"epoch": epoch + 1, "kl": float(np.mean(losses)), **(watch(retriever) if watch else {})})
-        torch.save({"model": retriever.state_dict(), "optimizer": optimizer.state_dict(), "curve": curve}, folder / "new.pt")
-        (folder / "new.pt").replace(checkpoint)
-    checkpoint.unlink(missing_ok=True)
+        if epoch + 1 < settings.epochs:
+            checkpoint.save(folder, retriever, [optimizer], curve)
+    checkpoint.remove(folder)
     return curve

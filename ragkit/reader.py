@@ -13,11 +13,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ragkit import RagkitError, world
+from ragkit import RagkitError, checkpoint, world
 from ragkit.corpus import Passage, Question
 from ragkit.profile import ReaderSettings
 from ragkit.retriever import check_model
 
+CHECKPOINT_EVERY = 50  # steps of Step 1
 PART = {"other": -1, "question": -2, "answer": -3, "title": -4}  # `owner` values that are not a passage's own text
 
 
@@ -161,18 +162,13 @@ def embedded_reader() -> Path:
 def fine_tune(reader: Reader, draw: Callable[[random.Random], tuple[Question, list[Passage]]], folder: Path, seed: int) -> list[float]:
     """Step 1: teaches the reader to answer questions; returns the loss of each step.
 
-    `draw` gives a question with its passages. Checkpoints in `folder` (model and optimizer state, safe to load) let a
-    killed run go on with the same steps.
+    `draw` gives a question with its passages. Checkpoints in `folder` let a killed run go on with the
+    same steps.
     """
     settings = reader.settings
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(reader.model.parameters(), lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)
-    checkpoint, losses = folder / "checkpoint.pt", []
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        reader.model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        losses = state["losses"]
+    losses: list[float] = checkpoint.load(folder, reader.model, [optimizer]) or []
     reader.model.train()
     for step in tqdm(range(len(losses), settings.steps), desc="Step 1", leave=False):
         rng = random.Random(f"step 1 {seed} {step}")
@@ -187,9 +183,8 @@ def fine_tune(reader: Reader, draw: Callable[[random.Random], tuple[Question, li
         torch.nn.utils.clip_grad_norm_(reader.model.parameters(), 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
-        if (step + 1) % 100 == 0 and step + 1 < settings.steps:
-            torch.save({"model": reader.model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}, folder / "new.pt")
-            (folder / "new.pt").replace(checkpoint)
-    checkpoint.unlink(missing_ok=True)
+        if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < settings.steps:
+            checkpoint.save(folder, reader.model, [optimizer], losses)
+    checkpoint.remove(folder)
     reader.model.eval()
     return losses

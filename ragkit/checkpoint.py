@@ -1,0 +1,88 @@
+"""Checkpoints of a training loop: one safetensors file, replaced in one step, safe to load."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ragkit import RagkitError
+
+log = logging.getLogger(__name__)
+FILE = "checkpoint.safetensors"
+
+
+class CheckpointError(RagkitError):
+    """A checkpoint that belongs to another training."""
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    """A module's parameters and buffers by name; a tied parameter appears once."""
+    return {f"module.{name}": tensor for name, tensor in [*module.named_parameters(), *module.named_buffers()]}
+
+
+def save(folder: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], history: Any) -> None:
+    """Writes everything the loop needs to go on: weights, optimizers' states, torch's random state, `history` (JSON).
+
+    The file is written aside and renamed, so a kill at any moment leaves the old checkpoint or the new one.
+    """
+    tensors = {name: tensor.detach().contiguous() for name, tensor in weights(module).items()}
+    tensors["random"] = torch.get_rng_state()
+    plain: list[dict[str, Any]] = []
+    for number, optimizer in enumerate(optimizers):
+        state = optimizer.state_dict()
+        values: dict[str, dict[str, Any]] = {}
+        for index, entries in state["state"].items():
+            values[str(index)] = {name: value for name, value in entries.items() if not isinstance(value, Tensor)}
+            for name, value in entries.items():
+                if isinstance(value, Tensor):
+                    tensors[f"optimizer.{number}.{index}.{name}"] = value.contiguous()
+        plain.append({"groups": state["param_groups"], "values": values})
+    aside = folder / f"{FILE}.new"
+    save_file(tensors, aside, metadata={"optimizers": json.dumps(plain), "history": json.dumps(history)})
+    aside.replace(folder / FILE)
+
+
+def load(folder: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Any | None:
+    """Puts a saved state back and returns its `history`; None if there is no checkpoint, or only an unreadable one."""
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a safetensors handle is no mapping
+    except SafetensorError as error:
+        log.warning("The checkpoint %s is damaged (%s); the training starts again.", path, error)
+        return None
+    own, saved = weights(module), {name: tensor for name, tensor in tensors.items() if name.startswith("module.")}
+    plain = json.loads(metadata["optimizers"])
+    if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in saved.items()} or len(plain) != len(optimizers):
+        raise CheckpointError(f"The checkpoint {path} belongs to another model or optimizer. Remove it, or choose another folder.")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(saved[name])
+    for number, (optimizer, kept) in enumerate(zip(optimizers, plain, strict=True)):
+        state = {int(index): dict(values) for index, values in kept["values"].items()}
+        for name, tensor in tensors.items():
+            if name.startswith(f"optimizer.{number}."):
+                _, _, index, entry = name.split(".", 3)
+                state[int(index)][entry] = tensor
+        # JSON knows no tuples; torch's own groups hold them where JSON gives lists
+        groups = [{key: tuple(value) if isinstance(value, list) and key != "params" else value for key, value in group.items()} for group in kept["groups"]]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+    torch.set_rng_state(tensors["random"])
+    return json.loads(metadata["history"])
+
+
+def remove(folder: Path) -> None:
+    """Takes the checkpoint away once the result itself is written."""
+    for name in (FILE, f"{FILE}.new"):
+        (folder / name).unlink(missing_ok=True)
