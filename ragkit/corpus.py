@@ -84,7 +84,7 @@ def write_jsonl(path: Path, rows: Any) -> None:
 def open_text(path: Path) -> TextIO:
     """A text file, gzipped or not."""
     if not path.is_file():
-        raise DataError(f"No file {path}. Check the path in the profile; relative paths start from the working folder.")
+        raise DataError(f"No file {path}. Check the path in the profile; relative paths start from the profile's folder.")
     return gzip.open(path, "rt", encoding="utf8", newline="") if path.suffix == ".gz" else open(path, encoding="utf8", newline="")
 
 

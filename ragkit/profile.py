@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections import Counter
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
@@ -21,17 +22,20 @@ class ProfileError(RagkitError):
     """The profile cannot be used; the message names the file and the key."""
 
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # it becomes a folder's name
+
+
 class Section(BaseModel):
     """Part of a profile: no unknown keys, no silent conversions, no changes after loading."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
 class WorldSet(Section):
     """A question set of an embedded world. Entities are split so that the three parts share none."""
 
     source: Literal["world"]
-    name: str
+    name: Name
     world: Literal["almanac", "trivia"]
     seed: int
     entities: Count = 252
@@ -42,10 +46,13 @@ class WorldSet(Section):
 
 
 class FileSet(Section):
-    """A question set on real text: a DPR-format TSV of passages and JSONL questions (`question`, `answer`)."""
+    """A question set on real text: a DPR-format TSV of passages and JSONL questions (`question`, `answer`).
+
+    Relative paths start from the profile's own folder, as do those of models.
+    """
 
     source: Literal["files"]
-    name: str
+    name: Name
     passages: str
     questions: str
     seed: int = 0
@@ -108,10 +115,10 @@ class EvaluateSettings(Section):
 class Profile(Section):
     """Everything a run depends on."""
 
-    name: str
+    name: Name
     judge: bool = True
     seed: int = 0
-    k: Annotated[int, Field(ge=2)] = 5
+    k: Annotated[int, Field(ge=2, le=20)] = 5  # 20 candidates are kept for each question
     sets: tuple[Annotated[WorldSet | FileSet, Field(discriminator="source")], ...] = Field(min_length=1, strict=False)
     retriever: RetrieverSettings = RetrieverSettings()
     reader: ReaderSettings = ReaderSettings()
@@ -120,10 +127,10 @@ class Profile(Section):
     evaluate: EvaluateSettings = EvaluateSettings()
 
     @model_validator(mode="after")
-    def set_names_differ(self) -> Profile:
-        names = [s.name for s in self.sets]
-        if len(set(names)) < len(names):
-            raise ValueError(f"sets: two sets share a name: {names}")
+    def names_and_seeds_differ(self) -> Profile:
+        for key, values in (("sets.name", [s.name for s in self.sets]), ("distill.seeds", self.distill.seeds)):
+            if twice := [value for value, times in Counter(values).items() if times > 1]:
+                raise ValueError(f"{key}: {twice[0]!r} stands there twice; each needs its own")
         return self
 
 
@@ -141,22 +148,53 @@ def known_keys() -> set[str]:
 def load_profile(name_or_path: str) -> Profile:
     """Reads and validates a profile: one of `shipped()` or a path to a YAML file.
 
-    Raises ProfileError naming the file, the key, and for unknown keys the nearest valid one.
+    Relative paths in a file of the user's own start from that file's folder. Raises ProfileError naming the file, the
+    key, and for unknown keys the nearest valid one.
     """
     if name_or_path in shipped():
         text = resources.files("ragkit").joinpath(f"assets/profiles/{name_or_path}.yaml").read_text("utf8")
     elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text("utf8")
+        try:
+            text = Path(name_or_path).read_text("utf8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ProfileError(f"Profile {name_or_path} cannot be read as UTF-8 text: {error}") from None
     else:
         near = difflib.get_close_matches(name_or_path, shipped(), 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ProfileError(f"No profile {name_or_path!r}: give one of {', '.join(shipped())} or a path to a YAML file.{hint}")
     try:
-        return Profile.model_validate(yaml.safe_load(text))
+        values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ProfileError(f"Profile {name_or_path}: not valid YAML: {error}") from error
+        raise ProfileError(f"Profile {name_or_path}: not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ProfileError(
+            f"Profile {name_or_path}: expected keys with values, such as 'name: mine', found {'nothing' if values is None else type(values).__name__}."
+        )
+    try:
+        profile = Profile.model_validate(values)
     except ValidationError as error:
         raise ProfileError(f"Profile {name_or_path}:\n" + "\n".join(explain(e["loc"], e["msg"], e["type"]) for e in error.errors())) from None
+    return profile if name_or_path in shipped() else with_whole_paths(profile, Path(name_or_path).resolve().parent)
+
+
+def with_whole_paths(profile: Profile, folder: Path) -> Profile:
+    """The profile with its relative paths made absolute; a model that is no folder there stays a hub name."""
+
+    def model(name: str) -> str:
+        return str(folder / name) if name != "embedded" and (folder / name).is_dir() else name
+
+    def files(one: WorldSet | FileSet) -> WorldSet | FileSet:
+        if isinstance(one, WorldSet):
+            return one
+        return one.model_copy(update={"passages": str(folder / one.passages), "questions": str(folder / one.questions)})
+
+    return profile.model_copy(
+        update={
+            "sets": tuple(files(one) for one in profile.sets),
+            "retriever": profile.retriever.model_copy(update={"model": model(profile.retriever.model)}),
+            "reader": profile.reader.model_copy(update={"model": model(profile.reader.model)}),
+        }
+    )
 
 
 def explain(location: tuple[int | str, ...], message: str, kind: str) -> str:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import errno
+import functools
 import hashlib
 import inspect
 import json
 import logging
+import os
 import shutil
 import textwrap
 import time
@@ -19,15 +22,41 @@ from typing import Any
 
 import filelock
 import torch
+from safetensors import SafetensorError
 
 from ragkit import RagkitError
 
 log = logging.getLogger(__name__)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "faiss-cpu")
 
 
 class StoreError(RagkitError):
     """A run folder cannot be used."""
+
+
+@contextmanager
+def room_on_disk(folder: Path, doing: str) -> Iterator[None]:
+    """Turns a full disk (or quota) met inside into a sentence; whatever was half-written stands aside and does not count."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors writes through Rust, which hands the number on in words only
+        number = error.errno if isinstance(error, OSError) else next((n for n in NO_ROOM if f"(os error {n})" in str(error)), None)
+        if number not in NO_ROOM:
+            raise
+        free = shutil.disk_usage(folder).free / 2**20
+        raise StoreError(
+            f"No room to write {doing} in {folder} ({os.strerror(number)}; {free:.0f} MiB free on its disk). "
+            "Free some space or choose another place with --runs, then give the same command: what was finished is kept."
+        ) from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file aside and renames it: the old file or the new one, never half of one."""
+    aside = path.with_name(f"{path.name}.new")
+    aside.write_text(text, "utf8")
+    aside.replace(path)
 
 
 def without_docstrings(tree: ast.AST) -> str:
@@ -69,9 +98,20 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def input_hash(path: Path) -> str:
+    """The hash of a file that a run reads; large ones are read once as long as size and time stay the same."""
+    status = path.stat()
+    return _hash_seen(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=256)
+def _hash_seen(path: Path, size: int, time_ns: int) -> str:
+    return file_hash(path)
+
+
 def contents(folder: Path) -> dict[str, str]:
     """Hashes of all files below a stage's folder."""
-    return {str(p.relative_to(folder)): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "stage.json"}
+    return {str(p.relative_to(folder)): file_hash(p) for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith("stage.json")}
 
 
 def difference(old: dict[str, Any], new: dict[str, Any], path: str = "") -> str:
@@ -97,7 +137,11 @@ class Store:
         self.folder = folder
         self.seconds: dict[str, float] = {}
         self.status: dict[str, str] = {}
-        (folder / "stages").mkdir(parents=True, exist_ok=True)
+        for part in ("stages", "partial"):
+            try:
+                (folder / part).mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StoreError(f"The run folder {folder} cannot be made ({error.strerror}: {error.filename}). Choose another with --runs.") from None
 
     @contextmanager
     def only_run(self) -> Iterator[None]:
@@ -132,20 +176,43 @@ class Store:
             log.info("reused   %s", name)
             self.status[name] = "reused"
             return home
-        log.info("running  %s (%s)", name, reason)
-        partial = self.folder / "partial" / f"{name.replace('/', '-')}-{key}"
-        partial.mkdir(parents=True, exist_ok=True)
-        started = time.monotonic()
-        make(partial)
-        seconds = round(time.monotonic() - started, 2)
-        (partial / "stage.json").write_text(json.dumps({"key": key, "record": record, "seconds": seconds, "files": contents(partial)}, indent=1), "utf8")
-        if home.exists():
-            shutil.rmtree(home)
-        home.parent.mkdir(parents=True, exist_ok=True)
-        partial.rename(home)
+        flat = name.replace("/", "-")
+        with self.alone(flat, name):
+            if self.why_not(home, record) is None:  # another process has made it meanwhile
+                self.status[name] = "reused"
+                return home
+            log.info("running  %s (%s)", name, reason)
+            partial = self.folder / "partial" / f"{flat}-{key}"
+            for older in set(partial.parent.glob(f"{flat}-{'[0-9a-f]' * len(key)}")) - {partial}:  # killed, and never to be gone on with
+                shutil.rmtree(older)
+            started = time.monotonic()
+            with room_on_disk(self.folder, f"stage {name}"):
+                partial.mkdir(exist_ok=True)
+                make(partial)
+                seconds = round(time.monotonic() - started, 2)
+                files = contents(partial)
+                write_whole(partial / "stage.json", json.dumps({"key": key, "record": record, "seconds": seconds, "files": files}, indent=1))
+                if home.exists():
+                    shutil.rmtree(home)
+                home.parent.mkdir(parents=True, exist_ok=True)
+                partial.rename(home)
         self.seconds[name], self.status[name] = seconds, f"ran: {reason}"
         log.info("done     %s in %.1f s", name, seconds)
         return home
+
+    @contextmanager
+    def alone(self, flat: str, name: str) -> Iterator[None]:
+        """Holds one stage, so that a notebook opened beside a run waits for it instead of writing into the same folder."""
+        lock = filelock.FileLock(self.folder / "partial" / f"{flat}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            log.info("waiting  %s is being made by another process", name)
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def key(self, name: str) -> str:
         """The key of a stage that is in place."""
@@ -158,9 +225,10 @@ class Store:
             return "not made yet"
         try:
             saved = json.loads((home / "stage.json").read_text("utf8"))
-        except ValueError:
+            was, files = saved["record"], saved["files"]
+        except (ValueError, KeyError, TypeError):
             return "its record is damaged"
-        if saved["record"] != record:
-            return difference(saved["record"], record)
-        damaged = [name for name, digest in saved["files"].items() if not (home / name).is_file() or file_hash(home / name) != digest]
+        if was != record:
+            return difference(was, record)
+        damaged = [name for name, digest in files.items() if not (home / name).is_file() or file_hash(home / name) != digest]
         return f"{damaged[0]} is damaged or missing" if damaged else None

@@ -65,11 +65,37 @@ def test_a_failed_stage_does_not_count(tmp_path):
         (folder / "half.txt").write_text("half")
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(StoreError, match="stage a"):
         runs.stage("a", fail, {}, {}, [work])
     assert not (tmp_path / "stages" / "a").exists()
     runs.stage("a", work, {}, {}, [work])
     assert runs.status["a"] == "ran: not made yet"
+
+
+@pytest.mark.parametrize("text", ["not json", "{}", "[]", '{"record": {}, "files": 1}'])
+def test_a_damaged_record_is_found_and_the_stage_made_anew(tmp_path, text):
+    runs = Store(tmp_path)
+    home = runs.stage("a", work, {}, {}, [work])
+    (home / "stage.json").write_text(text)
+    runs.stage("a", work, {}, {}, [work])
+    assert runs.status["a"].startswith("ran: ")
+    runs.stage("a", work, {}, {}, [work])
+    assert runs.status["a"] == "reused"
+
+
+def test_what_an_outdated_kill_left_behind_is_cleared(tmp_path):
+    runs = Store(tmp_path)
+
+    def dies(folder):
+        (folder / "checkpoint").write_text("much")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.stage("a", dies, {"x": 1}, {}, [work])
+    runs.stage("a-b", work, {}, {}, [work])  # a stage whose name begins alike leaves it alone
+    assert len(list((tmp_path / "partial").glob("a-*/checkpoint"))) == 1
+    runs.stage("a", work, {"x": 2}, {}, [work])
+    assert not list((tmp_path / "partial").glob("a-*/*"))
 
 
 def slow_stage(folder):
@@ -105,6 +131,32 @@ def test_a_killed_stage_goes_on_from_its_checkpoint(tmp_path):
 def test_two_runs_at_once_are_refused(tmp_path):
     with Store(tmp_path).only_run(), pytest.raises(StoreError, match="Another run"), Store(tmp_path).only_run():
         pass
+
+
+def test_one_stage_is_made_by_one_process(tmp_path):
+    """A notebook opened beside a run waits for the run's stage and reuses it."""
+    processes = [multiprocessing.get_context("spawn").Process(target=run_slow, args=(tmp_path,)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert (tmp_path / "steps").read_text().split() == [str(i) for i in range(6)]
+
+
+def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreError, match="Choose another with --runs"):
+        Store(tmp_path / "file" / "tiny")
+
+
+def test_an_input_is_hashed_again_when_it_changes(tmp_path):
+    source = tmp_path / "p.tsv"
+    source.write_text("one")
+    first = store.input_hash(source)
+    assert first == store.input_hash(source) == store.file_hash(source)
+    source.write_text("other")
+    assert store.input_hash(source) == store.file_hash(source) != first
 
 
 def test_docstrings_and_comments_do_not_count():
