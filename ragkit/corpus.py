@@ -7,13 +7,16 @@ import gzip
 import json
 import logging
 import random
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
 from ragkit import RagkitError, world
 from ragkit.profile import FileSet, WorldSet
+from ragkit.store import input_hash
 
 log = logging.getLogger(__name__)
 PARTS = ("distill", "dev", "test")
@@ -81,11 +84,18 @@ def write_jsonl(path: Path, rows: Any) -> None:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def open_text(path: Path) -> TextIO:
-    """A text file, gzipped or not."""
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """A text file, gzipped or not; one that is missing, cut short or no UTF-8 text is an error that names it."""
     if not path.is_file():
         raise DataError(f"No file {path}. Check the path in the profile; relative paths start from the profile's folder.")
-    return gzip.open(path, "rt", encoding="utf8", newline="") if path.suffix == ".gz" else open(path, encoding="utf8", newline="")
+    try:
+        with gzip.open(path, "rt", encoding="utf8", newline="") if path.suffix == ".gz" else open(path, encoding="utf8", newline="") as file:
+            yield file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is damaged or no gzip file ({error}). Fetch it again, or unpack it and drop the .gz.") from None
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from None
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -108,25 +118,30 @@ def read_passages(path: Path) -> list[Passage]:
 
     A passage without text is left out, and the log says how many were: real files hold a few.
     """
-    passages = []
+    passages: dict[str, Passage] = {}
     empty: list[int] = []
     with open_text(path) as file:
         rows = csv.reader(file, delimiter="\t")
-        header = next(rows, None)
-        if header != ["id", "text", "title"]:
-            raise DataError(f"{path}, line 1: expected the header id, text, title (tab-separated), found {header}.")
-        for row in rows:
-            if len(row) != 3:
-                raise DataError(f"{path}, line {rows.line_num}: expected 3 tab-separated fields, found {len(row)}.")
-            if not row[1].strip():
-                empty.append(rows.line_num)
-                continue
-            passages.append(Passage(row[0], row[2], row[1]))
+        try:
+            header = next(rows, None)
+            if header != ["id", "text", "title"]:
+                raise DataError(f"{path}, line 1: expected the header id, text, title (tab-separated), found {header}.")
+            for row in rows:
+                if len(row) != 3:
+                    raise DataError(f"{path}, line {rows.line_num}: expected 3 tab-separated fields, found {len(row)}.")
+                if row[0] in passages:
+                    raise DataError(f"{path}, line {rows.line_num}: a second passage with the id {row[0]!r}. Give each its own.")
+                if not row[1].strip():
+                    empty.append(rows.line_num)
+                    continue
+                passages[row[0]] = Passage(row[0], row[2], row[1])
+        except csv.Error as error:
+            raise DataError(f"{path}, line {rows.line_num}: not a tab-separated row ({error}). A quote that is never closed does this.") from None
     if empty:
         log.warning("%s: %d passages without text were left out (the first at line %d).", path, len(empty), empty[0])
     if not passages:
         raise DataError(f"{path}: no passages.")
-    return passages
+    return list(passages.values())
 
 
 def read_questions(path: Path, passages: list[Passage]) -> list[Question]:
@@ -155,6 +170,13 @@ def read_questions(path: Path, passages: list[Passage]) -> list[Question]:
 def build(settings: WorldSet | FileSet) -> Corpus:
     """The question set that a profile describes."""
     return build_world(settings) if isinstance(settings, WorldSet) else build_files(settings)
+
+
+def input_hashes(settings: WorldSet | FileSet) -> dict[str, str]:
+    """The files that a question set is read from, by hash, so that an edited file is read again."""
+    if isinstance(settings, WorldSet):
+        return {}
+    return {name: input_hash(Path(name)) for name in (settings.passages, settings.questions) if Path(name).is_file()}
 
 
 def split(items: list[Any], sizes: dict[str, int], rng: random.Random, what: str) -> dict[str, list[Any]]:

@@ -19,9 +19,9 @@ from ragkit import corpus as corpora
 from ragkit import distill, index, metrics, teacher, world
 from ragkit.corpus import PARTS, Corpus, Passage, Question
 from ragkit.profile import DistillSettings, FileSet, Profile, RetrieverSettings, WorldSet, load_profile
-from ragkit.reader import Reader, embedded_reader, fine_tune
+from ragkit.reader import Reader, embedded_reader, fine_tune, note_trimmed
 from ragkit.retriever import Retriever, passage_text, train_by_cropping
-from ragkit.store import Store, file_hash
+from ragkit.store import Store, input_hash
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,9 @@ def make_fine_tuned(reader: Reader, lessons: Lessons, seed: int, folder: Path) -
 
 def make_teacher(reader: Reader, corpus: Corpus, candidates: NDArray[np.int64], n: int, k: int, folder: Path) -> None:
     questions = corpus.questions["distill"][:n]
-    teacher.save(teacher.look(reader, questions, [[corpus.passages[i] for i in row[:k]] for row in candidates[: len(questions)]]), folder)
+    scores = teacher.look(reader, questions, [[corpus.passages[i] for i in row[:k]] for row in candidates[: len(questions)]])
+    teacher.save(scores, folder)
+    note_trimmed(int((scores["trimmed"] > 0).sum()), len(questions), folder)
 
 
 def make_distilled(
@@ -160,8 +162,15 @@ def make_distilled(
 
 
 def make_answers(reader: Reader, questions: list[Question], found: list[list[Passage]], folder: Path) -> None:
-    answers = reader.answer([reader.prompt(q, passages) for q, passages in zip(questions, found, strict=True)])
+    prompts = [reader.prompt(q, passages) for q, passages in zip(questions, found, strict=True)]
+    note_trimmed(sum(p.trimmed > 0 for p in prompts), len(prompts), folder)
+    answers = reader.answer(prompts)
     (folder / "answers.json").write_text(json.dumps(answers, ensure_ascii=False), "utf8")
+
+
+def model_hashes(name: str) -> dict[str, str]:
+    """The files that make a local model what it is, by hash; empty for a hub name or an embedded retriever."""
+    return {file.name: input_hash(file) for kind in ("*.safetensors", "*.json") for file in sorted(Path(name).glob(kind))}
 
 
 class Lab:
@@ -187,12 +196,15 @@ class Lab:
         """Passages and questions of a set."""
         settings = self.sets[set_name]
         name = f"corpus/{set_name}"
-        return Corpus.load(set_name, self.open(name, lambda f: make_corpus(settings, f), settings.model_dump(), [], [make_corpus]))
+        record = {**settings.model_dump(), "contents": corpora.input_hashes(settings)}
+        made = Corpus.load(set_name, self.open(name, lambda f: make_corpus(settings, f), record, [], [make_corpus]))
+        index.check_k(self.profile.k, len(made.passages))
+        return made
 
     def _retriever_folder(self, set_name: str) -> Path:
         corpus, settings, seed = self.corpus(set_name), self.profile.retriever, self.profile.seed
         world_name = getattr(self.sets[set_name], "world", None)
-        record = {**settings.model_dump(), "seed": seed}
+        record = {**settings.model_dump(), "seed": seed, "weights": model_hashes(settings.model)}
         return self.open(
             f"retriever/{set_name}",
             lambda f: make_retriever(corpus, world_name, settings, seed, f),
@@ -234,9 +246,12 @@ class Lab:
     def reader_record(self) -> dict[str, Any]:
         """What a stage that uses the reader depends on: its settings, and its weights where they lie in a local folder."""
         settings = self.profile.reader
-        folder = embedded_reader() if settings.model == "embedded" else Path(settings.model)
-        weights = {file.name: file_hash(file) for file in sorted(folder.glob("*.safetensors"))}
-        return {**settings.model_dump(), "weights": weights}
+        return {**settings.model_dump(), "weights": model_hashes(str(embedded_reader()) if settings.model == "embedded" else settings.model)}
+
+    def inputs(self) -> dict[str, Any]:
+        """Hashes of everything a run reads from outside its own folder."""
+        sets = {name: corpora.input_hashes(settings) for name, settings in self.sets.items()}
+        return {"sets": sets, "retriever": model_hashes(self.profile.retriever.model), "reader": self.reader_record()["weights"]}
 
     def style_scores(self, set_name: str) -> dict[str, float]:
         """EM of the off-the-shelf reader on dev with a question prompt and, where there are clozes, a cloze prompt."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from ragkit.corpus import Passage, Question
 from ragkit.profile import ReaderSettings
 from ragkit.retriever import check_model
 
+log = logging.getLogger(__name__)
 CHECKPOINT_EVERY = 50  # steps of Step 1
 PART = {"other": -1, "question": -2, "answer": -3, "title": -4}  # `owner` values that are not a passage's own text
 
@@ -105,7 +108,11 @@ class Reader:
         sizes = [owner.count(i) for i in range(k)]
         if excess > sum(sizes):
             raise ReaderError(f"The question alone is longer than the reader's context of {self.settings.context} tokens. Raise reader.context.")
-        keep = [size - -(-size * excess // sum(sizes)) for size in sizes]
+        total = max(1, sum(sizes))
+        cut = [size * excess // total for size in sizes]
+        for i in sorted(range(k), key=lambda i: -(sizes[i] * excess % total))[: excess - sum(cut)]:
+            cut[i] += 1
+        keep = [size - less for size, less in zip(sizes, cut, strict=True)]
         seen, chosen = [0] * k, []
         for i, who in enumerate(owner):
             if who >= 0:
@@ -159,6 +166,13 @@ def embedded_reader() -> Path:
     return Path(str(resources.files("ragkit").joinpath("assets/reader")))
 
 
+def note_trimmed(trimmed: int, prompts: int, folder: Path) -> None:
+    """Keeps in a stage's folder how many of its prompts were too long for the reader, and says so; the report repeats it."""
+    (folder / "trimmed.json").write_text(json.dumps({"trimmed": trimmed, "prompts": prompts}), "utf8")
+    if trimmed:
+        log.warning("%d of %d prompts were longer than the reader's context; each lost the same share of all its passages.", trimmed, prompts)
+
+
 def fine_tune(reader: Reader, draw: Callable[[random.Random], tuple[Question, list[Passage]]], folder: Path, seed: int) -> list[float]:
     """Step 1: teaches the reader to answer questions; returns the loss of each step.
 
@@ -168,11 +182,12 @@ def fine_tune(reader: Reader, draw: Callable[[random.Random], tuple[Question, li
     settings = reader.settings
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(reader.model.parameters(), lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)
-    losses: list[float] = checkpoint.load(folder, reader.model, [optimizer]) or []
+    losses, trimmed = checkpoint.load(folder, reader.model, [optimizer]) or ([], 0)
     reader.model.train()
     for step in tqdm(range(len(losses), settings.steps), desc="Step 1", leave=False):
         rng = random.Random(f"step 1 {seed} {step}")
         prompts = [reader.prompt(q, found, q.answers[0]) for q, found in (draw(rng) for _ in range(settings.batch))]
+        trimmed += sum(p.trimmed > 0 for p in prompts)
         for group in optimizer.param_groups:
             group["lr"] = settings.rate * min(1.0, (step + 1) / 30, (settings.steps - step) / (0.3 * settings.steps))
         loss = reader.losses(prompts).mean()
@@ -184,7 +199,8 @@ def fine_tune(reader: Reader, draw: Callable[[random.Random], tuple[Question, li
         optimizer.step()
         losses.append(float(loss.detach()))
         if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < settings.steps:
-            checkpoint.save(folder, reader.model, [optimizer], losses)
+            checkpoint.save(folder, reader.model, [optimizer], [losses, trimmed])
     checkpoint.remove(folder)
+    note_trimmed(trimmed, settings.steps * settings.batch, folder)
     reader.model.eval()
     return losses
