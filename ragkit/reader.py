@@ -182,7 +182,8 @@ def fine_tune(reader: Reader, draw: Callable[[random.Random], tuple[Question, li
     settings = reader.settings
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(reader.model.parameters(), lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)
-    losses, trimmed = checkpoint.load(folder, reader.model, [optimizer]) or ([], 0)
+    history: tuple[list[float], int] = checkpoint.load(folder, reader.model, [optimizer]) or ([], 0)
+    losses, trimmed = history
     reader.model.train()
     for step in tqdm(range(len(losses), settings.steps), desc="Step 1", leave=False):
         rng = random.Random(f"step 1 {seed} {step}")
