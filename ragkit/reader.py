@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ragkit import RagkitError, checkpoint, world
+from ragkit.attention import observe, pooled
 from ragkit.corpus import Passage, Question
 from ragkit.profile import ReaderSettings
 from ragkit.retriever import check_model
@@ -57,11 +58,18 @@ class Reader:
 
     @classmethod
     def load(cls, name: str, settings: ReaderSettings, style: str = "question") -> Reader:
-        """From a folder or hub name, in float32, on the fused attention path; `embedded` is the one that ships."""
+        """From a folder or hub name, in float32, on the fused attention path if it has one; `embedded` is the one that ships.
+
+        An encoder-decoder becomes a `ragkit.fid.FidReader`.
+        """
         path = str(embedded_reader()) if name == "embedded" else name
         check_model(path)
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True)
-        return cls(model, AutoTokenizer.from_pretrained(path), settings, style)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        if AutoConfig.from_pretrained(path).is_encoder_decoder:
+            from ragkit.fid import FidReader  # it builds on this module
+
+            return FidReader(AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True), tokenizer, settings, style)
+        return cls(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True), tokenizer, settings, style)
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
@@ -76,27 +84,29 @@ class Reader:
             return [*parts, ("In short. ", PART["other"]), (question.cloze, PART["question"])]
         return [*parts, ("question: ", PART["other"]), (question.text, PART["question"]), ("\nanswer:", PART["other"])]
 
-    def prompt(self, question: Question, passages: list[Passage], answer: str | None = None) -> Prompt:
-        """The prompt, with the answer and an end token behind it if given.
-
-        A prompt longer than the reader's context loses tokens at the end of its passages, the same share from each;
-        never of the question. Raises ReaderError if the question alone does not fit.
-        """
-        pieces = self.pieces(question, passages)
+    def tokens(self, pieces: list[tuple[str, int]]) -> tuple[list[int], list[int]]:
+        """The texts as one text's tokens, and the owner of each token: that of its first character that is no space."""
         text, spans = "", []
         for piece, who in pieces:
             spans.append((len(text), len(text) + len(piece), who))
             text += piece
         encoded = self.tokenizer(text, return_offsets_mapping=True)
         span = 0
-        ids: list[int] = []
         owner: list[int] = []
-        for token, (start, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            ids.append(token)
+        for start, end in encoded["offset_mapping"]:
             first = next((i for i in range(start, end) if not text[i].isspace()), max(start, end - 1))
             while span < len(spans) - 1 and first >= spans[span][1]:
                 span += 1
             owner.append(spans[span][2] if end > start else PART["other"])
+        return list(encoded["input_ids"]), owner
+
+    def prompt(self, question: Question, passages: list[Passage], answer: str | None = None) -> Prompt:
+        """The prompt, with the answer and an end token behind it if given.
+
+        A prompt longer than the reader's context loses tokens at the end of its passages, the same share from each;
+        never of the question. Raises ReaderError if the question alone does not fit.
+        """
+        ids, owner = self.tokens(self.pieces(question, passages))
         tail = [] if answer is None else [*self.tokenizer(" " + answer, add_special_tokens=False)["input_ids"], self.end]
         spare = self.settings.context - len(ids) - max(len(tail), self.settings.answer_tokens)
         if spare < 0:
@@ -144,9 +154,13 @@ class Reader:
                 pad_token_id=self.pad, eos_token_id=self.end,
             )  # fmt: skip
             for i, row in zip(chosen, out[:, ids.shape[1] :], strict=True):
-                text = str(self.tokenizer.decode(row, skip_special_tokens=True)).strip()
-                answers[i] = text.split("\n")[0].split(".")[0].strip()
+                answers[i] = self.text_of(row)
         return answers
+
+    def text_of(self, row: Tensor) -> str:
+        """The answer that new tokens `[tokens]` spell."""
+        text = str(self.tokenizer.decode(row, skip_special_tokens=True)).strip()
+        return text.split("\n")[0].split(".")[0].strip()
 
     def losses(self, prompts: list[Prompt]) -> Tensor:
         """Mean negative log-likelihood (nats a token) of each prompt's answer `[prompts]`, with gradients."""
@@ -159,6 +173,14 @@ class Reader:
         loss = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][is_answer], reduction="none")
         owner = torch.arange(len(prompts))[:, None].expand_as(is_answer)[is_answer]
         return torch.zeros(len(prompts)).index_add(0, owner, loss) / is_answer.sum(1)
+
+    def attention(self, prompts: list[Prompt], rows: Tensor, uses: Tensor) -> Tensor:
+        """Token contributions `[norm (off, on), layers, groups, prompts, tokens]`, right-padded like `batch`.
+
+        `rows` `[prompts, rows]` are places in the prompts, `uses` `[groups, prompts, rows]` says which rows make a group.
+        """
+        ids, mask = self.batch(prompts)
+        return pooled(lambda visit: observe(self.model, ids, mask, rows, visit), uses)
 
 
 def embedded_reader() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ragkit.attention import contributions, passage_scores, record
+from ragkit.attention import branch, by_length, contributions, passage_scores, read_prefix, record
 from ragkit.corpus import Passage, Question
 from ragkit.profile import AttentionSettings
 from ragkit.reader import Prompt, Reader
@@ -30,21 +31,43 @@ def row_weights(prompt: Prompt, row_type: str) -> list[int]:
     return {"last_prompt": [first - 1], "predicting": list(range(first - 1, last - 1)), "consuming": list(range(first, last))}[row_type]
 
 
-def token_contributions(reader: Reader, prompts: list[Prompt], norm: bool = True) -> dict[str, Tensor]:
-    """Per row type the token contributions per layer `[layers, prompts, tokens]` (padded on the right)."""
-    ids, mask = reader.batch(prompts)
-    positions = [sorted({i for row_type in ROWS for i in row_weights(p, row_type)}) for p in prompts]
+def token_contributions(reader: Reader, prompts: list[Prompt]) -> Tensor:
+    """Token contributions of every row type, in the order of ROWS, without and with the value norm, from one pass.
+
+    `[norm (off, on), layers, row types, prompts, tokens]`, padded on the right. The prompts must hold their answers.
+    """
+    places = [[row_weights(p, row_type) for row_type in ROWS] for p in prompts]
+    positions = [sorted({i for used in one for i in used}) for one in places]
     widest = max(map(len, positions))
     rows = torch.tensor([p + [p[-1]] * (widest - len(p)) for p in positions])
-    seen = record(reader.model, ids, mask, rows)
-    result = {}
-    for row_type in ROWS:
-        use = torch.zeros(rows.shape)
-        for i, prompt in enumerate(prompts):
-            for position in row_weights(prompt, row_type):
-                use[i, positions[i].index(position)] = 1
-        result[row_type] = contributions(seen, use, norm)
-    return result
+    uses = torch.zeros(len(ROWS), *rows.shape)
+    for i, one in enumerate(places):
+        for group, used in enumerate(one):
+            for position in used:
+                uses[group, i, positions[i].index(position)] = 1
+    return reader.attention(prompts, rows, uses)
+
+
+def calibrated_scores(reader: Reader, question: Question, passages: list[Passage], settings: AttentionSettings, neutral: str = "N/A") -> tuple[Tensor, Tensor]:
+    """Passage scores `[k]` from the last row of the prompt, asked the question and asked something without content.
+
+    Their difference is the calibrated score (ICR): what the passages get for the question, not for where they stand. The
+    passages are read once: both questions go on from the same cache.
+    """
+    asked, blank = (reader.prompt(q, passages) for q in (question, replace(question, text=neutral, cloze=neutral)))
+    shared = 0
+    while shared < min(len(asked.ids), len(blank.ids)) - 1 and asked.ids[shared] == blank.ids[shared]:
+        shared += 1
+    prefix = torch.tensor([asked.ids[:shared]])
+    cache = read_prefix(reader.model, prefix, torch.ones_like(prefix)) if shared else None
+    scores = []
+    for prompt in (asked, blank):
+        ids = torch.tensor([prompt.ids[shared:]])
+        past = branch(cache) if cache is not None else None
+        seen = record(reader.model, ids, torch.ones(1, len(prompt.ids)), torch.tensor([[ids.shape[1] - 1]]), past)
+        tokens = contributions(seen, torch.ones(1, 1), settings.norm)[:, 0].mean(0)
+        scores.append(passage_scores(tokens, torch.tensor(prompt.owner, device=tokens.device), len(passages), settings.pooling))
+    return scores[0], scores[1]
 
 
 def look(reader: Reader, questions: list[Question], found: list[list[Passage]], batch: int = 16) -> dict[str, NDArray[np.float32]]:
@@ -55,33 +78,25 @@ def look(reader: Reader, questions: list[Question], found: list[list[Passage]], 
     `likelihood` `[questions, k]`: minus the mean token NLL of the answer given that passage alone.
     """
     k, n = len(found[0]), len(questions)
-    layers = reader.model.config.num_hidden_layers
-    attention = np.zeros((n, len(ROWS), 2, layers, len(POOLINGS), k), dtype=np.float32)
+    scores: dict[int, NDArray[np.float32]] = {}
     outside = np.zeros((n, len(ROWS)), dtype=np.float32)
     likelihood = np.zeros((n, k), dtype=np.float32)
     prompts = [reader.prompt(q, passages, q.answers[0]) for q, passages in zip(questions, found, strict=True)]
-    order = sorted(range(n), key=lambda i: len(prompts[i].ids))
-    for start in tqdm(range(0, n, batch), desc="attention", leave=False):
-        chosen = order[start : start + batch]
-        for norm in (False, True):
-            tokens = token_contributions(reader, [prompts[i] for i in chosen], norm)
-            for r, row_type in enumerate(ROWS):
-                for place, i in enumerate(chosen):
-                    owner = torch.tensor(prompts[i].owner)
-                    for layer in range(layers):
-                        row = tokens[row_type][layer, place, : len(owner)]
-                        for pool, pooling in enumerate(POOLINGS):
-                            attention[i, r, int(norm), layer, pool] = passage_scores(row, owner, k, pooling).numpy()
-                    if not norm:
-                        mean_row = tokens[row_type][:, place, : len(owner)].mean(0)
-                        outside[i, r] = float(mean_row[owner < 0].sum() / mean_row.sum())
+    for chosen in tqdm(by_length([len(p.ids) for p in prompts], batch), desc="attention", leave=False):
+        tokens = token_contributions(reader, [prompts[i] for i in chosen]).cpu()
+        for place, i in enumerate(chosen):
+            owner = torch.tensor(prompts[i].owner)
+            own = tokens[..., place, : len(owner)]
+            pools = torch.stack([passage_scores(own, owner, k, pooling) for pooling in POOLINGS], dim=3)
+            scores[i] = pools.permute(2, 0, 1, 3, 4).numpy()
+            mean_row = own[0].mean(0)
+            outside[i] = (mean_row[:, owner < 0].sum(-1) / mean_row.sum(-1)).numpy()
     alone = [(i, j, reader.prompt(questions[i], [found[i][j]], questions[i].answers[0])) for i in range(n) for j in range(k)]
-    alone.sort(key=lambda item: len(item[2].ids))
     with torch.no_grad():
-        for start in tqdm(range(0, len(alone), 4 * batch), desc="likelihood", leave=False):
-            chosen_alone = alone[start : start + 4 * batch]
-            for (i, j, _), loss in zip(chosen_alone, reader.losses([p for _, _, p in chosen_alone]), strict=True):
-                likelihood[i, j] = -float(loss)
+        for chosen in tqdm(by_length([len(p.ids) for _, _, p in alone], 4 * batch), desc="likelihood", leave=False):
+            for index, loss in zip(chosen, reader.losses([alone[index][2] for index in chosen]), strict=True):
+                likelihood[alone[index][0], alone[index][1]] = -float(loss)
+    attention = np.stack([scores[i] for i in range(n)])
     return {"attention": attention, "outside": outside, "likelihood": likelihood, "trimmed": np.array([p.trimmed for p in prompts])}
 
 
