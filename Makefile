@@ -9,7 +9,7 @@ READY := .venv/ready
 endif
 PYTHON ?= python3
 
-.PHONY: help reproduce lab test report lint pretrain clean doctor
+.PHONY: help reproduce lab test slow report lint pretrain clean doctor
 help:            ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -20,10 +20,13 @@ help:            ## this list
 	touch .venv/ready
 
 reproduce: $(READY)  ## run every notebook of PROFILE (default tiny) in order and write the report
-	$(BIN)python -m ragkit reproduce --profile $(PROFILE)
+	$(BIN)python -m ragkit reproduce --profile '$(PROFILE)'
 
-test: $(READY)       ## all tests
+test: $(READY)       ## all tests but the slow ones
 	$(BIN)python -m pytest tests
+
+slow: $(READY)       ## the tests that take many minutes (real text in full)
+	$(BIN)python -m pytest tests -m slow
 
 lint: $(READY)       ## ruff and mypy
 	$(BIN)ruff check ragkit tests
@@ -34,7 +37,7 @@ lab: $(READY)        ## JupyterLab on working copies of the notebooks
 	$(BIN)jupyter lab $$($(BIN)python -m ragkit lab)
 
 report: $(READY)     ## write the report of PROFILE again
-	$(BIN)python -m ragkit report --profile $(PROFILE)
+	$(BIN)python -m ragkit report --profile '$(PROFILE)'
 
 doctor: $(READY)     ## can this machine run it?
 	$(BIN)python -m ragkit doctor
@@ -43,4 +46,4 @@ pretrain: $(READY)   ## train the embedded reader again (hours)
 	$(BIN)python -m ragkit.pretrain ragkit/assets/reader
 
 clean:           ## remove runs and the environment
-	rm -rf runs .venv *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf runs .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage

@@ -9,7 +9,6 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
-import yaml
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -76,12 +75,6 @@ def test_a_wrong_profile_ends_in_a_sentence():
     assert wrong.returncode == 2
     assert "Did you mean 'tiny'" in wrong.stderr
     assert "Traceback" not in wrong.stderr
-
-
-def test_environment_yml_installs_this_package():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    assert environment["name"] == "ragkit"
-    assert {"pip": ["-e .[dev]"]} in environment["dependencies"]
 
 
 def test_html_in_passages_is_escaped():
