@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from ragkit.attention import by_length, observe_cross, pooled
@@ -91,8 +91,9 @@ class FidReader(Reader):
         answers = [""] * len(prompts)
         for chosen in tqdm(by_length([len(p.ids) for p in prompts], batch), desc="answer", leave=False):
             states, mask = self.states([prompts[i] for i in chosen])
+            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())  # its own would have the encoder's number of layers
             out = self.model.generate(
-                encoder_outputs=BaseModelOutput(last_hidden_state=states), attention_mask=mask, decoder_start_token_id=self.start,
+                encoder_outputs=BaseModelOutput(last_hidden_state=states), attention_mask=mask, decoder_start_token_id=self.start, past_key_values=cache,
                 max_new_tokens=self.settings.answer_tokens, do_sample=False, num_beams=1, pad_token_id=self.pad, eos_token_id=self.end,
             )  # fmt: skip
             for i, row in zip(chosen, out[:, 1:], strict=True):

@@ -86,3 +86,24 @@ def heat_map(scores: pd.DataFrame) -> tuple[Figure, str]:
     axis.set(xlabel="layer", ylabel="passage")
     top = scores.mean(axis=1)
     return figure, f"Heat map of attention by passage and layer. On average passage {top.idxmax()} gets most ({top.max():.2f})."
+
+
+def attention_cost(table: pd.DataFrame) -> tuple[Figure, str]:
+    """Seconds and memory of a plain forward pass, ours and eager attention against tokens, a column a kind of reader.
+
+    `table` is the bench's: columns kind, tokens, way, seconds, MB. Both axes are logarithmic.
+    """
+    kinds = list(table["kind"].unique())
+    figure, axes = plt.subplots(2, len(kinds), figsize=(4.6 * len(kinds), 6.4), sharex="col", sharey="row", squeeze=False)
+    for row, (measure, label) in enumerate((("seconds", "seconds"), ("MB", "peak memory beyond the model, MB"))):
+        for axis, kind in zip(axes[row], kinds, strict=True):
+            part = table[table["kind"] == kind]
+            for way, colour, style in (("fused", PALETTE[0], "-"), ("ours", PALETTE[1], "--"), ("eager", PALETTE[3], "-.")):
+                line = part[part["way"] == way]
+                axis.plot(line["tokens"], line[measure], style, marker="o", color=colour, label=way)
+            axis.set(xscale="log", yscale="log", title=kind if row == 0 else "", xlabel="tokens" if row else "", ylabel=label if axis is axes[row][0] else "")
+            axis.set_xticks(sorted(part["tokens"].unique()), [f"{t:,}" for t in sorted(part["tokens"].unique())])
+            axis.minorticks_off()
+    axes[0][-1].legend(loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
+    lines = [f"{r.kind}, {r.tokens} tokens, {r.way}: {r.seconds:.2f} s, {r.MB:.0f} MB" for r in table.itertuples(index=False)]
+    return figure, "Seconds and peak memory of one forward pass against its length. " + "; ".join(lines) + "."

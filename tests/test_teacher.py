@@ -1,0 +1,59 @@
+"""The teacher's look: every choice from one pass, and calibration that reads the passages once."""
+
+import numpy as np
+import pytest
+import torch
+from test_reader import PASSAGES, QUESTION, make
+
+from ragkit import teacher
+from ragkit.attention import contributions, passage_scores, record
+from ragkit.corpus import Question
+from ragkit.profile import AttentionSettings
+
+OTHER = Question("r", "on which river does old tarholm lie", ("Lyda river",), (1,), cloze="Old Tarholm lies on")
+
+
+def by_hand(one, prompt, rows, norm):
+    ids, mask = one.batch([prompt])
+    seen = record(one.model, ids, mask, torch.tensor([rows]))
+    return contributions(seen, torch.ones(1, len(rows)), norm)[:, 0]
+
+
+def test_a_look_holds_what_each_choice_gives_alone():
+    one = make()
+    questions, found = [QUESTION, OTHER], [PASSAGES, PASSAGES[::-1]]
+    scores = teacher.look(one, questions, found, batch=2)
+    for i, (question, passages) in enumerate(zip(questions, found, strict=True)):
+        prompt = one.prompt(question, passages, question.answers[0])
+        owner = torch.tensor(prompt.owner)
+        for r, row_type in enumerate(teacher.ROWS):
+            for norm in (False, True):
+                tokens = by_hand(one, prompt, teacher.row_weights(prompt, row_type), norm)
+                for pool, pooling in enumerate(teacher.POOLINGS):
+                    expected = torch.stack([passage_scores(layer, owner, 2, pooling) for layer in tokens])
+                    assert np.allclose(scores["attention"][i, r, int(norm), :, pool], expected, atol=1e-6)
+                if not norm:
+                    assert scores["outside"][i, r] == pytest.approx(float(tokens[:, owner < 0].sum() / tokens.sum()), abs=1e-5)
+
+
+def test_a_look_runs_the_model_once_a_batch(monkeypatch):
+    one, passes = make(), []
+    attention = one.attention
+    monkeypatch.setattr(one, "attention", lambda *given: passes.append(1) or attention(*given))
+    teacher.look(one, [QUESTION, OTHER, QUESTION], [PASSAGES] * 3, batch=2)
+    assert len(passes) == 2
+
+
+@pytest.mark.parametrize("style", ["question", "cloze"])
+def test_calibration_reads_the_passages_once_and_gives_both_scores(style):
+    one, read = make(), []
+    one.style = style
+    one.model.get_input_embeddings().register_forward_hook(lambda module, args, out: read.append(args[0].shape[1]))
+    asked, blank = teacher.calibrated_scores(one, QUESTION, PASSAGES, AttentionSettings())
+    whole = one.prompt(QUESTION, PASSAGES)
+    assert sum(read) < 1.5 * len(whole.ids)
+    for scores, text in ((asked, None), (blank, "N/A")):
+        question = QUESTION if text is None else Question("n", text, ("",), (0,), cloze=text)
+        prompt = one.prompt(question, PASSAGES)
+        tokens = by_hand(one, prompt, [len(prompt.ids) - 1], True).mean(0)
+        assert torch.allclose(scores, passage_scores(tokens, torch.tensor(prompt.owner), 2), atol=1e-5)
