@@ -86,7 +86,7 @@ def observe(reader: PreTrainedModel, ids: Tensor, mask: Tensor, rows: Tensor, vi
     _check_tokens(ids, mask)
     _check_rows(rows, len(ids), ids.shape[1])
     before = mask.shape[1] - ids.shape[1]
-    if not mask.gather(1, rows + before).bool().all():
+    if not mask.gather(1, rows.to(mask.device) + before).bool().all():
         raise AttentionError("A row stands on padding, where attention means nothing: give places of real tokens.")
     if before != (0 if past is None else past.get_seq_length()):
         raise AttentionError(f"The mask has {before} tokens before the ids, the cache {0 if past is None else past.get_seq_length()}.")
