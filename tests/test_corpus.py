@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ragkit import corpus
@@ -36,11 +37,23 @@ def test_a_dpr_file_plain_or_gzipped(tmp_path):
         (HEADER + "1\tonly two\n", "line 2: expected 3"),
         ("a\tb\n", "line 1: expected the header"),
         (HEADER, "no passages"),
+        (HEADER + "1\tone\tA\n1\ttwo\tB\n", "line 3: a second passage with the id '1'"),
+        (HEADER + '1\t"never closed' + "x" * 200_000 + "\tA\n", "line 2: not a tab-separated row"),
     ],
 )
 def test_bad_passages_are_named(tmp_path, text, words):
     with pytest.raises(DataError, match=words):
         corpus.read_passages(write(tmp_path, "p.tsv", text))
+
+
+def test_files_that_are_damaged_or_no_text_are_named(tmp_path):
+    whole = gzip.compress((HEADER + "1\tone\tA\n" * 1000).encode())
+    (tmp_path / "cut.tsv.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "plain.tsv.gz").write_text(HEADER)
+    (tmp_path / "latin.tsv").write_bytes((HEADER + "1\tM\xfcnchen\tA\n").encode("latin-1"))
+    for name, words in (("cut.tsv.gz", "damaged"), ("plain.tsv.gz", "no gzip file"), ("latin.tsv", "not UTF-8")):
+        with pytest.raises(DataError, match=f"{name} .*{words}"):
+            corpus.read_passages(tmp_path / name)
 
 
 def test_empty_passages_are_left_out_and_said(tmp_path, caplog):
@@ -73,8 +86,6 @@ def test_triviaqa_answers_with_aliases(tmp_path):
 def test_a_missing_file_and_a_large_k(tmp_path):
     with pytest.raises(DataError, match="Check the path"):
         corpus.read_passages(tmp_path / "none.tsv")
-    import numpy as np
-
     with pytest.raises(SearchError, match="Lower k"):
         search(np.ones((1, 2), dtype=np.float32), np.ones((3, 2), dtype=np.float32), 4)
     with pytest.raises(SearchError, match="different retrievers"):
@@ -89,7 +100,7 @@ def test_too_many_questions_asked_for(tmp_path):
 
 
 @REAL
-def test_real_passages_and_questions():
+def test_real_passages_and_questions(tmp_path):
     folder = Path(os.environ["RAGKIT_REAL_DATA"])
     passages = corpus.read_passages(folder / "wiki/psgs_w100.sample.tsv.gz")
     assert len(passages) == 25316 - 79  # 79 records have no text; none of them is a gold passage
@@ -97,4 +108,8 @@ def test_real_passages_and_questions():
     assert len(questions) == 2655
     assert sum(bool(q.gold) for q in questions) == 2655
     assert len(corpus.read_questions(folder / "nq/NQ-open.dev.jsonl", [])) == 3610
-    assert len(corpus.read_questions(folder / "triviaqa/trivia-dev.sample.jsonl", [])) == 2000
+    trivia = corpus.read_questions(folder / "triviaqa/trivia-dev.sample.jsonl", [])
+    assert len(trivia) == 2000
+    assert np.mean([len(q.answers) for q in trivia]) > 5  # aliases are kept
+    (tmp_path / "p.tsv").write_bytes(gzip.decompress((folder / "wiki/psgs_w100.sample.tsv.gz").read_bytes()))
+    assert corpus.read_passages(tmp_path / "p.tsv") == passages
