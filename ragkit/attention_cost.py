@@ -7,8 +7,10 @@ keeps heads x tokens x tokens numbers a layer. `make bench` measures; notebook 0
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import resources
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 FLOAT = 4  # bytes of a float32: rows, norms and softmax are kept in it whatever the reader's dtype
@@ -80,3 +82,8 @@ def fitted_rates(shape: Shape, tokens: list[int], seconds: NDArray[np.float64]) 
     work = np.array([[part.matrices, part.kernel] for part in (fused_work(shape, t) for t in tokens)])
     costs = np.linalg.lstsq(work / seconds[:, None], np.ones(len(seconds)), rcond=None)[0]
     return float(1 / costs[0]), float(1 / costs[1])
+
+
+def measured() -> pd.DataFrame:
+    """The bench's table that ships with the package: kind, tokens, way, seconds, MB and what the model says of them."""
+    return pd.read_csv(str(resources.files("ragkit").joinpath("assets/attention_bench.csv")))

@@ -4,7 +4,8 @@ Every measurement runs in a process of its own. Times: the ways take turns withi
 CPU they are seconds of processor time on one thread, which a busy machine does not change (much).
 Memory: the peak of one pass beyond the loaded model. The plain pass is the base model's, without the head, so that ours
 is not flattered by it; ours records 8 rows and reduces them to token contributions; eager keeps `output_attentions`.
-Writes attention_bench.csv, .png and .svg to the folder given.
+Writes attention_bench.csv, .png and .svg to the folder given, and every measurement as soon as it is made: a bench that was
+stopped goes on.
 """
 
 import argparse
@@ -19,14 +20,14 @@ import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
-from transformers import FalconConfig, FalconForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import FalconConfig, FalconModel, LlamaConfig, LlamaModel, PreTrainedModel
 
-from ragkit import plots
 from ragkit.attention import observe, pooled
 from ragkit.attention_cost import Shape, eager_bytes, fitted_rates, fused_work, recorded_bytes, recorded_work
 
 ROWS = 8
 EAGER_UP_TO = 4096  # beyond it, eager attention of this shape needs more than 24 GiB
+VOCABULARY = 1000  # the embedding is looked up, not computed with
 WAYS = ("fused", "ours", "eager")
 SHAPES = {
     "falcon": Shape(12, 12, 64, 12, 2 * 768 * 3072),
@@ -37,20 +38,20 @@ SHAPES = {
 
 def model_of(kind: str, implementation: str) -> PreTrainedModel:
     shape = SHAPES[kind]
-    same = {"hidden_size": shape.hidden, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "vocab_size": 50304}
+    same = {"hidden_size": shape.hidden, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "vocab_size": VOCABULARY}
     torch.manual_seed(0)
     if kind == "llama":
         config = LlamaConfig(**same, intermediate_size=2048, num_key_value_heads=shape.kv_heads, max_position_embeddings=8192)
         config._attn_implementation = implementation
-        return LlamaForCausalLM(config).eval()
+        return LlamaModel(config).eval()
     config = FalconConfig(**same, alibi=True, multi_query=False, parallel_attn=False, new_decoder_architecture=False, bias=True)
     config._attn_implementation = implementation
-    return FalconForCausalLM(config).eval()
+    return FalconModel(config).eval()
 
 
 def run(model: PreTrainedModel, way: str, tokens: int) -> None:
     """One pass over one prompt of random tokens."""
-    ids = torch.randint(3, 50000, (1, tokens), device=model.device)
+    ids = torch.randint(3, VOCABULARY, (1, tokens), device=model.device)
     mask = torch.ones_like(ids)
     if way == "ours":
         rows = torch.arange(tokens - ROWS, tokens)[None]
@@ -58,7 +59,7 @@ def run(model: PreTrainedModel, way: str, tokens: int) -> None:
         pooled(lambda visit: observe(model, ids, mask, rows, visit), uses)
     else:
         with torch.no_grad():
-            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, output_attentions=way == "eager")
+            model(input_ids=ids, attention_mask=mask, use_cache=False, output_attentions=way == "eager")
     if model.device.type == "cuda":
         torch.cuda.synchronize()
 
@@ -115,17 +116,21 @@ def apart(kind: str, tokens: int, ways: list[str], repeats: int) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def table_of(kinds: list[str], lengths: list[int], repeats: int) -> pd.DataFrame:
+def table_of(kinds: list[str], lengths: list[int], repeats: int, folder: Path) -> pd.DataFrame:
     """One line for each kind, length and way; see `modelled` for the last columns."""
-    lines = []
-    cases = [(kind, tokens) for kind in kinds for tokens in (lengths if kind != "falcon-rw-1b" else [2048])]
+    kept = folder / "measured.json"
+    lines = json.loads(kept.read_text()) if kept.exists() else []
+    cases = [(kind, tokens) for tokens in lengths for kind in kinds if kind != "falcon-rw-1b"] + [("falcon-rw-1b", 2048)] * ("falcon-rw-1b" in kinds)
     for kind, tokens in tqdm(cases, desc="bench"):
+        if any(line["kind"] == kind and line["tokens"] == tokens for line in lines):
+            continue
         ways = [way for way in WAYS if way != "eager" or tokens <= EAGER_UP_TO]
         seconds = apart(kind, tokens, ways, repeats)
         for way in ways:
             memory = apart(kind, tokens, [way], 0)[way]
             lines.append({"kind": kind, "tokens": tokens, "way": way, "seconds": statistics.median(seconds[way]), "MB": memory / 1e6, "runs": repeats})
-    return modelled(pd.DataFrame(lines))
+        kept.write_text(json.dumps(lines))
+    return modelled(pd.DataFrame(lines).sort_values(["kind", "tokens"], kind="stable", ignore_index=True))
 
 
 def modelled(table: pd.DataFrame) -> pd.DataFrame:
@@ -164,7 +169,10 @@ def main() -> None:
         measure(kind, int(tokens), ways.split(","), int(repeats))
         return
     kinds = ["falcon", "llama"] + (["falcon-rw-1b"] if torch.cuda.is_available() else [])
-    table = table_of(kinds, given.tokens, given.repeats)
+    given.folder.mkdir(parents=True, exist_ok=True)
+    table = table_of(kinds, given.tokens, given.repeats, given.folder)
+    from ragkit import plots  # not at the top: the measuring processes would pay for it
+
     plots.use_theme()
     figure, alt = plots.attention_cost(table)
     plots.show(figure, alt, given.folder, "attention_bench", table)
