@@ -29,7 +29,7 @@ def calls(draw):
     return Call(query, key, value, mask, draw(st.booleans()), scale, softcap), rows
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 @given(calls())
 def test_rows_are_those_of_the_formula_and_sum_to_one(case):
     call, rows = case
@@ -58,7 +58,7 @@ def test_the_order_of_heads_changes_nothing(case, seed):
 MODELS = {name: make(name) for name in ("falcon-alibi", "gpt2", "llama", "gemma2")}
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(st.sampled_from(sorted(MODELS)), st.lists(st.integers(1, 12), min_size=2, max_size=4), st.integers(0, 10**6), st.data())
 def test_batch_padding_and_its_content_change_nothing(name, sizes, seed, data):
     model = MODELS[name]
