@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import logging
 import os
+import pkgutil
 import platform
 import resource
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,10 @@ from ragkit import RagkitError
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 log = logging.getLogger("ragkit")
+
+
+class NotebookError(RagkitError):
+    """A notebook that cannot be run, or that failed."""
 
 
 def doctor() -> None:
@@ -47,58 +54,133 @@ def doctor() -> None:
 
 def reproduce(profile_name: str, runs: Path) -> None:
     """Runs the notebooks in order through papermill, each a remembered stage, then writes manifest and report."""
+    from ragkit.profile import load_profile
+
+    profile = load_profile(profile_name)  # before the slow imports: a slip is named at once
     from ragkit import report
     from ragkit.lab import Lab
+    from ragkit.store import room_on_disk, write_whole
 
-    lab = Lab(profile_name, runs)
+    lab = Lab(profile, runs)
     started = time.monotonic()
-    with lab.store.only_run():
+    with lab.store.only_run(), room_on_disk(lab.store.folder, "notebooks and report"):
         status = run_notebooks(lab, profile_name, runs)
         manifest = collect_manifest(lab, status, time.monotonic() - started)
-        (lab.store.folder / "manifest.json").write_text(json.dumps(manifest, indent=1), "utf8")
+        write_whole(lab.store.folder / "manifest.json", json.dumps(manifest, indent=1))
         index = report.write(lab.store.folder)
     log.info("report: %s (%.0f s)", index, time.monotonic() - started)
 
 
 def run_notebooks(lab: Any, profile_name: str, runs: Path) -> dict[str, str]:
-    """Executes every notebook whose source, upstream code or profile changed; returns what happened to each."""
-    import hashlib
-
-    import papermill
-
+    """Executes every notebook whose source, upstream code, inputs or profile changed; returns what happened to each."""
     from ragkit.lab import Lab
-    from ragkit.store import code_of
+    from ragkit.store import code_of, file_hash, write_whole
 
     folder = lab.store.folder / "notebooks"
     folder.mkdir(exist_ok=True)
     package = sorted((Path(__file__).parent).glob("*.py"))
-    code = {p.stem: hashlib.sha256(p.read_bytes()).hexdigest()[:16] for p in package if p.stem in ("plots", "views", "claims", "metrics", "world", "corpus")}
+    code = {p.stem: file_hash(p)[:16] for p in package if p.stem in ("plots", "views", "claims", "metrics", "world", "corpus")}
     code |= code_of([Lab])
+    # A notebook runs in the run's folder: a profile of the user's own must be found from there.
+    profile = str(Path(profile_name).resolve()) if Path(profile_name).is_file() else profile_name
+    parameters = {"PROFILE": profile, "RUNS": str(runs.resolve())}
+    inputs, sound = lab.inputs(), lab.store.sound()
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(NOTEBOOKS.parent), os.environ.get("PYTHONPATH")]))
     status = {}
-    for source in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")):
-        parameters = {"PROFILE": profile_name, "RUNS": str(runs.resolve())}
-        known = papermill.inspect_notebook(str(source))
-        if unknown := set(parameters) - set(known):
-            raise RagkitError(f"{source.name}: its parameters cell does not know {sorted(unknown)}.")
-        record = {"source": hashlib.sha256(source.read_bytes()).hexdigest(), "profile": lab.profile.model_dump(mode="json"), "code": code}
+    sources = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+    if not sources:
+        raise NotebookError(f"There are no notebooks in {NOTEBOOKS}. Run this from a checkout of the repository, installed with pip install -e.")
+    for source in sources:
+        check_parameters(source, parameters)
+        record = {"source": file_hash(source), "profile": lab.profile.model_dump(mode="json"), "inputs": inputs, "code": code}
         done, stamp = folder / source.name, folder / f"{source.stem}.json"
-        if done.is_file() and stamp.is_file() and json.loads(stamp.read_text("utf8"))["record"] == record:
+        if is_reusable(done, stamp, record, sound):
             log.info("reused   notebook %s", source.stem)
             status[source.stem] = "reused"
             continue
         log.info("running  notebook %s", source.stem)
-        started, partial = time.monotonic(), folder / f"{source.stem}.partial"
-        environment = dict(os.environ)
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(NOTEBOOKS.parent), environment.get("PYTHONPATH", "")])
-        papermill.execute_notebook(
-            str(source), str(partial), parameters, kernel_name="python3", progress_bar=False, log_output=False, cwd=str(lab.store.folder)
-        )
+        started, partial = time.monotonic(), lab.store.folder / "partial" / source.name
+        execute(source, partial, parameters, lab.store.folder)
         partial.replace(done)
         seconds = round(time.monotonic() - started, 1)
-        stamp.write_text(json.dumps({"record": record, "seconds": seconds}), "utf8")
+        sound = lab.store.sound()
+        write_whole(stamp, json.dumps({"record": record, "seconds": seconds, "hash": file_hash(done), "stages": sound}))
         log.info("done     notebook %s in %.0f s", source.stem, seconds)
         status[source.stem] = f"ran in {seconds} s"
     return status
+
+
+def check_parameters(source: Path, parameters: dict[str, str]) -> None:
+    """papermill only warns about a parameter that a notebook does not know; here it is an error."""
+    import papermill
+
+    known = papermill.inspect_notebook(str(source))
+    if unknown := sorted(set(parameters) - set(known)):
+        raise NotebookError(f"{source.name} does not know the parameter {', '.join(unknown)}: give it a line in its cell tagged 'parameters'.")
+
+
+def is_reusable(done: Path, stamp: Path, record: dict[str, Any], sound: dict[str, str]) -> bool:
+    """Whether an executed notebook is whole, was made from just these things, and the stages it left are still there."""
+    from ragkit.store import file_hash
+
+    try:
+        saved = json.loads(stamp.read_text("utf8"))
+        return bool(saved["record"] == record and saved["hash"] == file_hash(done) and saved["stages"].items() <= sound.items())
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def execute(source: Path, out: Path, parameters: dict[str, str], folder: Path) -> None:
+    """Runs one notebook in `folder`; what goes wrong in it ends as one sentence that names notebook and cell.
+
+    papermill works in a thread of its own, because in the main thread it takes Ctrl-C for itself and reports a dead kernel.
+    """
+    import papermill
+    import psutil
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
+
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(
+            papermill.execute_notebook, str(source), str(out), parameters,
+            kernel_name="python3", progress_bar=False, log_output=False, cwd=str(folder), extra_arguments=["--log-level=ERROR"],
+        )  # fmt: skip
+        try:
+            work.result()
+        except KeyboardInterrupt:
+            while not work.done():
+                for kernel in psutil.Process().children():
+                    kernel.kill()
+                time.sleep(0.1)
+            raise
+        except DeadKernelError:
+            raise NotebookError(
+                f"Notebook {source.name}: its Python process was killed, most likely because memory ran out. "
+                "Close other programs or choose a smaller profile, then give the same command: what was finished is kept."
+            ) from None
+        except PapermillExecutionError as error:
+            raise NotebookError(failure(source, out, error)) from None
+
+
+def failure(source: Path, out: Path, error: Any) -> str:
+    """The sentence for a cell that raised: our own errors speak for themselves, others are named with their cell."""
+    where = f"Notebook {source.name}, cell {error.exec_count}"
+    if error.ename in own_errors():
+        return f"{where}: {error.evalue}"
+    first = next((line for line in error.source.splitlines() if line.strip()), "")
+    return f"{where} ({first.strip()!r}): {error.ename}: {error.evalue}\nThe notebook with its traceback: {out}"
+
+
+def own_errors() -> set[str]:
+    """Names of RagkitError and everything that the package derives from it."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)], "ragkit."):
+        importlib.import_module(module.name)
+    waiting, names = [RagkitError], set()
+    while waiting:
+        kind = waiting.pop()
+        names.add(kind.__name__)
+        waiting += kind.__subclasses__()
+    return names
 
 
 def collect_manifest(lab: Any, notebooks: dict[str, str], seconds: float) -> dict[str, Any]:
@@ -106,10 +188,13 @@ def collect_manifest(lab: Any, notebooks: dict[str, str], seconds: float) -> dic
     import psutil
     import torch
 
-    stages = {}
-    for file in sorted((lab.store.folder / "stages").rglob("stage.json")):
-        saved = json.loads(file.read_text("utf8"))
-        stages[str(file.parent.relative_to(lab.store.folder / "stages"))] = {"key": saved["key"], "seconds": saved["seconds"]}
+    stages: dict[str, Any] = {}
+    trimmed: dict[str, Any] = {}
+    for name, saved in lab.store.records().items():
+        stages[name] = {"key": saved["key"], "seconds": saved["seconds"]}
+        if "trimmed.json" in saved["files"]:
+            counts = json.loads((lab.store.folder / "stages" / name / "trimmed.json").read_text("utf8"))
+            trimmed |= {name: counts} if counts["trimmed"] else {}
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=NOTEBOOKS.parent, capture_output=True, text=True, check=False)
     return {
         "profile": lab.profile.model_dump(mode="json"),
@@ -124,18 +209,39 @@ def collect_manifest(lab: Any, notebooks: dict[str, str], seconds: float) -> dic
         "peak_memory_mib_of_a_notebook": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
         "seconds_of_this_call": round(seconds, 1),
         "notebooks": notebooks,
+        "trimmed_prompts": trimmed,
         "stages": stages,
     }
 
 
 def copy_for_lab(runs: Path) -> None:
-    """Working copies of the notebooks, so that editing them never touches the originals; edited copies are kept."""
+    """Working copies of the notebooks, so that editing them never touches the originals; copies already there are kept.
+
+    Prints their folder, for the Makefile.
+    """
     folder = runs / "lab"
     folder.mkdir(parents=True, exist_ok=True)
     for source in sorted(NOTEBOOKS.glob("*.ipynb")):
-        if not (folder / source.name).exists():
-            shutil.copy(source, folder / source.name)
+        copy = folder / source.name
+        if copy.exists():
+            log.info("kept     %s (remove it to get a fresh copy)", copy)
+        else:  # the copy stands one folder nearer to the runs than its original
+            copy.write_text(source.read_text("utf8").replace('RUNS = \\"../runs\\"', 'RUNS = \\"..\\"'), "utf8")
     sys.stdout.write(f"{folder}\n")
+
+
+def rewrite_report(profile_name: str, runs: Path) -> None:
+    """Writes the report of a finished run again."""
+    from ragkit.profile import load_profile
+
+    run = runs / load_profile(profile_name).name
+    if not (run / "manifest.json").is_file():
+        raise RagkitError(f"There is no finished run in {run}. First: python -m ragkit reproduce --profile {profile_name} --runs {runs}")
+    from ragkit import report
+    from ragkit.store import room_on_disk
+
+    with room_on_disk(run, "report"):
+        log.info("report: %s", report.write(run))
 
 
 def main() -> int:
@@ -146,7 +252,7 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("papermill", "httpx", "bm25s", "datasets"):
+    for noisy in ("papermill", "httpx", "bm25s", "datasets", "faiss"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         if arguments.command == "doctor":
@@ -154,10 +260,7 @@ def main() -> int:
         elif arguments.command == "reproduce":
             reproduce(arguments.profile, arguments.runs)
         elif arguments.command == "report":
-            from ragkit import report
-            from ragkit.profile import load_profile
-
-            log.info("report: %s", report.write(arguments.runs / load_profile(arguments.profile).name))
+            rewrite_report(arguments.profile, arguments.runs)
         else:
             copy_for_lab(arguments.runs)
     except RagkitError as error:

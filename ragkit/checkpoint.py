@@ -79,6 +79,7 @@ def load(folder: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optim
         groups = [{key: tuple(value) if isinstance(value, list) and key != "params" else value for key, value in group.items()} for group in kept["groups"]]
         optimizer.load_state_dict({"state": state, "param_groups": groups})
     torch.set_rng_state(tensors["random"])
+    log.info("going on from the checkpoint in %s", folder)
     return json.loads(metadata["history"])
 
 

@@ -19,7 +19,8 @@ from ragkit import RagkitError, checkpoint, world
 from ragkit.attention import observe, pooled
 from ragkit.corpus import Passage, Question
 from ragkit.profile import ReaderSettings
-from ragkit.retriever import check_model
+from ragkit.retriever import loading
+from ragkit.store import input_hash
 
 log = logging.getLogger(__name__)
 CHECKPOINT_EVERY = 50  # steps of Step 1
@@ -52,6 +53,9 @@ class Reader:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: ReaderSettings, style: str = "question") -> None:
         if not tokenizer.is_fast:
             raise ReaderError(f"{settings.model}: a fast tokenizer (tokenizer.json) is needed to find each passage's tokens.")
+        limit = getattr(model.config, "max_position_embeddings", settings.context)
+        if settings.context > limit and not getattr(model.config, "alibi", False):
+            raise ReaderError(f"{settings.model} has {limit} positions. Lower reader.context from {settings.context} to that or less.")
         self.model, self.tokenizer, self.settings, self.style = model.eval(), tokenizer, settings, style
         self.end = tokenizer.eos_token_id
         self.pad = self.end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -63,13 +67,17 @@ class Reader:
         An encoder-decoder becomes a `ragkit.fid.FidReader`.
         """
         path = str(embedded_reader()) if name == "embedded" else name
-        check_model(path)
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        if AutoConfig.from_pretrained(path).is_encoder_decoder:
+        if name == "embedded":
+            check_whole(embedded_reader())
+        with loading(path):
+            is_encoder_decoder = AutoConfig.from_pretrained(path).is_encoder_decoder
+            kind = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
+            model, tokenizer = kind.from_pretrained(path, dtype=torch.float32, use_safetensors=True), AutoTokenizer.from_pretrained(path)
+        if is_encoder_decoder:
             from ragkit.fid import FidReader  # it builds on this module
 
-            return FidReader(AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True), tokenizer, settings, style)
-        return cls(AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, use_safetensors=True), tokenizer, settings, style)
+            return FidReader(model, tokenizer, settings, style)
+        return cls(model, tokenizer, settings, style)
 
     def save(self, folder: Path) -> None:
         self.model.save_pretrained(folder)
@@ -186,6 +194,16 @@ class Reader:
 def embedded_reader() -> Path:
     """The folder of the reader that ships with the package."""
     return Path(str(resources.files("ragkit").joinpath("assets/reader")))
+
+
+def check_whole(folder: Path) -> None:
+    """Compares the embedded reader's files with the hashes that were shipped beside them."""
+    for line in (folder / "sha256.txt").read_text("utf8").splitlines():
+        expected, name = line.split()
+        if not (folder / name).is_file() or input_hash(folder / name) != expected:
+            raise ReaderError(
+                f"The embedded reader's {folder / name} is damaged or missing. Get it back: git checkout -- ragkit/assets/reader, or install again."
+            )
 
 
 def note_trimmed(trimmed: int, prompts: int, folder: Path) -> None:

