@@ -9,7 +9,7 @@ READY := .venv/ready
 endif
 PYTHON ?= python3
 
-.PHONY: help reproduce lab test slow report lint pretrain clean doctor
+.PHONY: help reproduce lab test slow report lint bench pretrain clean doctor
 help:            ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
