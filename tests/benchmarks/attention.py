@@ -10,6 +10,7 @@ stopped goes on.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -110,7 +111,9 @@ def measure(kind: str, tokens: int, ways: list[str], repeats: int) -> None:
 
 def apart(kind: str, tokens: int, ways: list[str], repeats: int) -> dict:
     arguments = ["--measure", kind, str(tokens), ",".join(ways), str(repeats)]
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
+    # Freed tensors must go back to the system at once, or the peak holds what the allocator kept for later (glibc).
+    environment = os.environ if repeats else {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{kind}, {tokens} tokens, {ways}: the measurement failed (out of memory?).\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
