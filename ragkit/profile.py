@@ -79,7 +79,7 @@ class ReaderSettings(Section):
     model: str = "embedded"
     context: Count = 1024
     answer_tokens: Count = 8
-    steps: Count = 300
+    steps: Count = 400
     batch: Count = 16
     rate: Positive = 1e-3
     gold_share: Share = 0.8
@@ -98,9 +98,9 @@ class DistillSettings(Section):
 
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1, strict=False)
     questions: Count = 1000
-    epochs: Count = 3
+    epochs: Count = 8
     batch: Count = 32
-    rate: Positive = 5e-4
+    rate: Positive = 3e-4
     entropy: Share = 0.5  # mean entropy of every non-uniform target, as a share of log(k): it fixes each temperature
     retriever_temperature: Positive = 0.05
 

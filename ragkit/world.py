@@ -227,19 +227,50 @@ def block(title: str, text: str) -> str:
     return f"{title}: {text}"
 
 
+Span = tuple[str, Literal["given", "frame", "answer"]]  # text told for the first time, text around, a fact's answer told again
 Draw = Literal["same_relation", "same_entity", "mixed"]
 
 
-def training_document(rng: random.Random, n_passages: int, n_restated: int, n_details: int = 2) -> str:
-    """A page of pretraining prose: passages, then their facts again in other words; no question with its answer.
+def told_again(entity: Entity, relation: str, wording: int) -> list[Span]:
+    """A statement of a fact that the page has already told, its answer marked."""
+    fact = state(entity, relation, wording)
+    start, end = fact.answer
+    return [(" " + fact.text[:start], "frame"), (fact.text[start:end], "answer"), (fact.text[end:], "frame")]
 
-    Wordings of questions occur as prose that leaves them open, so that a reader has met the words.
+
+def register_page(rng: random.Random, n: int, sharing: float, wordings: int) -> list[Span]:
+    """A page of pretraining prose: a register `name: answer.` of one kind of fact, and its entries again in any order.
+
+    Each entry comes again twice as an entry (once if sentences follow) and in `wordings` sentences. The shortest text
+    in which a reader must look up *whose* fact is meant.
+    """
+    world = rng.choice(list(spec()["worlds"]))
+    kind, relation = rng.choice(list(relations(world)))
+    entities = make_entities(world, n, rng, reserved=False, sharing=sharing, kind=kind)
+    spans: list[Span] = [(rng.choice(spec()["prose"]["register"]), "given")]
+    spans += [(f" {e.name}: {e.facts[relation][0]}.", "given") for e in entities]
+    spans.append(("\n" + rng.choice(spec()["prose"]["digest"]), "frame"))
+    entry: list[Span]
+    again: list[list[Span]] = []
+    for entity in entities:
+        entry = [(f" {entity.name}: ", "frame"), (entity.facts[relation][0], "answer"), (".", "frame")]
+        again += [entry] * (1 if wordings else 3)
+        again += [told_again(entity, relation, w) for w in rng.sample(range(5), wordings)]
+    for sentence in rng.sample(again, len(again)):
+        spans += sentence
+    return spans
+
+
+def passages_page(rng: random.Random, n: int, n_details: int, sharing: float, restated: int, n_open: int) -> list[Span]:
+    """A page of pretraining prose: `n` passages, then their facts again in other words; no question with its answer.
+
+    `n_open` sentences hold a question's wording as prose that leaves it open, so that a reader has met the words.
     """
     world = rng.choice(list(spec()["worlds"]))
     rels = relations(world)
-    draw: Draw = rng.choice(("same_relation", "same_relation", "same_entity", "mixed"))
+    draw: Draw = rng.choice(("same_relation", "same_relation", "same_relation", "same_entity", "mixed"))
     kind, relation = rng.choice(list(rels))
-    entities = make_entities(world, n_passages, rng, reserved=False, sharing=rng.choice((1.0, 2.0, 3.0)), kind=kind if draw != "mixed" else None)
+    entities = make_entities(world, n, rng, reserved=False, sharing=sharing, kind=kind if draw != "mixed" else None)
     facts: list[tuple[Entity, str]] = []
     for entity in entities:
         if draw == "same_relation":
@@ -253,26 +284,32 @@ def training_document(rng: random.Random, n_passages: int, n_restated: int, n_de
         wording = rng.randrange(len(rels[entity.kind, rel]["statements"]))
         paragraphs.append(block(entity.name, write_passage(entity, rel, wording, rng, n_details)[0]))
         unused.setdefault((entity.name, rel), (entity, [w for w in range(5) if w != wording]))
-    digest = [rng.choice(spec()["prose"]["digest"])]
     restatements = [(entity, rel, w) for (_, rel), (entity, wordings) in unused.items() for w in wordings]
-    for entity, rel, wording in rng.sample(restatements, min(n_restated, len(restatements))):
-        digest.append(state(entity, rel, wording).text)
-    for _ in range(2):
+    sentences = [told_again(*choice) for choice in rng.sample(restatements, min(restated, len(restatements)))]
+    for _ in range(n_open):
         entity, rel = rng.choice(facts)
-        frame = rng.choice(spec()["prose"]["open"])
-        question = ask(entity, rel, rng.randrange(4), rng)
-        sentence = frame.replace("{q}", question)
-        digest.insert(rng.randint(1, len(digest)), sentence if sentence.endswith(("?", ".")) else sentence + ".")
-    return "\n".join([*paragraphs, " ".join(digest)])
+        sentences.insert(rng.randint(0, len(sentences)), [(" " + left_open(entity, rel, rng.randrange(4), rng), "frame")])
+    return [("\n".join(paragraphs), "given"), ("\n" + rng.choice(spec()["prose"]["digest"]), "frame"), *(span for s in sentences for span in s)]
+
+
+def left_open(entity: Entity, relation: str, wording: int, rng: random.Random) -> str:
+    """A sentence of prose that carries a question's wording and leaves it open."""
+    sentence = rng.choice(spec()["prose"]["open"]).replace("{q}", ask(entity, relation, wording, rng))
+    return sentence if sentence.endswith(("?", ".")) else sentence + "."
 
 
 def open_prose(world: str, n: int, rng: random.Random) -> list[str]:
-    """`n` sentences of training prose that carry a question's wording about some unmeasured entity and leave it open."""
+    """`n` pieces of training prose that carry a question's wording about some unmeasured entity and leave it open.
+
+    A share of them (`topical_prose` of the world) goes on with a sentence on the same topic: that is how text ties the
+    words of a question to the words of passages, and how hard the set is for a retriever trained on such text.
+    """
+    rels, share = relations(world), spec()["worlds"][world]["topical_prose"]
     entities = make_entities(world, min(n, 200), rng, reserved=False)
-    sentences = []
+    pieces = []
     for _ in range(n):
         entity = rng.choice(entities)
         relation = rng.choice(list(entity.facts))
-        question = ask(entity, relation, rng.randrange(len(relations(world)[entity.kind, relation]["questions"])), rng)
-        sentences.append(rng.choice(spec()["prose"]["open"]).replace("{q}", question))
-    return sentences
+        piece = left_open(entity, relation, rng.randrange(len(rels[entity.kind, relation]["questions"])), rng)
+        pieces.append(f"{piece} {detail(entity, relation, rng)[0]}" if rng.random() < share else piece)
+    return pieces

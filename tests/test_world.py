@@ -49,10 +49,20 @@ def test_held_out_wordings_are_not_in_the_distillation_part():
         assert 3 in {q.wording for q in made.questions["test"]}
 
 
+def training_pages(i: int) -> list[list[world.Span]]:
+    rng = random.Random(i)
+    return [world.register_page(rng, 3, 1.0, 2), world.passages_page(rng, 4, 2, 1.0, 10, 2)]
+
+
+def training_text(n: int) -> list[str]:
+    """Both kinds of pretraining pages, as text."""
+    return ["".join(text for text, _ in page) for i in range(n) for page in training_pages(i)]
+
+
 def test_measured_names_never_stand_in_training_text():
     """Words of people, towns and companies in the frozen worlds do not occur in any training page."""
     frozen = {w for n in WORLDS for p in small(n).passages for w in p.title.lower().split()} - world.plain_words()
-    pages = " ".join(world.training_document(random.Random(i), 4, 10) for i in range(300)).lower()
+    pages = " ".join(training_text(300)).lower()
     assert frozen
     assert not frozen & set(pages.replace(":", " ").replace(".", " ").replace(",", " ").replace("?", " ").split())
 
@@ -69,8 +79,17 @@ def test_every_name_word_is_two_tokens(kind):
 
 def test_training_pages_need_no_unknown_token():
     tokenizer = build_tokenizer()
-    pages = [world.training_document(random.Random(i), 3, 8) for i in range(200)]
-    assert not any(tokenizer.unk_token_id in ids for ids in tokenizer(pages).input_ids)
+    assert not any(tokenizer.unk_token_id in ids for ids in tokenizer(training_text(200)).input_ids)
+
+
+def test_facts_told_again_were_told_before():
+    """Nearly all answers marked as told again stand in the page's own passages or entries; the rest under another alias."""
+    found = []
+    for page in (page for i in range(100) for page in training_pages(i)):
+        told = "".join(text for text, kind in page if kind == "given").lower()
+        found += [text.lower() in told for text, kind in page if kind == "answer"]
+    assert len(found) > 1000
+    assert 0.9 < sum(found) / len(found) < 1
 
 
 def test_a_question_in_training_text_is_left_open():
