@@ -11,23 +11,24 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from ragkit import corpus as corpora
-from ragkit import distill, index, metrics, teacher, world
-from ragkit.corpus import PARTS, Corpus, Passage, Question
-from ragkit.profile import DistillSettings, FileSet, Profile, RetrieverSettings, WorldSet, load_profile
-from ragkit.reader import Reader, embedded_reader, fine_tune, note_trimmed
-from ragkit.retriever import Retriever, passage_text, train_by_cropping
-from ragkit.store import Store, input_hash
+from ragkit import distill, index, metrics, teacher
+from ragkit.corpus import Corpus, Passage, Question
+from ragkit.profile import DistillSettings, FileSet, Profile, WorldSet, load_profile
+from ragkit.reader import Reader, embedded_reader
+from ragkit.retriever import Retriever, passage_text
+from ragkit.stages import DEPTH, Lessons, make_answers, make_corpus, make_distilled, make_fine_tuned, make_retriever, make_teacher, model_hashes
+from ragkit.store import Store
 
 log = logging.getLogger(__name__)
 
 READERS = ("off-the-shelf", "fine-tuned")
 TARGETS = {
     "off-the-shelf attention": "the pretrained reader's attention (the paper's first regime)",
+    "off-the-shelf attention, weaker prompt": "the same reader, asked with the prompt that it answers worse",
     "fine-tuned attention": "the attention of the reader after Step 1 (the paper's second regime)",
     "fine-tuned perplexity": "how likely the fine-tuned reader finds the answer given each passage alone",
     "uniform": "control: every passage the same",
@@ -35,142 +36,13 @@ TARGETS = {
     "answer string": "control: the passages that contain the answer as text",
     "oracle": "control: the gold passages",
 }
-DEPTH = 20
-TRAINING_WORLDS, TRAINING_ENTITIES, TRAINING_QUESTIONS = 8, 48, 576
-SAME_KIND_SHARE = 0.3  # of Step 1's prompts: all passages state the same kind of fact about different entities
-
-
-def make_corpus(settings: WorldSet | FileSet, folder: Path) -> None:
-    corpora.build(settings).save(folder)
-
-
-def make_retriever(corpus: Corpus, world_name: str | None, settings: RetrieverSettings, seed: int, folder: Path) -> None:
-    """The initial retriever, the passages' vectors, and each part's candidates.
-
-    The embedded one is trained on the passages and, in a world, on as much prose that holds the words of questions:
-    a word it never met would be noise in every vector, which a retriever pretrained on the web does not suffer from.
-    """
-    if settings.model == "embedded":
-        passages = list(corpus.passages)
-        if world_name:
-            prose = world.open_prose(world_name, len(passages), random.Random(f"prose {seed}"))
-            passages += [Passage("", "", sentence) for sentence in prose]
-        retriever = train_by_cropping(passages, settings, seed)
-    else:
-        retriever = Retriever.load(settings.model, settings)
-    retriever.save(folder / "model")
-    vectors = retriever.encode([passage_text(p) for p in corpus.passages])
-    arrays: dict[str, NDArray[Any]] = {"passages": vectors}
-    for part in PARTS:
-        queries = retriever.encode([q.text for q in corpus.questions[part]])
-        arrays[part] = index.search(queries, vectors, min(DEPTH, len(vectors)))[0]
-    save_file(arrays, folder / "vectors.safetensors")
-
-
-class Lessons:
-    """What Step 1 learns from: questions with retrieved passages, never those of the measured parts.
-
-    In an embedded world: freshly drawn training worlds, searched by the initial retriever. On real text: the
-    questions for distillation with their candidates.
-    """
-
-    def __init__(self, settings: WorldSet | FileSet, corpus: Corpus, retriever: Retriever, candidates: NDArray[np.int64], profile: Profile) -> None:
-        self.profile = profile
-        self.items: list[tuple[Question, list[Passage], list[Passage], list[Passage]]] = []  # question, found, gold, same kind
-        if isinstance(settings, FileSet):
-            for question, row in zip(corpus.questions["distill"], candidates, strict=True):
-                self.add(question, corpus, row.tolist(), [])
-            return
-        for number in range(TRAINING_WORLDS):
-            drawn = training_world(settings, 1000 * profile.seed + number)
-            questions = drawn.questions["distill"]
-            queries = retriever.encode([q.text for q in questions])
-            vectors = retriever.encode([passage_text(p) for p in drawn.passages])
-            found = index.search(queries, vectors, profile.k)[0]
-            same_kind: dict[str, list[int]] = {}
-            for q in questions:
-                same_kind.setdefault(q.relation, []).append(q.gold[0])
-            for q, row in zip(questions, found, strict=True):
-                self.add(q, drawn, row.tolist(), sorted(set(same_kind[q.relation])))
-
-    def add(self, question: Question, corpus: Corpus, found: list[int], same_kind: list[int]) -> None:
-        def read(places: Any) -> list[Passage]:
-            return [corpus.passages[i] for i in places]
-
-        others = [i for i in same_kind if i not in question.gold]
-        self.items.append((question, read(i for i in found[: self.profile.k]), read(question.gold), read(others)))
-
-    def draw(self, rng: random.Random) -> tuple[Question, list[Passage]]:
-        """A question and k passages in random order; a gold one is put among them in `reader.gold_share` of the draws."""
-        question, found, gold, same_kind = rng.choice(self.items)
-        k = self.profile.k
-        if gold and len(same_kind) >= k - 1 and rng.random() < SAME_KIND_SHARE:
-            passages = [rng.choice(gold), *rng.sample(same_kind, k - 1)]
-        else:
-            passages = list(found)
-            if gold and not any(p in gold for p in passages) and rng.random() < self.profile.reader.gold_share:
-                passages[rng.randrange(len(passages))] = rng.choice(gold)
-        return question, rng.sample(passages, len(passages))
-
-
-def training_world(settings: WorldSet, seed: int) -> Corpus:
-    """A small redrawn world for Step 1: other names than the frozen one, no held-out wording."""
-    fresh = settings.model_copy(update={"seed": seed, "entities": TRAINING_ENTITIES, "distill": TRAINING_QUESTIONS, "dev": 1, "test": 1})
-    return corpora.build_world(fresh, reserved=False)
-
-
-def make_fine_tuned(reader: Reader, lessons: Lessons, seed: int, folder: Path) -> None:
-    losses = fine_tune(reader, lessons.draw, folder, seed)
-    reader.save(folder)
-    (folder / "losses.json").write_text(json.dumps(losses), "utf8")
-
-
-def make_teacher(reader: Reader, corpus: Corpus, candidates: NDArray[np.int64], n: int, k: int, folder: Path) -> None:
-    questions = corpus.questions["distill"][:n]
-    scores = teacher.look(reader, questions, [[corpus.passages[i] for i in row[:k]] for row in candidates[: len(questions)]])
-    teacher.save(scores, folder)
-    note_trimmed(int((scores["trimmed"] > 0).sum()), len(questions), folder)
-
-
-def make_distilled(
-    corpus: Corpus,
-    retriever: Retriever,
-    vectors: dict[str, NDArray[Any]],
-    targets: NDArray[np.float64],
-    settings: DistillSettings,
-    k: int,
-    seed: int,
-    folder: Path,
-) -> None:
-    """Step 2 for one target and seed: the test rankings, and the curve over epochs measured on dev."""
-    questions = corpus.questions["distill"][: len(targets)]
-    dev = corpus.questions["dev"]
-
-    def watch(now: Retriever) -> dict[str, float]:
-        found = index.search(now.encode([q.text for q in dev]), vectors["passages"], k)[0].tolist()
-        return {"hr": float(metrics.hits(found, [q.gold for q in dev], k).mean())}
-
-    torch.manual_seed(seed)
-    curve = distill.train_queries(
-        retriever, [q.text for q in questions], torch.from_numpy(vectors["passages"]),
-        torch.from_numpy(vectors["distill"][: len(questions), :k].copy()), torch.from_numpy(targets).float(),
-        settings, seed, folder, watch,
-    )  # fmt: skip
-    queries = retriever.encode([q.text for q in corpus.questions["test"]])
-    save_file({"test": index.search(queries, vectors["passages"], min(DEPTH, len(corpus.passages)))[0]}, folder / "ranking.safetensors")
-    (folder / "curve.json").write_text(json.dumps(curve), "utf8")
-
-
-def make_answers(reader: Reader, questions: list[Question], found: list[list[Passage]], folder: Path) -> None:
-    prompts = [reader.prompt(q, passages) for q, passages in zip(questions, found, strict=True)]
-    note_trimmed(sum(p.trimmed > 0 for p in prompts), len(prompts), folder)
-    answers = reader.answer(prompts)
-    (folder / "answers.json").write_text(json.dumps(answers, ensure_ascii=False), "utf8")
-
-
-def model_hashes(name: str) -> dict[str, str]:
-    """The files that make a local model what it is, by hash; empty for a hub name or an embedded retriever."""
-    return {file.name: input_hash(file) for kind in ("*.safetensors", "*.json") for file in sorted(Path(name).glob(kind))}
+TEACHERS = {
+    "off-the-shelf attention": "off-the-shelf",
+    "off-the-shelf attention, weaker prompt": "off-the-shelf-weaker",
+    "fine-tuned attention": "fine-tuned",
+    "fine-tuned perplexity": "fine-tuned",
+    "shuffled": "fine-tuned",
+}  # whose scores a target is made from
 
 
 class Lab:
@@ -228,10 +100,12 @@ class Lab:
         return [[corpus.passages[i] for i in row[: self.profile.k]] for row in rows]
 
     def reader(self, set_name: str, which: str) -> Reader:
-        """The reader before (`off-the-shelf`) or after Step 1 (`fine-tuned`)."""
+        """The reader before Step 1 (`off-the-shelf`, or `off-the-shelf-weaker` with its weaker prompt) or after it (`fine-tuned`)."""
         settings = self.profile.reader
-        if which == "off-the-shelf":
-            return Reader.load(settings.model, settings, self.off_the_shelf_style(set_name))
+        if which != "fine-tuned":
+            scores = self.style_scores(set_name)
+            style = (min if which == "off-the-shelf-weaker" else max)(scores, key=lambda name: scores[name])
+            return Reader.load(settings.model, settings, style)
         name = f"step1/{set_name}"
 
         def make(folder: Path) -> None:
@@ -253,22 +127,26 @@ class Lab:
         sets = {name: corpora.input_hashes(settings) for name, settings in self.sets.items()}
         return {"sets": sets, "retriever": model_hashes(self.profile.retriever.model), "reader": self.reader_record()["weights"]}
 
+    @cached_property
+    def has_clozes(self) -> bool:
+        """Whether every set can also ask by the beginning of a statement: the embedded worlds can, real text cannot."""
+        return all(isinstance(s, WorldSet) for s in self.sets.values())
+
+    @cached_property
+    def targets(self) -> dict[str, str]:
+        """The targets of this run: TARGETS, without the weaker prompt where there is only one."""
+        return {name: what for name, what in TARGETS.items() if self.has_clozes or not name.endswith("weaker prompt")}
+
     def style_scores(self, set_name: str) -> dict[str, float]:
         """EM of the off-the-shelf reader on dev with a question prompt and, where there are clozes, a cloze prompt."""
         corpus = self.corpus(set_name)
         questions = corpus.questions["dev"][: self.profile.evaluate.answered]
-        styles = ["question", "cloze"] if all(q.cloze for q in questions) else ["question"]
         result = {}
-        for style in styles:
+        for style in ("question", "cloze") if self.has_clozes else ("question",):
             reader = Reader.load(self.profile.reader.model, self.profile.reader, style)
             answers = self.answers(set_name, f"off-the-shelf-{style}-dev", reader, questions, self.found(set_name, "dev"), f"retriever/{set_name}")
             result[style] = float(np.mean([metrics.exact_match(a, q.answers) for a, q in zip(answers, questions, strict=True)]))
         return result
-
-    def off_the_shelf_style(self, set_name: str) -> str:
-        """The prompt with which the off-the-shelf reader does better on dev."""
-        scores = self.style_scores(set_name)
-        return max(scores, key=lambda style: scores[style])
 
     def answers(self, set_name: str, label: str, reader: Reader, questions: list[Question], found: list[list[Passage]], upstream: str) -> list[str]:
         """The reader's answers to the first questions from the given passages, as a stage."""
@@ -288,13 +166,13 @@ class Lab:
         return teacher.load(self.open(f"teacher/{set_name}/{which}", make, record, upstream, [make_teacher]))
 
     def target(self, set_name: str, name: str) -> NDArray[np.float64]:
-        """A target of TARGETS for the questions for distillation `[questions, k]`."""
+        """A target of `targets` for the questions for distillation `[questions, k]`."""
         share, k = self.profile.distill.entropy, self.profile.k
         corpus = self.corpus(set_name)
         questions = corpus.questions["distill"][: self.profile.distill.questions]
         candidates = self.vectors(set_name)["distill"][: len(questions), :k].tolist()
-        if name in ("off-the-shelf attention", "fine-tuned attention"):
-            scores = self.teacher(set_name, name.removesuffix(" attention"))
+        if "attention" in name:
+            scores = self.teacher(set_name, TEACHERS[name])
             return distill.from_scores(teacher.attention_scores(scores, self.profile.attention), share)
         if name == "fine-tuned perplexity":
             return distill.from_scores(self.teacher(set_name, "fine-tuned")["likelihood"].astype(np.float64), share)
@@ -310,10 +188,9 @@ class Lab:
     def distilled(self, set_name: str, target: str, seed: int) -> tuple[NDArray[np.int64], list[dict[str, float]]]:
         """Step 2: the test ranking `[questions, 20]` and the curve over epochs."""
         upstream = [f"retriever/{set_name}"]
-        if target in ("off-the-shelf attention", "fine-tuned attention", "fine-tuned perplexity", "shuffled"):
-            which = "off-the-shelf" if target.startswith("off") else "fine-tuned"
-            self.teacher(set_name, which)
-            upstream.append(f"teacher/{set_name}/{which}")
+        if target in TEACHERS:
+            self.teacher(set_name, TEACHERS[target])
+            upstream.append(f"teacher/{set_name}/{TEACHERS[target]}")
         record = {
             "distill": self.profile.distill.model_dump(exclude={"seeds"}),
             "attention": self.profile.attention.model_dump(),
@@ -332,7 +209,7 @@ class Lab:
 
     @staticmethod
     def step2_name(set_name: str, target: str, seed: int) -> str:
-        return f"step2/{set_name}/{target.replace(' ', '-')}-{seed}"
+        return f"step2/{set_name}/{target.replace(',', '').replace(' ', '-')}-{seed}"
 
     def retrieval_rows(self, set_name: str) -> dict[tuple[str, int], NDArray[np.int64]]:
         """Test rankings by (system, seed): BM25, the initial retriever, and each target's distilled retrievers."""
@@ -340,7 +217,7 @@ class Lab:
         texts = [passage_text(p) for p in corpus.passages]
         rows = {("BM25", 0): index.bm25([q.text for q in corpus.questions["test"]], texts, min(DEPTH, len(texts)))}
         rows["initial", 0] = self.vectors(set_name)["test"]
-        for target in TARGETS:
+        for target in self.targets:
             for seed in self.profile.distill.seeds:
                 rows[target, seed] = self.distilled(set_name, target, seed)[0]
         return rows
@@ -373,7 +250,7 @@ class Lab:
                 cases.append((system, which, seed, self.found(set_name, "test", ranking), upstream))
         loaded, frames = {which: self.reader(set_name, which) for which in READERS}, []
         for system, which, seed, found, upstream in cases:
-            answers = self.answers(set_name, f"{system}-{which}-{seed}".replace(" ", "-"), loaded[which], questions, found, upstream)
+            answers = self.answers(set_name, f"{system}-{which}-{seed}".replace(",", "").replace(" ", "-"), loaded[which], questions, found, upstream)
             scored = {
                 "EM": [metrics.exact_match(a, q.answers) for a, q in zip(answers, questions, strict=True)],
                 "F1": [metrics.f1(a, q.answers) for a, q in zip(answers, questions, strict=True)],
@@ -409,7 +286,7 @@ class Lab:
                 cases["same kind of fact, other entities"] = same_kind
             for case, given in cases.items():
                 upstream = f"step1/{set_name}" if which == "fine-tuned" else f"retriever/{set_name}"
-                answers = self.answers(set_name, f"premise-{which}-{case}".replace(" ", "-").replace(",", ""), reader, questions, given, upstream)
+                answers = self.answers(set_name, f"premise-{which}-{case}".replace(",", "").replace(" ", "-"), reader, questions, given, upstream)
                 results[case] = float(np.mean([metrics.exact_match(a, q.answers) for a, q in zip(answers, questions, strict=True)]))
             rows += [(f"{which}: EM, {case}", value) for case, value in results.items()]
         return pd.DataFrame(rows, columns=["premise", "value"]).assign(set=set_name)

@@ -16,7 +16,7 @@ import torch
 from transformers import FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast
 
 from ragkit import corpus, index, metrics
-from ragkit.lab import TARGETS, Lab
+from ragkit.lab import Lab
 from ragkit.profile import RetrieverSettings, load_profile
 from ragkit.retriever import Retriever, passage_text
 
@@ -94,7 +94,7 @@ def check_run(run, asked, steps):
         assert len(scores) == asked["distill"]
         assert np.isfinite(scores).all()
         assert scores.std(axis=-1).max() > 0
-    for target in TARGETS:
+    for target in lab.targets:
         ranking, curve = lab.distilled("nq", target, 0)
         assert ranking.shape == (asked["test"], 20)
         assert np.isfinite(curve[-1]["kl"])
@@ -116,10 +116,10 @@ def test_a_falcon_on_real_text(tmp_path, falcon):
     """The paper's architecture with its own tokenizer, through all stages, on a few questions."""
     lab = Lab(str(write_profile(tmp_path, falcon, {"distill": 12, "dev": 6, "test": 12}, 200, steps=2, epochs=1, answered=4)), tmp_path / "runs")
     table = lab.per_question("nq")
-    assert set(table["system"]) == {"BM25", "initial", *TARGETS}
+    assert set(table["system"]) == {"BM25", "initial", *lab.targets}
     assert np.isfinite(lab.teacher("nq", "fine-tuned")["attention"]).all()
     assert lab.answer_rows("nq")["EM"].between(0, 1).all()
-    assert lab.off_the_shelf_style("nq") == "question"  # real questions come without clozes
+    assert lab.reader("nq", "off-the-shelf").style == "question"  # real questions come without clozes
 
 
 @pytest.mark.slow

@@ -170,8 +170,8 @@ def test_docstrings_and_comments_do_not_count():
 
 
 def test_code_is_followed_through_calls():
-    from ragkit import lab
+    from ragkit import stages
 
-    found = store.code_of([lab.make_distilled])
+    found = store.code_of([stages.make_distilled])
     assert "ragkit.distill.kl_loss" in found
     assert "ragkit.metrics.hits" in found
