@@ -153,7 +153,8 @@ def pretrain(out: Path, steps: int, seed: int, check_every: int = 500) -> Falcon
     model.eval().save_pretrained(out)
     tokenizer.save_pretrained(out)
     (out / "curve.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curve), "utf8")
-    (out / "sha256.txt").write_text(f"{file_hash(out / 'model.safetensors')}  model.safetensors\n", "utf8")
+    hashes = [f"{file_hash(out / name)}  {name}\n" for name in ("model.safetensors", "tokenizer.json")]
+    (out / "sha256.txt").write_text("".join(hashes), "utf8")
     checkpoint.remove(out)
     return model
 

@@ -288,13 +288,15 @@ def passages_page(rng: random.Random, n: int, n_details: int, sharing: float, re
     sentences = [told_again(*choice) for choice in rng.sample(restatements, min(restated, len(restatements)))]
     for _ in range(n_open):
         entity, rel = rng.choice(facts)
-        sentences.insert(rng.randint(0, len(sentences)), [(" " + left_open(entity, rel, rng.randrange(4), rng), "frame")])
+        sentences.insert(rng.randint(0, len(sentences)), [(" " + left_open(entity, rel, rng), "frame")])
     return [("\n".join(paragraphs), "given"), ("\n" + rng.choice(spec()["prose"]["digest"]), "frame"), *(span for s in sentences for span in s)]
 
 
-def left_open(entity: Entity, relation: str, wording: int, rng: random.Random) -> str:
-    """A sentence of prose that carries a question's wording and leaves it open."""
-    sentence = rng.choice(spec()["prose"]["open"]).replace("{q}", ask(entity, relation, wording, rng))
+def left_open(entity: Entity, relation: str, rng: random.Random) -> str:
+    """A sentence of prose that carries one of a question's wordings and leaves it open."""
+    frame = rng.choice(spec()["prose"]["open"])
+    wording = rng.randrange(len(relations(entity.world)[entity.kind, relation]["questions"]))
+    sentence = frame.replace("{q}", ask(entity, relation, wording, rng))
     return sentence if sentence.endswith(("?", ".")) else sentence + "."
 
 
@@ -304,12 +306,12 @@ def open_prose(world: str, n: int, rng: random.Random) -> list[str]:
     A share of them (`topical_prose` of the world) goes on with a sentence on the same topic: that is how text ties the
     words of a question to the words of passages, and how hard the set is for a retriever trained on such text.
     """
-    rels, share = relations(world), spec()["worlds"][world]["topical_prose"]
+    share = spec()["worlds"][world]["topical_prose"]
     entities = make_entities(world, min(n, 200), rng, reserved=False)
     pieces = []
     for _ in range(n):
         entity = rng.choice(entities)
         relation = rng.choice(list(entity.facts))
-        piece = left_open(entity, relation, rng.randrange(len(rels[entity.kind, relation]["questions"])), rng)
+        piece = left_open(entity, relation, rng)
         pieces.append(f"{piece} {detail(entity, relation, rng)[0]}" if rng.random() < share else piece)
     return pieces
