@@ -288,7 +288,8 @@ def passages_page(rng: random.Random, n: int, n_details: int, sharing: float, re
     sentences = [told_again(*choice) for choice in rng.sample(restatements, min(restated, len(restatements)))]
     for _ in range(n_open):
         entity, rel = rng.choice(facts)
-        sentences.insert(rng.randint(0, len(sentences)), [(" " + left_open(entity, rel, rng), "frame")])
+        sentence = " " + left_open(entity, rel, rng)
+        sentences.insert(rng.randint(0, len(sentences)), [(sentence, "frame")])
     return [("\n".join(paragraphs), "given"), ("\n" + rng.choice(spec()["prose"]["digest"]), "frame"), *(span for s in sentences for span in s)]
 
 
