@@ -95,7 +95,7 @@ def attention_cost(table: pd.DataFrame) -> tuple[Figure, str]:
     """
     kinds = list(table["kind"].unique())
     figure, axes = plt.subplots(2, len(kinds), figsize=(4.6 * len(kinds), 6.4), sharex="col", sharey="row", squeeze=False)
-    for row, (measure, label) in enumerate((("seconds", "seconds"), ("MB", "peak memory beyond the model, MB"))):
+    for row, (measure, label) in enumerate((("seconds", "seconds"), ("MB", "peak MB beyond the model"))):
         for axis, kind in zip(axes[row], kinds, strict=True):
             part = table[table["kind"] == kind]
             for way, colour, style in (("fused", PALETTE[0], "-"), ("ours", PALETTE[1], "--"), ("eager", PALETTE[3], "-.")):
