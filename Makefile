@@ -9,7 +9,7 @@ READY := .venv/ready
 endif
 PYTHON ?= python3
 
-.PHONY: help reproduce lab test slow report lint bench pretrain clean doctor
+.PHONY: help reproduce lab test slow report reference lint bench pretrain clean doctor
 help:            ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -41,6 +41,9 @@ lab: $(READY)        ## JupyterLab on working copies of the notebooks
 
 report: $(READY)     ## write the report of PROFILE again
 	$(BIN)python -m ragkit report --profile '$(PROFILE)'
+
+reference: $(READY)  ## make the run of PROFILE the reference in figures/ and in the README
+	$(BIN)python -m ragkit reference --profile '$(PROFILE)'
 
 doctor: $(READY)     ## can this machine run it?
 	$(BIN)python -m ragkit doctor

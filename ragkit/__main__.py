@@ -1,4 +1,4 @@
-"""`python -m ragkit`: doctor, reproduce, report, lab."""
+"""`python -m ragkit`: doctor, reproduce, report, reference, lab."""
 
 from __future__ import annotations
 
@@ -244,10 +244,21 @@ def rewrite_report(profile_name: str, runs: Path) -> None:
         log.info("report: %s", report.write(run))
 
 
+def publish_reference(profile_name: str, runs: Path) -> None:
+    """Makes a finished run the reference: figures, tables and manifest to `figures/`, the ledger's verdicts into the README."""
+    from ragkit import report
+    from ragkit.profile import load_profile
+
+    run = runs / load_profile(profile_name).name
+    if not (run / "manifest.json").is_file():
+        raise RagkitError(f"There is no finished run in {run}. First: python -m ragkit reproduce --profile {profile_name} --runs {runs}")
+    report.publish(run, NOTEBOOKS.parent / "figures", NOTEBOOKS.parent / "README.md")
+
+
 def main() -> int:
     """Parses the command line; every RagkitError ends as one sentence, without a traceback."""
     parser = argparse.ArgumentParser(prog="ragkit", description=__doc__)
-    parser.add_argument("command", choices=["doctor", "reproduce", "report", "lab"])
+    parser.add_argument("command", choices=["doctor", "reproduce", "report", "reference", "lab"])
     parser.add_argument("--profile", default="tiny", help="a shipped profile or a path to a YAML file")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept")
     arguments = parser.parse_args()
@@ -261,6 +272,8 @@ def main() -> int:
             reproduce(arguments.profile, arguments.runs)
         elif arguments.command == "report":
             rewrite_report(arguments.profile, arguments.runs)
+        elif arguments.command == "reference":
+            publish_reference(arguments.profile, arguments.runs)
         else:
             copy_for_lab(arguments.runs)
     except RagkitError as error:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import html
 import json
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
+import pandas as pd
 from nbconvert.filters.markdown_mistune import markdown2html_mistune
 from pygments import highlight
 from pygments.formatters import HtmlFormatter
@@ -104,3 +106,19 @@ def write(run: Path) -> Path:
     body += ledger.read_text("utf8") if ledger.is_file() else ""
     (folder / "index.html").write_text(page("Report", body, pages), "utf8")
     return folder / "index.html"
+
+
+def publish(run: Path, figures: Path, readme: Path) -> None:
+    """Copies a run's figures, tables and manifest to `figures`, and its verdicts to the README's ledger section."""
+    figures.mkdir(exist_ok=True)
+    for old in figures.iterdir():
+        old.unlink()
+    for kind in ("*.svg", "*.png", "*.csv", "*.txt"):
+        for path in (run / "figures").glob(kind):
+            shutil.copy(path, figures / path.name)
+    shutil.copy(run / "manifest.json", figures / "manifest.json")
+    ledger = pd.read_csv(run / "figures" / "09_ledger.csv").fillna("")
+    rows = [f"| {row.claim} | {row.statement} | **{row.verdict}** | {row.measured} |" for row in ledger.itertuples()]
+    table = "\n".join(["| | claim | verdict | measured |", "|---|---|---|---|", *rows])
+    before, rest = readme.read_text("utf8").split("<!-- ledger -->")
+    readme.write_text(f"{before}<!-- ledger -->\n{table}\n<!-- /ledger -->{rest.split('<!-- /ledger -->')[1]}", "utf8")
