@@ -22,8 +22,8 @@ nav{padding:.6rem 1rem;border-bottom:1px solid var(--line);display:flex;flex-wra
 main{max-width:56rem;margin:0 auto;padding:1rem}a{color:var(--link)}h1{line-height:1.2}
 pre{background:var(--code);padding:.7rem;overflow-x:auto;font-size:.82rem;line-height:1.45;border-radius:6px}
 .out{margin:.3rem 0 1rem;overflow-x:auto}.out pre{background:none;border-left:3px solid var(--line);border-radius:0}
-table{border-collapse:collapse;font-size:.85rem;display:block;overflow-x:auto}
-th,td{border-bottom:1px solid var(--line);padding:.3rem .6rem;text-align:left;vertical-align:top}
+table{border-collapse:collapse;border:0;font-size:.85rem;display:block;overflow-x:auto}
+th,td{border:0;border-bottom:1px solid var(--line);padding:.3rem .6rem;text-align:left!important;vertical-align:top}.anchor-link{display:none}
 img,svg{max-width:100%;height:auto}figcaption{color:var(--soft);font-size:.85rem}
 """
 
@@ -58,8 +58,8 @@ def notebook_html(path: Path) -> str:
         if cell.cell_type == "markdown":
             parts.append(markdown2html_mistune(cell.source))
             continue
-        if cell.cell_type != "code":
-            continue
+        if cell.cell_type != "code" or "injected-parameters" in cell.metadata.get("tags", []):
+            continue  # papermill's cell names this machine's folders; the manifest has the profile
         parts.append(highlight(cell.source, PythonLexer(), HtmlFormatter(cssclass="code")))
         shown = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
         shown = [o for o in shown if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]

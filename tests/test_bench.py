@@ -19,6 +19,7 @@ def tiny(monkeypatch, capsys):
         bench.measure(kind, tokens, ways, repeats)
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
+    monkeypatch.setattr(bench.torch, "set_num_threads", lambda count: None)  # here it would outlive the test
     peak = bench.peak
     monkeypatch.setattr(bench, "peak", lambda *given: max(1, peak(*given)))  # so small a pass may need no new page
     monkeypatch.setattr(bench, "apart", here)
