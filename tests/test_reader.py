@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import FalconForCausalLM
 
-from ragkit import RagkitError, reader
+from ragkit import reader
 from ragkit.corpus import Passage, Question
 from ragkit.pretrain import reader_config
 from ragkit.profile import ReaderSettings
@@ -109,11 +109,6 @@ def test_a_loss_that_is_not_a_number_stops_step1(tmp_path):
         one.model.transformer.ln_f.weight.fill_(float("nan"))
     with pytest.raises(ReaderError, match=r"Lower reader\.rate"):
         reader.fine_tune(one, lambda rng: (QUESTION, PASSAGES), tmp_path, 0)
-
-
-def test_a_missing_model_is_named():
-    with pytest.raises(RagkitError, match="'nowhere/at-all' cannot be loaded"):
-        Reader.load("nowhere/at-all", ReaderSettings())
 
 
 def test_the_embedded_reader_loads_and_matches_the_tokenizer():
