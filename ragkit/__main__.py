@@ -230,13 +230,19 @@ def copy_for_lab(runs: Path) -> None:
     sys.stdout.write(f"{folder}\n")
 
 
-def rewrite_report(profile_name: str, runs: Path) -> None:
-    """Writes the report of a finished run again."""
+def finished_run(profile_name: str, runs: Path) -> Path:
+    """The folder of a profile's finished run."""
     from ragkit.profile import load_profile
 
     run = runs / load_profile(profile_name).name
     if not (run / "manifest.json").is_file():
         raise RagkitError(f"There is no finished run in {run}. First: python -m ragkit reproduce --profile {profile_name} --runs {runs}")
+    return run
+
+
+def rewrite_report(profile_name: str, runs: Path) -> None:
+    """Writes the report of a finished run again."""
+    run = finished_run(profile_name, runs)  # before the slow imports: a slip is named at once
     from ragkit import report
     from ragkit.store import room_on_disk
 
@@ -246,12 +252,9 @@ def rewrite_report(profile_name: str, runs: Path) -> None:
 
 def publish_reference(profile_name: str, runs: Path) -> None:
     """Makes a finished run the reference: figures, tables and manifest to `figures/`, the ledger's verdicts into the README."""
+    run = finished_run(profile_name, runs)
     from ragkit import report
-    from ragkit.profile import load_profile
 
-    run = runs / load_profile(profile_name).name
-    if not (run / "manifest.json").is_file():
-        raise RagkitError(f"There is no finished run in {run}. First: python -m ragkit reproduce --profile {profile_name} --runs {runs}")
     report.publish(run, NOTEBOOKS.parent / "figures", NOTEBOOKS.parent / "README.md")
 
 

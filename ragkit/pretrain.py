@@ -43,8 +43,8 @@ def start(config: FalconConfig) -> FalconForCausalLM:
     """An untrained reader whose later layers begin by attending to similar contexts and copying what they find.
 
     Mimetic initialisation (Trockman and Kolter 2023): in every layer but the first, keys begin equal to queries and
-    value times output begins as a multiple of the identity; all other branches begin near zero. From Falcon's usual
-    random start, matching an entity to its passage had not begun after ten times the text.
+    value times output begins as a multiple of the identity; all other branches begin near zero. With Falcon's usual
+    random attention, finding the entity meant was still at chance after twice the text that this start needed.
     """
     model = FalconForCausalLM(config)
     hidden, heads = config.hidden_size, config.num_attention_heads

@@ -241,7 +241,7 @@ def told_again(entity: Entity, relation: str, wording: int) -> list[Span]:
 def register_page(rng: random.Random, n: int, sharing: float, wordings: int) -> list[Span]:
     """A page of pretraining prose: a register `name: answer.` of one kind of fact, and its entries again in any order.
 
-    Each entry comes again twice as an entry (once if sentences follow) and in `wordings` sentences. The shortest text
+    Each entry comes again three times as an entry, or once and in `wordings` sentences. The shortest text
     in which a reader must look up *whose* fact is meant.
     """
     world = rng.choice(list(spec()["worlds"]))

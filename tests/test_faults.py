@@ -352,7 +352,7 @@ def test_a_file_that_finds_no_room(tmp_path, work):
 def test_a_really_full_disk(tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("this root may not mount; the test above needs no mount")
+        pytest.skip("mounting is not allowed here (a container without that right); the test above meets a full disk without it")
     try:
         with pytest.raises(StoreError, match="No space left on device"):
             Store(tmp_path).stage("big", write_a_lot, {}, {}, [write_a_lot])
