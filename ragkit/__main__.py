@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ragkit import RagkitError
+from ragkit.workers import make_sets, start_logging
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 log = logging.getLogger("ragkit")
@@ -79,14 +80,14 @@ def run_notebooks(lab: Any, profile_name: str, runs: Path) -> dict[str, str]:
     folder = lab.store.folder / "notebooks"
     folder.mkdir(exist_ok=True)
     package = sorted((Path(__file__).parent).glob("*.py"))
-    code = {p.stem: file_hash(p)[:16] for p in package if p.stem in ("plots", "views", "claims", "metrics", "world", "corpus")}
+    code = {p.stem: file_hash(p)[:16] for p in package if p.stem in ("plots", "views", "claims", "metrics", "world", "corpus", "analysis", "indicators")}
     code |= code_of([Lab])
     # A notebook runs in the run's folder: a profile of the user's own must be found from there.
     profile = str(Path(profile_name).resolve()) if Path(profile_name).is_file() else profile_name
     parameters = {"PROFILE": profile, "RUNS": str(runs.resolve())}
     inputs, sound = lab.inputs(), lab.store.sound()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(NOTEBOOKS.parent), os.environ.get("PYTHONPATH")]))
-    status = {}
+    status: dict[str, str] = {}
     sources = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
     if not sources:
         raise NotebookError(f"There are no notebooks in {NOTEBOOKS}. Run this from a checkout of the repository, installed with pip install -e.")
@@ -98,6 +99,8 @@ def run_notebooks(lab: Any, profile_name: str, runs: Path) -> dict[str, str]:
             log.info("reused   notebook %s", source.stem)
             status[source.stem] = "reused"
             continue
+        if all(what == "reused" for what in status.values()):  # the first that must run
+            make_sets(profile, runs, list(lab.sets))
         log.info("running  notebook %s", source.stem)
         started, partial = time.monotonic(), lab.store.folder / "partial" / source.name
         execute(source, partial, parameters, lab.store.folder)
@@ -265,9 +268,7 @@ def main() -> int:
     parser.add_argument("--profile", default="tiny", help="a shipped profile or a path to a YAML file")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("papermill", "httpx", "bm25s", "datasets", "faiss"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    start_logging()
     try:
         if arguments.command == "doctor":
             doctor()

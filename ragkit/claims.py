@@ -7,6 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
@@ -24,9 +25,16 @@ class ClaimError(RagkitError):
 class Gain:
     """A gain over the initial system on one set, and over how many seeds it was measured."""
 
-    set_name: str
     value: Interval
     seeds: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """A claim on one set: the verdict by its rule, and what was measured, in words."""
+
+    verdict: str
+    measured: str
 
 
 def statements() -> dict[str, dict[str, Any]]:
@@ -68,36 +76,78 @@ def fails(poor: Gain, good: Gain) -> str:
     return "not reproduced" if poor.value.low >= good.value.mean / 2 else "undecided"
 
 
+def above_zero(value: Interval) -> str:
+    """Of a difference: reproduced if its interval lies above zero, not reproduced if below, else undecided.
+
+    At most 'partly', as is every verdict about attention: Step 1 is run with one seed, so it is about one reader a set.
+    """
+    return at_most_partly(improves(Gain(value, 1)), 1) if np.isfinite(value.mean) else "undecided"
+
+
+def most(top: Interval, lead: Interval) -> str:
+    """Rule of C3 and C4: the closest tenth of tokens gets more than the average token and more than every other tenth."""
+    return together([above_zero(Interval(top.mean - 1, top.low - 1, top.high - 1, top.n)), above_zero(lead)])
+
+
+def higher_when_it_works(difference: Interval, gain: Interval) -> str:
+    """Rule of C5 and C6 for one number: it is higher in the reader whose distillation gains more. Both fine-tuned minus off-the-shelf.
+
+    Undecided where neither reader's distillation gains clearly more than the other's.
+    """
+    if gain.low <= 0 <= gain.high:
+        return "undecided"
+    better_first = difference if gain.mean > 0 else Interval(-difference.mean, -difference.high, -difference.low, difference.n)
+    return above_zero(better_first)
+
+
+def divided_by(line: float, means: dict[str, Interval], gain: Interval) -> str:
+    """Rule of C6's line: the reader whose distillation gains more lies above it, the other does not.
+
+    Not reproduced if one of them lies clearly on the wrong side; undecided where an interval holds the line, or
+    neither gains clearly more.
+    """
+    if gain.low <= 0 <= gain.high or not all(np.isfinite(value.mean) for value in means.values()):
+        return "undecided"
+    good, poor = (means["fine-tuned"], means["off-the-shelf"]) if gain.mean > 0 else (means["off-the-shelf"], means["fine-tuned"])
+    if good.high < line or poor.low > line:
+        return "not reproduced"
+    return "partly" if good.low > line and poor.high < line else "undecided"
+
+
 def together(verdicts: list[str]) -> str:
     """One verdict for several parts: all the same, or 'partly' where some part is reproduced, else the weaker."""
     if len(set(verdicts)) == 1:
         return verdicts[0]
     if "reproduced" in verdicts or "partly" in verdicts:
         return "partly"
-    return "undecided" if "undecided" in verdicts else "not reproduced"
+    for weaker in ("not comparable", "not yet measured", "undecided"):
+        if weaker in verdicts:
+            return weaker
+    return "not reproduced"
 
 
-def decide(gains: dict[str, dict[str, dict[str, Gain]]], judge: bool) -> dict[str, dict[str, Any]]:
-    """Verdicts of C1, C2 and C8 from `gains[set][regime][measure]`; every other claim is 'not yet measured'.
+def decide(parts: dict[str, dict[str, Part]], judge: bool) -> dict[str, dict[str, Any]]:
+    """The ledger from `parts[set][claim]`; C8 compares the sets.
 
-    With `judge` off (a profile too small to tell) the measured claims are 'not comparable'.
+    With `judge` off (a profile too small to tell) every measured claim is 'not comparable'.
     """
-    ledger: dict[str, dict[str, Any]] = {claim: {"verdict": "not yet measured", "measured": "", "why": ""} for claim in statements()}
-    per_set: dict[str, list[str]] = {"C1": [], "C2": []}
-    notes: dict[str, list[str]] = {"C1": [], "C2": []}
-    for set_name, regimes in gains.items():
-        good, poor = regimes["fine-tuned"], regimes["off-the-shelf"]
-        per_set["C1"].append(together([improves(good[measure]) for measure in ("HR@5", "EM", "F1")]))
-        notes["C1"].append(f"{set_name}: " + ", ".join(f"{measure} {good[measure].value}" for measure in ("HR@5", "EM", "F1")))
-        per_set["C2"].append(fails(poor["HR@5"], good["HR@5"]))
-        notes["C2"].append(f"{set_name}: HR@5 {poor['HR@5'].value} against {good['HR@5'].value}")
-    for claim in ("C1", "C2"):
-        verdict = together(per_set[claim]) if judge else "not comparable"
-        why = "; ".join(f"{name}: {v}" for name, v in zip(gains, per_set[claim], strict=True)) if judge else "the profile is too small to judge"
-        ledger[claim] = {"verdict": verdict, "measured": "; ".join(notes[claim]), "why": why}
-    same = len(gains) > 1 and all(len(set(v)) == 1 for v in per_set.values())
-    verdict = "not comparable" if not judge or len(gains) < 2 else "not reproduced" if not same else together([v[0] for v in per_set.values()])
-    ledger["C8"] = {"verdict": verdict, "measured": "", "why": "C1 and C2, set by set" if judge else "the profile is too small to judge"}
+    small = "the profile is too small to judge"
+    ledger: dict[str, dict[str, Any]] = {}
+    for claim in (claim for claim in statements() if claim != "C8"):
+        verdicts = {name: measured[claim].verdict for name, measured in parts.items()}
+        told = "; ".join(f"{name}: {measured[claim].measured}" for name, measured in parts.items())
+        why = "; ".join(f"{name}: {verdict}" for name, verdict in verdicts.items())
+        ledger[claim] = {"verdict": together(list(verdicts.values())) if judge else "not comparable", "measured": told, "why": why if judge else small}
+    same = [claim for claim in ledger if len({measured[claim].verdict for measured in parts.values()}) == 1]
+    held = [claim for claim in same if ledger[claim]["verdict"] in ("reproduced", "partly")]
+    if not judge or len(parts) < 2:
+        verdict = "not comparable"
+    elif len(held) == len(ledger):
+        verdict = "reproduced" if all(ledger[claim]["verdict"] == "reproduced" for claim in held) else "partly"
+    else:
+        verdict = "partly" if held else "not reproduced"
+    told = f"the same verdict on both sets: {', '.join(same) or 'none'}; of these reproduced or partly so: {', '.join(held) or 'none'}"
+    ledger["C8"] = {"verdict": verdict, "measured": told if judge else "", "why": "claim by claim, set by set" if judge else small}
     return ledger
 
 

@@ -19,6 +19,7 @@ from ragkit.profile import DistillSettings
 from ragkit.retriever import Retriever
 
 Floats = NDArray[np.float64]
+LOOKS = 2  # times an epoch that Step 2 is looked at
 
 
 class DistillError(RagkitError):
@@ -87,45 +88,64 @@ def kl_loss(target: Tensor, scores: Tensor, temperature: float) -> Tensor:
     return (torch.xlogy(target, target) - target * (scores / temperature).log_softmax(-1)).sum(-1).mean()
 
 
-def train_queries(
+def reverse_kl_loss(target: Tensor, scores: Tensor, temperature: float) -> Tensor:
+    """Mean KL(softmax(scores / temperature) || target) over questions `[questions, k]`; the target is detached."""
+    logs = (scores / temperature).log_softmax(-1)
+    return (logs.exp() * (logs - target.detach().clamp(min=1e-6).log())).sum(-1).mean()
+
+
+def emdr2_loss(logs: Tensor, scores: Tensor, temperature: float) -> Tensor:
+    """EMDR2 (Sachan et al. 2021): minus the mean over answer tokens of log sum_k p(token | question, passage k) p_RETR(k).
+
+    `logs` `[questions, k, tokens]` are the reader's log-probabilities of the answer's tokens given each passage alone, NaN
+    behind the answer's end. Unlike a fixed target it asks for any one passage that explains the answer.
+    """
+    there = logs[:, 0].isfinite()
+    mixed = (logs.nan_to_num() + (scores / temperature).log_softmax(-1)[:, :, None]).logsumexp(1)
+    return -((mixed * there).sum(1) / there.sum(1)).mean()
+
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # of the questions chosen `[batch]` and the retriever's scores `[batch, k]`
+
+
+def train(
     retriever: Retriever,
     texts: list[str],
-    vectors: Tensor,
-    candidates: Tensor,
-    targets: Tensor,
+    vectors_of: Callable[[Tensor], Tensor],
+    loss_of: Loss,
     settings: DistillSettings,
     seed: int,
     folder: Path,
-    watch: Callable[[Retriever], dict[str, float]] | None = None,
+    watch: Callable[[Retriever], dict[str, float]],
 ) -> list[dict[str, float]]:
-    """Step 2 on the query side: passage vectors `[passages, d]` stay as they are, so the index stays valid.
+    """Step 2: moves the retriever so that the loss of its scores falls.
 
-    `candidates` `[questions, k]` are indices into `vectors`, `targets` `[questions, k]` their distribution. Returns a row
-    for each epoch: loss, and what `watch` says. The state after each epoch is kept in `folder` until the end, so a
-    killed run goes on with the same steps.
+    `vectors_of` gives the candidates' vectors `[batch, k, d]` of the questions chosen `[batch]`: stored ones train the query
+    side only, and the index stays valid; fresh ones train both. Returns a row for the start and for each LOOKS-th of an epoch:
+    mean loss, and what `watch` says. The state after each is kept in `folder` until the end, so a killed run goes
+    on with the same steps.
     """
     optimizer = torch.optim.AdamW(retriever.parameters(), lr=settings.rate, weight_decay=0.01)
-    curve: list[dict[str, float]] = checkpoint.load(folder, retriever, [optimizer]) or []
-    if watch and not curve:
-        curve = [{"epoch": 0, "kl": float("nan"), **watch(retriever)}]
-    for epoch in tqdm(range(len(curve) if not watch else len(curve) - 1, settings.epochs), desc="Step 2", leave=False):
-        order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(1000 * seed + epoch))
+    epochs = (torch.randperm(len(texts), generator=torch.Generator().manual_seed(1000 * seed + epoch)) for epoch in range(settings.epochs))
+    batches = [chosen for order in epochs for chosen in order.split(settings.batch)]
+    ends = np.linspace(0, len(batches), LOOKS * settings.epochs + 1).round().astype(int)
+    curve: list[dict[str, float]] = checkpoint.load(folder, retriever, [optimizer]) or [{"epoch": 0, "loss": float("nan"), **watch(retriever)}]
+    for look in tqdm(range(len(curve) - 1, len(ends) - 1), desc="Step 2", leave=False):
         losses = []
         retriever.train()
-        for chosen in order.split(settings.batch):
+        for chosen in batches[ends[look] : ends[look + 1]]:
             queries = retriever([texts[i] for i in chosen])
-            scores = torch.einsum("qd,qkd->qk", queries, vectors[candidates[chosen]])
-            loss = kl_loss(targets[chosen], scores, settings.retriever_temperature)
+            loss = loss_of(chosen, torch.einsum("qd,qkd->qk", queries, vectors_of(chosen)))
             if not torch.isfinite(loss):
-                raise DistillError(f"Step 2: the loss is not a number in epoch {epoch + 1}. Lower distill.rate.")
+                raise DistillError(f"Step 2: the loss is not a number in epoch {look // LOOKS + 1}. Lower distill.rate.")
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(retriever.parameters(), 1.0)
             optimizer.step()
             losses.append(float(loss.detach()))
         retriever.eval()
-        curve.append({"epoch": epoch + 1, "kl": float(np.mean(losses)), **(watch(retriever) if watch else {})})
-        if epoch + 1 < settings.epochs:
+        curve.append({"epoch": (look + 1) / LOOKS, "loss": float(np.mean(losses)) if losses else float("nan"), **watch(retriever)})
+        if look + 2 < len(ends):
             checkpoint.save(folder, retriever, [optimizer], curve)
     checkpoint.remove(folder)
     return curve

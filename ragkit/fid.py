@@ -6,6 +6,7 @@ Its passage scores come from the decoder's cross-attention. It is used like any 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -100,14 +101,14 @@ class FidReader(Reader):
                 answers[i] = self.text_of(row)
         return answers
 
-    def losses(self, prompts: list[Prompt]) -> Tensor:
-        """Mean negative log-likelihood (nats a token) of each prompt's answer `[prompts]`, with gradients."""
+    def token_losses(self, prompts: list[Prompt]) -> Tensor:
+        """Negative log-likelihood (nats) of the tokens of each prompt's answer `[prompts, answer tokens]`, with gradients; NaN behind its end."""
         states, mask = self.states(prompts)
         labels = pad_sequence([torch.tensor(p.ids[p.answer_start :]) for p in prompts], batch_first=True, padding_value=-100).to(states.device)
         outputs = BaseModelOutput(last_hidden_state=states)
         logits = self.model(encoder_outputs=outputs, attention_mask=mask, decoder_input_ids=self.decoder_ids(prompts), use_cache=False).logits
         loss = nn.functional.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=-100)
-        return loss.sum(1) / (labels != -100).sum(1)
+        return loss.masked_fill(labels == -100, math.nan)
 
     def attention(self, prompts: list[Prompt], rows: Tensor, uses: Tensor) -> Tensor:
         """Token contributions `[norm (off, on), layers, groups, prompts, tokens]` from the decoder's cross-attention.

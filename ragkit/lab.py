@@ -5,30 +5,44 @@ from __future__ import annotations
 import json
 import logging
 import random
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from ragkit import corpus as corpora
 from ragkit import distill, index, metrics, teacher
 from ragkit.corpus import Corpus, Passage, Question
-from ragkit.profile import DistillSettings, FileSet, Profile, WorldSet, load_profile
+from ragkit.profile import FileSet, Profile, WorldSet, load_profile, varied
 from ragkit.reader import Reader, embedded_reader
 from ragkit.retriever import Retriever, passage_text
-from ragkit.stages import DEPTH, Lessons, make_answers, make_corpus, make_distilled, make_fine_tuned, make_retriever, make_teacher, model_hashes
+from ragkit.stages import (
+    DEPTH,
+    Lessons,
+    make_answers,
+    make_corpus,
+    make_distilled,
+    make_fine_tuned,
+    make_left_out,
+    make_retriever,
+    make_teacher,
+    model_hashes,
+)
 from ragkit.store import Store
 
 log = logging.getLogger(__name__)
 
 READERS = ("off-the-shelf", "fine-tuned")
+SIGNALS = ("attention", "perplexity", "LOOP", "EMDR2")  # what a reader can teach by: a target is named 'reader signal'
 TARGETS = {
     "off-the-shelf attention": "the pretrained reader's attention (the paper's first regime)",
-    "off-the-shelf attention, weaker prompt": "the same reader, asked with the prompt that it answers worse",
+    "weaker prompt attention": "the same reader, asked with the prompt that it answers worse",
     "fine-tuned attention": "the attention of the reader after Step 1 (the paper's second regime)",
     "fine-tuned perplexity": "how likely the fine-tuned reader finds the answer given each passage alone",
     "uniform": "control: every passage the same",
@@ -36,13 +50,14 @@ TARGETS = {
     "answer string": "control: the passages that contain the answer as text",
     "oracle": "control: the gold passages",
 }
-TEACHERS = {
-    "off-the-shelf attention": "off-the-shelf",
-    "off-the-shelf attention, weaker prompt": "off-the-shelf-weaker",
-    "fine-tuned attention": "fine-tuned",
-    "fine-tuned perplexity": "fine-tuned",
-    "shuffled": "fine-tuned",
-}  # whose scores a target is made from
+
+
+def teacher_of(target: str) -> tuple[str, str] | None:
+    """The reader and the signal of a target; None for a control that needs no reader."""
+    if target == "shuffled":
+        return "fine-tuned", "attention"
+    reader, _, signal = target.rpartition(" ")
+    return (reader, signal) if signal in SIGNALS else None
 
 
 class Lab:
@@ -50,12 +65,28 @@ class Lab:
 
     def __init__(self, profile: str | Profile = "tiny", runs: Path | str = "runs") -> None:
         self.profile = profile if isinstance(profile, Profile) else load_profile(profile)
+        torch.set_num_threads(self.profile.threads)
         self.store = Store(Path(runs) / self.profile.name)
         self.opened: dict[str, Path] = {}
 
     @cached_property
     def sets(self) -> dict[str, WorldSet | FileSet]:
         return {s.name: s for s in self.profile.sets}
+
+    def varied(self, variation: str, set_name: str) -> Lab:
+        """A lab with one choice taken otherwise, in a folder of its own below this run's.
+
+        It begins with a copy of this lab's stages: only what the choice changes is made anew.
+        """
+        home = self.store.folder / "varied" / variation.replace(": ", "-").replace(" ", "-")
+        for kind in ("corpus", "retriever", "answers", "step1", "teacher"):
+            made, copy = (folder / "stages" / kind / set_name for folder in (self.store.folder, home))
+            if made.is_dir() and not copy.exists():
+                aside = copy.with_name(f"{set_name}.new")
+                shutil.rmtree(aside, ignore_errors=True)
+                shutil.copytree(made, aside)
+                aside.rename(copy)
+        return Lab(varied(self.profile, variation).model_copy(update={"name": home.name}), home.parent)
 
     def open(self, name: str, make: Any, settings: Any, upstream: list[str], code: list[Any]) -> Path:
         """A stage's folder; within one session it is checked once."""
@@ -99,14 +130,18 @@ class Lab:
         rows = self.vectors(set_name)[part] if ranking is None else ranking
         return [[corpus.passages[i] for i in row[: self.profile.k]] for row in rows]
 
+    def readers(self) -> list[str]:
+        """Every reader that is judged: before Step 1 (with its weaker prompt too, where it has two), on the way, and after it."""
+        before = ["off-the-shelf", "weaker prompt"] if self.has_clozes else ["off-the-shelf"]
+        return [*before, *(f"step {step}" for step in self.profile.reader.kept_steps), "fine-tuned"]
+
     def reader(self, set_name: str, which: str) -> Reader:
-        """The reader before Step 1 (`off-the-shelf`, or `off-the-shelf-weaker` with its weaker prompt) or after it (`fine-tuned`)."""
+        """One of `readers()`."""
         settings = self.profile.reader
-        if which != "fine-tuned":
+        if which in ("off-the-shelf", "weaker prompt"):
             scores = self.style_scores(set_name)
-            style = (min if which == "off-the-shelf-weaker" else max)(scores, key=lambda name: scores[name])
+            style = (min if which == "weaker prompt" else max)(scores, key=lambda name: scores[name])
             return Reader.load(settings.model, settings, style)
-        name = f"step1/{set_name}"
 
         def make(folder: Path) -> None:
             lessons = Lessons(self.sets[set_name], self.corpus(set_name), self.retriever(set_name), self.vectors(set_name)["distill"], self.profile)
@@ -114,8 +149,13 @@ class Lab:
 
         record = {**self.reader_record(), "k": self.profile.k, "seed": self.profile.seed}
         self._retriever_folder(set_name)
-        folder = self.open(name, make, record, [f"retriever/{set_name}"], [make_fine_tuned, Lessons])
-        return Reader.load(str(folder), settings)
+        folder = self.open(f"step1/{set_name}", make, record, [f"retriever/{set_name}"], [make_fine_tuned, Lessons])
+        return Reader.load(str(folder if which == "fine-tuned" else folder / which.removeprefix("step ")), settings)
+
+    def upstream_of(self, set_name: str, which: str) -> list[str]:
+        """The stages that a look of a reader at the initial candidates depends on."""
+        before = which in ("off-the-shelf", "weaker prompt")
+        return [f"retriever/{set_name}", *([] if before else [f"step1/{set_name}"])]
 
     def reader_record(self) -> dict[str, Any]:
         """What a stage that uses the reader depends on: its settings, and its weights where they lie in a local folder."""
@@ -135,7 +175,7 @@ class Lab:
     @cached_property
     def targets(self) -> dict[str, str]:
         """The targets of this run: TARGETS, without the weaker prompt where there is only one."""
-        return {name: what for name, what in TARGETS.items() if self.has_clozes or not name.endswith("weaker prompt")}
+        return {name: what for name, what in TARGETS.items() if self.has_clozes or not name.startswith("weaker prompt")}
 
     def style_scores(self, set_name: str) -> dict[str, float]:
         """EM of the off-the-shelf reader on dev with a question prompt and, where there are clozes, a cloze prompt."""
@@ -158,58 +198,82 @@ class Lab:
 
     def teacher(self, set_name: str, which: str) -> dict[str, NDArray[np.float32]]:
         """All scores of one reader on the questions for distillation (see `ragkit.teacher.look`)."""
-        reader, corpus = self.reader(set_name, which), self.corpus(set_name)
-        n, k = self.profile.distill.questions, self.profile.k
-        record = {"reader": self.reader_record(), "style": reader.style, "questions": n, "k": k}
-        upstream = [f"retriever/{set_name}"] + ([f"step1/{set_name}"] if which == "fine-tuned" else [])
-        make = lambda f: make_teacher(reader, corpus, self.vectors(set_name)["distill"], n, k, f)  # noqa: E731
-        return teacher.load(self.open(f"teacher/{set_name}/{which}", make, record, upstream, [make_teacher]))
+        return teacher.load(self.look(set_name, which, "teacher", make_teacher))
+
+    def left_out(self, set_name: str, which: str) -> NDArray[np.float64]:
+        """LOOP's scores of one reader on the questions for distillation `[questions, k]`."""
+        return load_file(self.look(set_name, which, "loop", make_left_out) / "scores.safetensors")["loop"].astype(np.float64)
+
+    def look(self, set_name: str, which: str, kind: str, make: Any) -> Path:
+        """The stage of one reader's look at the questions for distillation."""
+        reader, n, k = self.reader(set_name, which), self.profile.distill.questions, self.profile.k
+        record = {"reader": self.reader_record(), "which": which, "style": reader.style, "questions": n, "k": k}
+        name = f"{kind}/{set_name}/{which.replace(' ', '-')}"
+        return self.open(
+            name, lambda f: make(reader, self.corpus(set_name), self.vectors(set_name)["distill"], n, k, f), record, self.upstream_of(set_name, which), [make]
+        )
+
+    def asked(self, set_name: str) -> tuple[list[Question], NDArray[np.int64]]:
+        """The questions for distillation and their candidates `[questions, k]`."""
+        questions = self.corpus(set_name).questions["distill"][: self.profile.distill.questions]
+        return questions, self.vectors(set_name)["distill"][: len(questions), : self.profile.k]
+
+    def scores(self, set_name: str, target: str) -> NDArray[np.float64]:
+        """What a target is made of `[questions, k]`: a reader's scores, or a control's."""
+        questions, candidates = self.asked(set_name)
+        if taught := teacher_of(target):
+            which, signal = taught
+            if signal == "LOOP":
+                return self.left_out(set_name, which)
+            seen = self.teacher(set_name, which)
+            return teacher.attention_scores(seen, self.profile.attention) if signal == "attention" else teacher.likelihood(seen)
+        if target == "answer string":
+            texts = [p.text for p in self.corpus(set_name).passages]
+            return distill.answer_string_scores(candidates.tolist(), texts, [q.answers for q in questions])
+        return distill.oracle_scores(candidates.tolist(), [q.gold for q in questions])
 
     def target(self, set_name: str, name: str) -> NDArray[np.float64]:
-        """A target of `targets` for the questions for distillation `[questions, k]`."""
-        share, k = self.profile.distill.entropy, self.profile.k
-        corpus = self.corpus(set_name)
-        questions = corpus.questions["distill"][: self.profile.distill.questions]
-        candidates = self.vectors(set_name)["distill"][: len(questions), :k].tolist()
-        if "attention" in name:
-            scores = self.teacher(set_name, TEACHERS[name])
-            return distill.from_scores(teacher.attention_scores(scores, self.profile.attention), share)
-        if name == "fine-tuned perplexity":
-            return distill.from_scores(self.teacher(set_name, "fine-tuned")["likelihood"].astype(np.float64), share)
+        """A target's distributions over the candidates of the questions for distillation `[questions, k]`."""
         if name == "uniform":
-            return distill.uniform(len(questions), k)
-        if name == "shuffled":
-            return distill.shuffled(self.target(set_name, "fine-tuned attention"), self.profile.seed)
-        if name == "answer string":
-            texts = [p.text for p in corpus.passages]
-            return distill.from_scores(distill.answer_string_scores(candidates, texts, [q.answers for q in questions]), share)
-        return distill.from_scores(distill.oracle_scores(candidates, [q.gold for q in questions]), share)
+            return distill.uniform(*self.asked(set_name)[1].shape)
+        made = distill.from_scores(self.scores(set_name, name), self.profile.distill.entropy)
+        return distill.shuffled(made, self.profile.seed) if name == "shuffled" else made
+
+    def loss(self, set_name: str, target: str) -> distill.Loss:
+        """What Step 2 minimises: EMDR2's own loss, or the divergence from a target."""
+        theta = self.profile.distill.retriever_temperature
+        if target.endswith("EMDR2"):
+            logs = torch.from_numpy(self.teacher(set_name, target.removesuffix(" EMDR2"))["answer_logs"])
+            return lambda chosen, scores: distill.emdr2_loss(logs[chosen], scores, theta)
+        targets = torch.from_numpy(self.target(set_name, target)).float()
+        divergence = distill.kl_loss if self.profile.distill.direction == "target || retriever" else distill.reverse_kl_loss
+        return lambda chosen, scores: divergence(targets[chosen], scores, theta)
 
     def distilled(self, set_name: str, target: str, seed: int) -> tuple[NDArray[np.int64], list[dict[str, float]]]:
         """Step 2: the test ranking `[questions, 20]` and the curve over epochs."""
         upstream = [f"retriever/{set_name}"]
-        if target in TEACHERS:
-            self.teacher(set_name, TEACHERS[target])
-            upstream.append(f"teacher/{set_name}/{TEACHERS[target]}")
+        if taught := teacher_of(target):
+            which, signal = taught
+            kind, make = ("loop", make_left_out) if signal == "LOOP" else ("teacher", make_teacher)
+            self.look(set_name, which, kind, make)
+            upstream.append(f"{kind}/{set_name}/{which.replace(' ', '-')}")
         record = {
             "distill": self.profile.distill.model_dump(exclude={"seeds"}),
             "attention": self.profile.attention.model_dump(),
             "seed": seed,
         }
-        folder = self.open(
-            self.step2_name(set_name, target, seed), lambda f: make_distilled(*self.step2_inputs(set_name, target), seed, f), record, upstream,
-            [make_distilled, distill.from_scores, distill.shuffled, distill.oracle_scores, distill.answer_string_scores],
-        )  # fmt: skip
-        return load_file(folder / "ranking.safetensors")["test"], json.loads((folder / "curve.json").read_text("utf8"))
 
-    def step2_inputs(self, set_name: str, target: str) -> tuple[Corpus, Retriever, dict[str, NDArray[Any]], NDArray[np.float64], DistillSettings, int]:
-        """What Step 2 needs, opened only when it must run."""
-        made = (self.corpus(set_name), self.retriever(set_name), self.vectors(set_name), self.target(set_name, target))
-        return *made, self.profile.distill, self.profile.k
+        def make_it(folder: Path) -> None:
+            made = (self.corpus(set_name), self.retriever(set_name), self.vectors(set_name), self.loss(set_name, target))
+            make_distilled(*made, self.profile.distill, self.profile.k, seed, folder)
+
+        code = [make_distilled, Lab.loss, Lab.target, Lab.scores]
+        folder = self.open(self.step2_name(set_name, target, seed), make_it, record, upstream, code)
+        return load_file(folder / "ranking.safetensors")["test"], json.loads((folder / "curve.json").read_text("utf8"))
 
     @staticmethod
     def step2_name(set_name: str, target: str, seed: int) -> str:
-        return f"step2/{set_name}/{target.replace(',', '').replace(' ', '-')}-{seed}"
+        return f"step2/{set_name}/{target.replace(' ', '-')}-{seed}"
 
     def retrieval_rows(self, set_name: str) -> dict[tuple[str, int], NDArray[np.int64]]:
         """Test rankings by (system, seed): BM25, the initial retriever, and each target's distilled retrievers."""
@@ -245,7 +309,7 @@ class Lab:
         rankings = self.retrieval_rows(set_name)
         for (system, seed), ranking in rankings.items():
             upstream = self.step2_name(set_name, system, seed) if system in TARGETS else f"retriever/{set_name}"
-            readers = READERS if system == "initial" else READERS[:1] if system.startswith("off-the-shelf") else READERS[1:]
+            readers = READERS if system == "initial" else READERS[:1] if system.startswith(("off-the-shelf", "weaker prompt")) else READERS[1:]
             for which in readers:
                 cases.append((system, which, seed, self.found(set_name, "test", ranking), upstream))
         loaded, frames = {which: self.reader(set_name, which) for which in READERS}, []

@@ -94,6 +94,9 @@ def paired_gain(after: NDArray[np.float64], before: NDArray[np.float64], seed: i
     gains = np.atleast_2d(after) - before[None, :]
     rng = np.random.default_rng(seed)
     n_seeds, n = gains.shape
-    draws = [gains[rng.integers(n_seeds, size=n_seeds)][:, rng.integers(n, size=n)].mean() for _ in range(resamples)]
+    # how often each seed and each question is drawn: the mean of a resample is a weighted mean of the table
+    seeds_drawn = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=resamples)
+    questions_drawn = rng.multinomial(n, np.full(n, 1 / n), size=resamples)
+    draws = ((seeds_drawn @ gains) * questions_drawn).sum(1) / (n_seeds * n)
     low, high = np.quantile(draws, [0.025, 0.975])
     return Interval(float(gains.mean()), float(low), float(high), n)

@@ -6,10 +6,10 @@ import difflib
 from collections import Counter
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ragkit import RagkitError
 
@@ -79,10 +79,17 @@ class ReaderSettings(Section):
     model: str = "embedded"
     context: Count = 1024
     answer_tokens: Count = 8
-    steps: Count = 400
-    batch: Count = 16
+    order: Literal["passages first", "question first"] = "passages first"
+    steps: Count = 800
+    batch: Count = 8
     rate: Positive = 1e-3
     gold_share: Share = 0.8
+    checkpoints: Annotated[int, Field(ge=0, le=10)] = 5  # readers on the way that are judged too: at a half, a quarter... of the steps
+
+    @property
+    def kept_steps(self) -> list[int]:
+        """Steps of Step 1 after which the reader is kept, in order."""
+        return sorted({self.steps // 2**halving for halving in range(1, self.checkpoints + 1)} - {0})
 
 
 class AttentionSettings(Section):
@@ -90,6 +97,7 @@ class AttentionSettings(Section):
 
     rows: Literal["last_prompt", "predicting", "consuming"] = "last_prompt"
     norm: bool = True
+    layers: Literal["all", "first", "middle", "last"] = "all"
     pooling: Literal["sum", "mean"] = "sum"
 
 
@@ -97,12 +105,55 @@ class DistillSettings(Section):
     """Step 2: the retriever learns KL(target || retriever) with the target detached."""
 
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1, strict=False)
-    questions: Count = 1000
-    epochs: Count = 8
+    questions: Count = 1500
+    epochs: Count = 2
     batch: Count = 32
-    rate: Positive = 3e-4
+    rate: Positive = 2e-4
     entropy: Share = 0.5  # mean entropy of every non-uniform target, as a share of log(k): it fixes each temperature
-    retriever_temperature: Positive = 0.05
+    retriever_temperature: Positive = 0.1
+    direction: Literal["target || retriever", "retriever || target"] = "target || retriever"  # of the divergence
+    side: Literal["query", "both"] = "query"  # 'both' trains the passages' vectors too and encodes them again
+
+
+class IndicatorSettings(Section):
+    """How the indicators are read from attention; every choice is varied in notebook 08."""
+
+    questions: Count = 200
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of a question's passage tokens: the 'closest'
+    space: Literal["input", "own", "retriever", "contextual"] = "input"
+
+
+VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "rows: predicting": {"attention": {"rows": "predicting"}},
+    "rows: consuming": {"attention": {"rows": "consuming"}},
+    "no value norm": {"attention": {"norm": False}},
+    "first layer": {"attention": {"layers": "first"}},
+    "middle layer": {"attention": {"layers": "middle"}},
+    "last layer": {"attention": {"layers": "last"}},
+    "mean over tokens": {"attention": {"pooling": "mean"}},
+    "sharper target": {"distill": {"entropy": 0.25}},
+    "flatter target": {"distill": {"entropy": 0.75}},
+    "reverse KL": {"distill": {"direction": "retriever || target"}},
+    "both sides": {"distill": {"side": "both"}},
+    "question first": {"reader": {"order": "question first"}},
+}  # one choice each that the paper leaves open, taken otherwise
+
+
+class ChoiceSettings(Section):
+    """Which choices notebook 08 runs Step 2 again for: names of VARIATIONS, each under the first of `distill.seeds`."""
+
+    variations: tuple[str, ...] = Field(
+        default=("rows: predicting", "rows: consuming", "no value norm", "mean over tokens", "sharper target", "flatter target", "reverse KL"), strict=False
+    )
+
+    @field_validator("variations")
+    @classmethod
+    def variations_are_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in VARIATIONS:
+                near = difflib.get_close_matches(name, VARIATIONS, 1)
+                raise ValueError(f"no variation {name!r}" + (f"; the nearest is {near[0]!r}" if near else f"; there are {', '.join(VARIATIONS)}"))
+        return names
 
 
 class EvaluateSettings(Section):
@@ -118,12 +169,15 @@ class Profile(Section):
     name: Name
     judge: bool = True
     seed: int = 0
+    threads: Count = 1  # a process; sets are worked on side by side, and results do not depend on the machine's cores
     k: Annotated[int, Field(ge=2, le=20)] = 5  # 20 candidates are kept for each question
     sets: tuple[Annotated[WorldSet | FileSet, Field(discriminator="source")], ...] = Field(min_length=1, strict=False)
     retriever: RetrieverSettings = RetrieverSettings()
     reader: ReaderSettings = ReaderSettings()
     attention: AttentionSettings = AttentionSettings()
     distill: DistillSettings = DistillSettings()
+    indicators: IndicatorSettings = IndicatorSettings()
+    choices: ChoiceSettings = ChoiceSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 
     @model_validator(mode="after")
@@ -134,6 +188,12 @@ class Profile(Section):
         return self
 
 
+def varied(profile: Profile, name: str) -> Profile:
+    """A profile with one of VARIATIONS made."""
+    changes = {section: getattr(profile, section).model_copy(update=values) for section, values in VARIATIONS[name].items()}
+    return profile.model_copy(update=changes)
+
+
 def shipped() -> list[str]:
     """Names of the profiles that come with the package."""
     return sorted(p.name.removesuffix(".yaml") for p in resources.files("ragkit").joinpath("assets/profiles").iterdir())
@@ -141,7 +201,8 @@ def shipped() -> list[str]:
 
 def known_keys() -> set[str]:
     """Every key a profile may hold, at any depth."""
-    sections: list[type[BaseModel]] = [Profile, WorldSet, FileSet, RetrieverSettings, ReaderSettings, AttentionSettings, DistillSettings, EvaluateSettings]
+    sections: list[type[BaseModel]] = [Profile, WorldSet, FileSet, RetrieverSettings, ReaderSettings, AttentionSettings, DistillSettings]
+    sections += [IndicatorSettings, ChoiceSettings, EvaluateSettings]
     return {key for section in sections for key in section.model_fields}
 
 

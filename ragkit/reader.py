@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -90,7 +92,10 @@ class Reader:
             parts += [(world.block(passage.title, ""), PART["title"]), (passage.text, number), ("\n", PART["other"])]
         if self.style == "cloze":
             return [*parts, ("In short. ", PART["other"]), (question.cloze, PART["question"])]
-        return [*parts, ("question: ", PART["other"]), (question.text, PART["question"]), ("\nanswer:", PART["other"])]
+        asked = [("question: ", PART["other"]), (question.text, PART["question"]), ("\n", PART["other"])]
+        if self.settings.order == "question first":
+            return [*asked, *parts, ("answer:", PART["other"])]
+        return [*parts, *asked, ("answer:", PART["other"])]
 
     def tokens(self, pieces: list[tuple[str, int]]) -> tuple[list[int], list[int]]:
         """The texts as one text's tokens, and the owner of each token: that of its first character that is no space."""
@@ -170,8 +175,8 @@ class Reader:
         text = str(self.tokenizer.decode(row, skip_special_tokens=True)).strip()
         return text.split("\n")[0].split(".")[0].strip()
 
-    def losses(self, prompts: list[Prompt]) -> Tensor:
-        """Mean negative log-likelihood (nats a token) of each prompt's answer `[prompts]`, with gradients."""
+    def token_losses(self, prompts: list[Prompt]) -> Tensor:
+        """Negative log-likelihood (nats) of the tokens of each prompt's answer `[prompts, answer tokens]`, with gradients; NaN behind its end."""
         ids, mask = self.batch(prompts)
         rows = torch.arange(ids.shape[1] - 1)[None]
         starts = torch.tensor([p.answer_start for p in prompts])[:, None]
@@ -179,8 +184,11 @@ class Reader:
         states = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
         logits = self.model.get_output_embeddings()(states[is_answer])  # the head only where an answer token is predicted
         loss = torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][is_answer], reduction="none")
-        owner = torch.arange(len(prompts))[:, None].expand_as(is_answer)[is_answer]
-        return torch.zeros(len(prompts)).index_add(0, owner, loss) / is_answer.sum(1)
+        return pad_sequence(list(loss.split(is_answer.sum(1).tolist())), batch_first=True, padding_value=math.nan)
+
+    def losses(self, prompts: list[Prompt]) -> Tensor:
+        """Mean negative log-likelihood (nats a token) of each prompt's answer `[prompts]`, with gradients."""
+        return self.token_losses(prompts).nanmean(1)
 
     def attention(self, prompts: list[Prompt], rows: Tensor, uses: Tensor) -> Tensor:
         """Token contributions `[norm (off, on), layers, groups, prompts, tokens]`, right-padded like `batch`.
@@ -216,8 +224,8 @@ def note_trimmed(trimmed: int, prompts: int, folder: Path) -> None:
 def fine_tune(reader: Reader, draw: Callable[[random.Random], tuple[Question, list[Passage]]], folder: Path, seed: int) -> list[float]:
     """Step 1: teaches the reader to answer questions; returns the loss of each step.
 
-    `draw` gives a question with its passages. Checkpoints in `folder` let a killed run go on with the
-    same steps.
+    `draw` gives a question with its passages. The reader as it stands after each of `kept_steps` is kept in
+    `folder/<steps>`. A checkpoint lets a killed run go on with the same steps.
     """
     settings = reader.settings
     torch.manual_seed(seed)
@@ -239,6 +247,8 @@ def fine_tune(reader: Reader, draw: Callable[[random.Random], tuple[Question, li
         torch.nn.utils.clip_grad_norm_(reader.model.parameters(), 1.0)
         optimizer.step()
         losses.append(float(loss.detach()))
+        if step + 1 in settings.kept_steps:
+            reader.save(folder / str(step + 1))
         if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < settings.steps:
             checkpoint.save(folder, reader.model, [optimizer], [losses, trimmed])
     checkpoint.remove(folder)

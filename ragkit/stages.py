@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
+from torch import Tensor
 
 from ragkit import corpus as corpora
 from ragkit import distill, index, metrics, teacher, world
@@ -117,32 +118,43 @@ def make_teacher(reader: Reader, corpus: Corpus, candidates: NDArray[np.int64], 
     note_trimmed(int((scores["trimmed"] > 0).sum()), len(questions), folder)
 
 
+def make_left_out(reader: Reader, corpus: Corpus, candidates: NDArray[np.int64], n: int, k: int, folder: Path) -> None:
+    questions = corpus.questions["distill"][:n]
+    scores = teacher.left_out_losses(reader, questions, [[corpus.passages[i] for i in row[:k]] for row in candidates[: len(questions)]])
+    save_file({"loop": scores}, folder / "scores.safetensors")
+
+
 def make_distilled(
     corpus: Corpus,
     retriever: Retriever,
     vectors: dict[str, NDArray[Any]],
-    targets: NDArray[np.float64],
+    loss: distill.Loss,
     settings: DistillSettings,
     k: int,
     seed: int,
     folder: Path,
 ) -> None:
-    """Step 2 for one target and seed: the test rankings, and the curve over epochs measured on dev."""
-    questions = corpus.questions["distill"][: len(targets)]
-    dev = corpus.questions["dev"]
+    """Step 2 for one target and seed: the test rankings, and the curve along the epochs measured on dev."""
+    questions = corpus.questions["distill"][: settings.questions]
+    candidates = torch.from_numpy(vectors["distill"][: len(questions), :k].copy())
+    stored, texts = torch.from_numpy(vectors["passages"]), [passage_text(p) for p in corpus.passages]
+
+    def vectors_of(chosen: Tensor) -> Tensor:
+        if settings.side == "query":
+            return stored[candidates[chosen]]
+        places, back = candidates[chosen].unique(return_inverse=True)
+        return retriever([texts[i] for i in places])[back]
+
+    def find(now: Retriever, part: str, depth: int) -> NDArray[np.int64]:
+        passages = vectors["passages"] if settings.side == "query" else now.encode(texts)
+        return index.search(now.encode([q.text for q in corpus.questions[part]]), passages, depth)[0]
 
     def watch(now: Retriever) -> dict[str, float]:
-        found = index.search(now.encode([q.text for q in dev]), vectors["passages"], k)[0].tolist()
-        return {"hr": float(metrics.hits(found, [q.gold for q in dev], k).mean())}
+        return {"hr": float(metrics.hits(find(now, "dev", k).tolist(), [q.gold for q in corpus.questions["dev"]], k).mean())}
 
     torch.manual_seed(seed)
-    curve = distill.train_queries(
-        retriever, [q.text for q in questions], torch.from_numpy(vectors["passages"]),
-        torch.from_numpy(vectors["distill"][: len(questions), :k].copy()), torch.from_numpy(targets).float(),
-        settings, seed, folder, watch,
-    )  # fmt: skip
-    queries = retriever.encode([q.text for q in corpus.questions["test"]])
-    save_file({"test": index.search(queries, vectors["passages"], min(DEPTH, len(corpus.passages)))[0]}, folder / "ranking.safetensors")
+    curve = distill.train(retriever, [q.text for q in questions], vectors_of, loss, settings, seed, folder, watch)
+    save_file({"test": find(retriever, "test", min(DEPTH, len(texts)))}, folder / "ranking.safetensors")
     (folder / "curve.json").write_text(json.dumps(curve), "utf8")
 
 

@@ -75,12 +75,11 @@ def look(reader: Reader, questions: list[Question], found: list[list[Passage]], 
 
     `attention` `[questions, row types, norm (off, on), layers, poolings, k]`, in the order of ROWS and POOLINGS;
     `outside` `[questions, row types]`: share of attention that falls on no passage's own text (sinks, template);
-    `likelihood` `[questions, k]`: minus the mean token NLL of the answer given that passage alone.
+    `answer_logs` `[questions, k, answer tokens]`: log-probability of each answer token given that passage alone, NaN behind the end.
     """
     k, n = len(found[0]), len(questions)
     scores: dict[int, NDArray[np.float32]] = {}
     outside = np.zeros((n, len(ROWS)), dtype=np.float32)
-    likelihood = np.zeros((n, k), dtype=np.float32)
     prompts = [reader.prompt(q, passages, q.answers[0]) for q, passages in zip(questions, found, strict=True)]
     for chosen in tqdm(by_length([len(p.ids) for p in prompts], batch), desc="attention", leave=False):
         tokens = token_contributions(reader, [prompts[i] for i in chosen]).cpu()
@@ -91,13 +90,37 @@ def look(reader: Reader, questions: list[Question], found: list[list[Passage]], 
             scores[i] = pools.permute(2, 0, 1, 3, 4).numpy()
             mean_row = own[0].mean(0)
             outside[i] = (mean_row[:, owner < 0].sum(-1) / mean_row.sum(-1)).numpy()
-    alone = [(i, j, reader.prompt(questions[i], [found[i][j]], questions[i].answers[0])) for i in range(n) for j in range(k)]
-    with torch.no_grad():
-        for chosen in tqdm(by_length([len(p.ids) for _, _, p in alone], 4 * batch), desc="likelihood", leave=False):
-            for index, loss in zip(chosen, reader.losses([alone[index][2] for index in chosen]), strict=True):
-                likelihood[alone[index][0], alone[index][1]] = -float(loss)
+    alone = [reader.prompt(q, [passage], q.answers[0]) for q, passages in zip(questions, found, strict=True) for passage in passages]
+    logs = -answer_losses(reader, alone, 4 * batch).reshape(n, k, -1)
     attention = np.stack([scores[i] for i in range(n)])
-    return {"attention": attention, "outside": outside, "likelihood": likelihood, "trimmed": np.array([p.trimmed for p in prompts])}
+    return {"attention": attention, "outside": outside, "answer_logs": logs, "trimmed": np.array([p.trimmed for p in prompts])}
+
+
+@torch.no_grad()
+def answer_losses(reader: Reader, prompts: list[Prompt], batch: int) -> NDArray[np.float32]:
+    """Negative log-likelihood of each prompt's answer tokens `[prompts, answer tokens]`, NaN behind the end."""
+    longest = max(len(p.ids) - p.answer_start for p in prompts)
+    losses = np.full((len(prompts), longest), np.nan, dtype=np.float32)
+    for chosen in tqdm(by_length([len(p.ids) for p in prompts], batch), desc="likelihood", leave=False):
+        found = reader.token_losses([prompts[i] for i in chosen]).float().cpu().numpy()
+        losses[chosen, : found.shape[1]] = found
+    return losses
+
+
+def likelihood(scores: dict[str, NDArray[np.float32]]) -> NDArray[np.float64]:
+    """Perplexity distillation's passage scores `[questions, k]`: mean log-probability of the answer's tokens given that passage alone."""
+    return np.nanmean(scores["answer_logs"], axis=2).astype(np.float64)
+
+
+def left_out_losses(reader: Reader, questions: list[Question], found: list[list[Passage]], batch: int = 16) -> NDArray[np.float32]:
+    """LOOP's passage scores `[questions, k]`: mean loss of the answer's tokens when that passage is left out (ATLAS)."""
+    k = len(found[0])
+    prompts = [
+        reader.prompt(q, [p for other, p in enumerate(passages) if other != left_out], q.answers[0])
+        for q, passages in zip(questions, found, strict=True)
+        for left_out in range(k)
+    ]
+    return np.nanmean(answer_losses(reader, prompts, batch), axis=1).reshape(-1, k)
 
 
 def save(scores: dict[str, NDArray[np.float32]], folder: Path) -> None:
@@ -108,7 +131,14 @@ def load(folder: Path) -> dict[str, NDArray[np.float32]]:
     return load_file(folder / "scores.safetensors")
 
 
+def over_layers(values: NDArray[np.float32], layers: str) -> NDArray[np.float64]:
+    """Values `[..., layers]` of the first, middle or last layer, or averaged over all."""
+    if layers == "all":
+        return values.mean(-1).astype(np.float64)
+    return values[..., {"first": 0, "middle": (values.shape[-1] - 1) // 2, "last": -1}[layers]].astype(np.float64)
+
+
 def attention_scores(scores: dict[str, NDArray[np.float32]], settings: AttentionSettings) -> NDArray[np.float64]:
-    """Passage scores `[questions, k]` under one choice of rows, norm and pooling, averaged over layers."""
+    """Passage scores `[questions, k]` under one choice of rows, norm, pooling and layers."""
     picked = scores["attention"][:, ROWS.index(settings.rows), int(settings.norm), :, POOLINGS.index(settings.pooling)]
-    return picked.mean(1).astype(np.float64)
+    return over_layers(np.moveaxis(picked, 1, -1), settings.layers)

@@ -1,0 +1,217 @@
+"""The two indicators: does a reader's attention go to what is close to the answer, and to the nouns of the question?
+
+A token's attention is its lift: its contribution divided by the mean over the question's passage tokens, so that 1 is the
+average token. Its closeness is the cosine to the nearest of the wanted tokens in one frozen space. Everything is
+measured per question and then averaged, for tokens of one prompt are no independent sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from scipy.stats import rankdata
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ragkit import RagkitError
+from ragkit.attention import by_length
+from ragkit.corpus import Passage, Question
+from ragkit.profile import AttentionSettings
+from ragkit.reader import PART, Reader
+from ragkit.teacher import ROWS, over_layers, token_contributions
+
+Floats = NDArray[np.float64]
+PLACES = ("passages", "titles", "question", "template", "answer", "first token")
+MEASURES = ("attention", "Spearman", "Spearman closest")
+
+
+class IndicatorError(RagkitError):
+    """Indicators cannot be computed from this input."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The passage tokens of some questions' prompts as one reader saw them, question after question.
+
+    `ids`, `owner` (place of its passage), `question` and `from_end` (tokens between it and the prompt's end) `[tokens]`;
+    `contribution` `[tokens, row types, norm (off, on), layers]`, row types in the order of `teacher.ROWS`;
+    `mass` `[questions, row types, places]`: share of plain attention, averaged over layers, that falls on each of PLACES.
+    """
+
+    ids: NDArray[np.int64]
+    owner: NDArray[np.int64]
+    question: NDArray[np.int64]
+    from_end: NDArray[np.int64]
+    contribution: NDArray[np.float32]
+    mass: NDArray[np.float32]
+
+    def attention(self, settings: AttentionSettings) -> Floats:
+        """Contributions `[tokens]` under one choice of rows, norm and layers."""
+        return over_layers(self.contribution[:, ROWS.index(settings.rows), int(settings.norm)], settings.layers)
+
+
+def look_at_tokens(reader: Reader, questions: Sequence[Question], found: Sequence[Sequence[Passage]], batch: int = 16) -> Tokens:
+    """One pass over every question's prompt with its answer; keeps what falls on each passage token."""
+    prompts = [reader.prompt(q, list(passages), q.answers[0]) for q, passages in zip(questions, found, strict=True)]
+    seen: dict[int, NDArray[np.float32]] = {}
+    mass = np.zeros((len(prompts), len(ROWS), len(PLACES)), dtype=np.float32)
+    for chosen in tqdm(by_length([len(p.ids) for p in prompts], batch), desc="tokens", leave=False):
+        contributions = token_contributions(reader, [prompts[i] for i in chosen]).cpu()  # [norm, layers, rows, prompts, tokens]
+        for place, i in enumerate(chosen):
+            owner = np.array(prompts[i].owner)
+            each = contributions[:, :, :, place, : len(owner)].permute(3, 2, 0, 1).numpy()
+            seen[i] = each[owner >= 0]
+            plain = each[:, :, 0].mean(2)  # [tokens, rows]
+            first = np.arange(len(owner)) == 0
+            parts = [owner >= 0, owner == PART["title"], owner == PART["question"], owner == PART["other"], owner == PART["answer"]]
+            mass[i] = np.stack([plain[part & ~first].sum(0) for part in parts] + [plain[0]], axis=1) / plain.sum(0)[:, None]
+    owners = [np.array(p.owner) for p in prompts]
+    inside = [owner >= 0 for owner in owners]
+    return Tokens(
+        ids=np.concatenate([np.array(p.ids)[mine] for p, mine in zip(prompts, inside, strict=True)]),
+        owner=np.concatenate([owner[mine] for owner, mine in zip(owners, inside, strict=True)]),
+        question=np.repeat(np.arange(len(prompts)), [int(mine.sum()) for mine in inside]),
+        from_end=np.concatenate([(p.answer_start - np.arange(len(p.ids)))[mine] for p, mine in zip(prompts, inside, strict=True)]),
+        contribution=np.concatenate([seen[i] for i in range(len(prompts))]),
+        mass=mass,
+    )
+
+
+@torch.no_grad()
+def contextual_closeness(
+    reader: Reader, questions: Sequence[Question], found: Sequence[Sequence[Passage]], nouns: Sequence[Sequence[tuple[int, int]]]
+) -> tuple[Floats, Floats]:
+    """Closeness of each passage token to the answer and to the question's nouns `[tokens]`, in the order of `Tokens`.
+
+    The space is a decoder's last hidden states over the whole prompt with its answer; `nouns` are character spans.
+    """
+    to_answer, to_nouns = [], []
+    for question, passages, spans in zip(questions, found, nouns, strict=True):
+        prompt = reader.prompt(question, list(passages), question.answers[0])
+        ids, mask = reader.batch([prompt])
+        states = reader.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[0].double().cpu().numpy()
+        owner = np.array(prompt.owner)
+        asked = states[owner == PART["question"]]
+        is_noun = np.array([inside for _, inside in within_spans(reader, question.text, spans)], dtype=bool)
+        if len(asked) != len(is_noun):
+            raise IndicatorError(f"Question {question.id}: its tokens in the prompt are not those of its text alone; choose another indicators.space.")
+        answer = states[prompt.answer_start : -1]  # without the end token
+        to_answer.append(closeness(states[owner >= 0], answer))
+        to_nouns.append(closeness(states[owner >= 0], asked[is_noun]))
+    return np.concatenate(to_answer), np.concatenate(to_nouns)
+
+
+def last_characters(reader: Reader, text: str, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The place in a passage's text of the last character of each of its tokens `[tokens]`, given as they stand in a prompt."""
+    encoded = reader.tokenizer(" " + text, add_special_tokens=False, return_offsets_mapping=True)
+    if encoded["input_ids"][: len(ids)] != ids.tolist():
+        raise IndicatorError("A passage has other tokens alone than in its prompt: its words cannot be told apart there.")
+    return np.array([end for _, end in encoded["offset_mapping"][: len(ids)]], dtype=np.int64) - 2  # one for the space put before the text
+
+
+def lift(attention: Floats, question: NDArray[np.int64]) -> Floats:
+    """Attention `[tokens]` divided by its mean over the question's tokens; NaN for a question whose attention is all zero."""
+    sizes = np.bincount(question)
+    means = np.bincount(question, weights=attention) / np.maximum(sizes, 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(means[question] > 0, attention / means[question], np.nan)
+
+
+def answer_ids(reader: Reader, questions: Sequence[Question]) -> list[list[int]]:
+    """The tokens of each question's first answer, as they follow a prompt."""
+    return [list(reader.tokenizer(" " + q.answers[0], add_special_tokens=False)["input_ids"]) for q in questions]
+
+
+def within_spans(reader: Reader, text: str, spans: Sequence[tuple[int, int]]) -> list[tuple[int, bool]]:
+    """The tokens of a text as they follow a prompt, and whether each overlaps one of the character spans, such as its nouns."""
+    encoded = reader.tokenizer(" " + text, add_special_tokens=False, return_offsets_mapping=True)
+    pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    return [(token, any(start < last + 1 and end > first + 1 for first, last in spans)) for token, (start, end) in pairs]
+
+
+def embeddings(tokenizer: PreTrainedTokenizerBase, ids: NDArray[np.int64], table: Tensor, owner: PreTrainedTokenizerBase) -> Floats:
+    """Vectors of tokens `[tokens, d]` in the space of an embedding `table` `[vocabulary, d]` that belongs to the tokenizer `owner`.
+
+    A token of another tokenizer is the mean of the pieces that its text has in the space; one that has none becomes NaN.
+    """
+    kept = table.detach().float().cpu().numpy().astype(np.float64)
+    if tokenizer.get_vocab() == owner.get_vocab():
+        return kept[ids]
+    unique, place = np.unique(ids, return_inverse=True)
+    vectors = np.full((len(unique), kept.shape[1]), np.nan)
+    special = set(owner.all_special_ids)
+    for row, token in enumerate(unique):
+        pieces = [i for i in owner(tokenizer.decode([int(token)]), add_special_tokens=False)["input_ids"] if i not in special]
+        if pieces:
+            vectors[row] = kept[pieces].mean(0)
+    return vectors[place]
+
+
+def closeness(tokens: Floats, wanted: Floats) -> Floats:
+    """Cosine of each token `[tokens, d]` to the nearest of the wanted vectors `[wanted, d]`; NaN where a vector is missing or zero, or none is wanted."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        units, goals = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (tokens, wanted))
+    goals = goals[np.isfinite(goals).all(1)]
+    return (units @ goals.T).max(1) if len(goals) else np.full(len(tokens), np.nan)
+
+
+def spearman(x: Floats, y: Floats) -> float:
+    """Spearman's rank correlation; NaN where it is undefined: fewer than three pairs, or one side constant."""
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return float("nan")
+    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
+
+
+def closest(close: Floats, share: float) -> NDArray[np.bool_]:
+    """The closest share of tokens; all tokens as close as the last one that belongs to it come along."""
+    if not len(close):
+        return np.zeros(0, dtype=bool)
+    count = max(1, round(share * len(close)))
+    return close >= np.partition(close, -count)[-count]
+
+
+def measure(attention: Floats, close: Floats, share: float) -> dict[str, float]:
+    """One question's MEASURES: mean lift of the closest share, and Spearman over all tokens and over the closest share."""
+    near = closest(close, share)
+    return {
+        "attention": float(attention[near].mean()) if near.any() else float("nan"),
+        "Spearman": spearman(attention, close),
+        "Spearman closest": spearman(attention[near], close[near]),
+    }
+
+
+def indicator(attention: Floats, close: Floats, question: NDArray[np.int64], exact: NDArray[np.bool_], share: float) -> pd.DataFrame:
+    """An indicator, a row a question: MEASURES, and each again with ' (no exact)': without the wanted tokens themselves.
+
+    `attention` and `close` `[tokens]`; `exact` marks tokens that are one of the wanted. What is undefined is NaN. Tokens
+    without a closeness are left out.
+    """
+    lifts = lift(attention, question)
+    rows = []
+    for number in range(int(question.max()) + 1 if len(question) else 0):
+        mine = (question == number) & np.isfinite(close) & np.isfinite(lifts)
+        others = mine & ~exact
+        left = measure(lifts[others], close[others], share)
+        rows.append({"question": number, **measure(lifts[mine], close[mine], share), **{f"{name} (no exact)": value for name, value in left.items()}})
+    return pd.DataFrame(rows)
+
+
+def deciles(attention: Floats, close: Floats, question: NDArray[np.int64]) -> Floats:
+    """Mean lift of each tenth of a question's tokens by closeness `[questions, 10]`, farthest first; ties share their ranks' tenth."""
+    lifts = lift(attention, question)
+    table = np.full((int(question.max()) + 1, 10), np.nan)
+    for number in range(len(table)):
+        mine = (question == number) & np.isfinite(close) & np.isfinite(lifts)
+        if not mine.any():
+            continue
+        tenth = np.minimum((rankdata(close[mine]) - 0.5) / mine.sum() * 10, 9.999).astype(int)
+        sums, sizes = np.bincount(tenth, weights=lifts[mine], minlength=10), np.bincount(tenth, minlength=10)
+        with np.errstate(invalid="ignore"):
+            table[number] = sums / sizes
+    return table

@@ -1,0 +1,65 @@
+"""Sets are worked on side by side: a process each."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from ragkit import RagkitError
+
+
+def start_logging() -> None:
+    """Plain lines on the error stream; libraries speak only when something is wrong."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("papermill", "httpx", "bm25s", "datasets", "faiss"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it reports BERT's unused pooling layer at every load
+
+
+def make_sets(profile: str, runs: Path, names: list[str]) -> None:
+    """Makes the stages of all sets side by side, a process each; the notebooks then find them made."""
+    context = multiprocessing.get_context("spawn")
+    errors = context.SimpleQueue()
+    workers = {name: context.Process(target=make_set, args=(profile, runs, name, errors), daemon=True) for name in names}
+    for worker in workers.values():
+        worker.start()
+    try:
+        running = dict(workers)
+        while running:
+            multiprocessing.connection.wait([worker.sentinel for worker in running.values()])
+            for name in [name for name, worker in running.items() if worker.exitcode is not None]:
+                code = running.pop(name).exitcode
+                if code == 2:
+                    raise RagkitError(errors.get())
+                if code:
+                    raise RagkitError(
+                        f"The process that made the stages of {name} ended with {code}"
+                        + (". Its traceback stands above." if code > 0 else ": it was killed, most likely because memory ran out.")
+                        + " The same command goes on from what was finished."
+                    )
+    finally:
+        for worker in workers.values():
+            worker.terminate()
+            worker.join()
+
+
+def make_set(profile: str, runs: Path, name: str, errors: Any) -> None:
+    """The work of one process of `make_sets`. It ends with its parent, whatever ends that."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # type: ignore[union-attr]
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
+    os.environ["TQDM_DISABLE"] = "1"  # the bars of two processes on one line cannot be read
+    start_logging()
+    from ragkit.analysis import make_all
+
+    try:
+        make_all(profile, runs, name)
+    except RagkitError as error:
+        errors.put(str(error))
+        sys.exit(2)
