@@ -137,15 +137,3 @@ class Analysis:
         before = metrics.hits(self.lab.vectors(self.set_name)["test"].tolist(), golds, 5)
         rankings = [self.lab.distilled(self.set_name, target, seed)[0].tolist() for seed in self.lab.profile.distill.seeds]
         return np.stack([metrics.hits(ranking, golds, 5) for ranking in rankings]) - before
-
-
-def make_all(profile: str, runs: Path, set_name: str) -> None:
-    """Makes every stage of a set that the notebooks will ask for, so that sets can be worked on side by side."""
-    lab = Lab(profile, runs)
-    lab.premises(set_name)
-    lab.answer_rows(set_name)
-    analysis = Analysis(lab, set_name)
-    for which in lab.readers():
-        analysis.tokens(which)
-    for target in analysis.targets():
-        analysis.hit_gains(target)

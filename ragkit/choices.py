@@ -69,12 +69,9 @@ def specifications(analysis: Analysis, goal: Goal) -> pd.DataFrame:
     gaps = [good[key] - poor[key] for key in good]
     drawn = evidence.resampled(gaps, analysis.lab.profile.evaluate.bootstrap, 0)
     low, high = np.nanquantile(drawn, [0.025, 0.975], axis=0)
-    rows = []
-    for place, (key, gap) in enumerate(zip(good, gaps, strict=True)):
-        means = {which: float(np.nanmean(values[key])) for which, values in (("fine-tuned", good), ("off-the-shelf", poor))}
-        row = {"measure": key[0], **dict(zip(SCORING, key[1:], strict=True))}
-        rows.append({**row, "mean": float(np.nanmean(gap)), "low": float(low[place]), "high": float(high[place]), **means})
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(list(good), columns=["measure", *SCORING])
+    means = {"mean": np.nanmean(gaps, axis=1), "low": low, "high": high}
+    return table.assign(**means, **{which: np.nanmean(list(values.values()), axis=1) for which, values in (("fine-tuned", good), ("off-the-shelf", poor))})
 
 
 def verdict(low: Floats | pd.Series, high: Floats | pd.Series) -> NDArray[np.str_]:

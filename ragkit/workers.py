@@ -51,15 +51,25 @@ def make_sets(profile: str, runs: Path, names: list[str]) -> None:
 
 
 def make_set(profile: str, runs: Path, name: str, errors: Any) -> None:
-    """The work of one process of `make_sets`. It ends with its parent, whatever ends that."""
+    """The work of one process of `make_sets`: every stage of a set that the notebooks ask for. It ends with its parent, whatever ends that."""
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # type: ignore[union-attr]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
     os.environ["TQDM_DISABLE"] = "1"  # the bars of two processes on one line cannot be read
     start_logging()
-    from ragkit.analysis import make_all
+    from ragkit.analysis import Analysis
+    from ragkit.choices import trained
+    from ragkit.lab import Lab
 
     try:
-        make_all(profile, runs, name)
+        lab = Lab(profile, runs)
+        lab.premises(name)
+        lab.answer_rows(name)
+        analysis = Analysis(lab, name)
+        for which in lab.readers():
+            analysis.tokens(which)
+        for target in analysis.targets():
+            analysis.hit_gains(target)
+        trained(analysis)
     except RagkitError as error:
         errors.put(str(error))
         sys.exit(2)

@@ -10,6 +10,7 @@ from scipy.stats import entropy as scipy_entropy
 
 from ragkit import distill
 from ragkit.distill import DistillError
+from ragkit.profile import DistillSettings
 
 
 @given(arrays(np.float64, (4, 5), elements=st.floats(-50, 50)), st.floats(0.05, 20))
@@ -65,27 +66,27 @@ class Table(torch.nn.Module):
         return self.vectors[[int(t) for t in texts]]
 
 
-def step2(folder, epochs, watch=None):
+def step2(folder, epochs, watch=lambda _: {}):
     torch.manual_seed(0)
-    from ragkit.profile import DistillSettings
-
     folder.mkdir(exist_ok=True)
     table = Table(6)
-    passages = torch.eye(3)
-    candidates = torch.tensor([[0, 1, 2]] * 6)
+    passages, candidates = torch.eye(3), torch.tensor([[0, 1, 2]] * 6)
     target = torch.softmax(torch.arange(18.0).reshape(6, 3) % 5, -1)
     chosen = DistillSettings(epochs=epochs, batch=2, rate=0.01, retriever_temperature=0.5)
-    curve = distill.train_queries(table, [str(i) for i in range(6)], passages, candidates, target, chosen, 0, folder, watch)
+    texts = [str(i) for i in range(6)]
+    curve = distill.train(table, texts, lambda c: passages[candidates[c]], lambda c, scores: distill.kl_loss(target[c], scores, 0.5), chosen, 0, folder, watch)
     return table, curve
 
 
 def test_step2_lowers_the_loss(tmp_path):
     _, curve = step2(tmp_path / "a", 60)
-    assert curve[-1]["kl"] < 0.2 * curve[0]["kl"]
+    assert [row["epoch"] for row in curve[:4]] == [0, 0.5, 1, 1.5]
+    assert curve[-1]["loss"] < 0.2 * curve[1]["loss"]
 
 
-def test_a_killed_step2_ends_with_the_same_result(tmp_path):
-    whole, curve = step2(tmp_path / "whole", 6)
+@pytest.mark.parametrize("look", [2, 4, 5])
+def test_a_killed_step2_ends_with_the_same_result(tmp_path, look):
+    whole, curve = step2(tmp_path / "whole", 3)
 
     class Killed(Exception):
         pass
@@ -94,22 +95,46 @@ def test_a_killed_step2_ends_with_the_same_result(tmp_path):
 
     def watch(_):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == look:
             raise Killed
         return {}
 
     with pytest.raises(Killed):
-        step2(tmp_path / "cut", 6, watch)
-    resumed, again = step2(tmp_path / "cut", 6, lambda _: {})
+        step2(tmp_path / "cut", 3, watch)
+    resumed, again = step2(tmp_path / "cut", 3)
     assert torch.equal(whole.vectors, resumed.vectors)
-    assert [r["kl"] for r in again[1:]] == [r["kl"] for r in curve]
+    assert [r["loss"] for r in again[1:]] == [r["loss"] for r in curve[1:]]
+
+
+def test_the_reverse_divergence_agrees_with_torch():
+    target, scores = torch.tensor([[0.7, 0.2, 0.1]]), torch.tensor([[0.1, 0.3, 0.2]])
+    kinds = [torch.distributions.Categorical(probs=p) for p in ((scores / 0.5).softmax(-1), target)]
+    assert distill.reverse_kl_loss(target, scores, 0.5) == pytest.approx(float(torch.distributions.kl_divergence(*kinds)), abs=1e-6)
+
+
+def test_emdr2_pulls_towards_the_posterior():
+    logs, scores = torch.tensor([[[-0.1], [-2.0], [-3.0]]]), torch.tensor([[0.1, 0.3, 0.2]], requires_grad=True)
+    distill.emdr2_loss(logs, scores, 0.5).backward()
+    prior = (scores / 0.5).softmax(-1)
+    posterior = prior * logs[..., 0].exp() / (prior * logs[..., 0].exp()).sum()
+    assert torch.allclose(scores.grad, (prior - posterior) / 0.5, atol=1e-6)
+
+
+def test_emdr2_takes_answers_of_unequal_length():
+    nan = float("nan")
+    logs = torch.tensor([[[-0.1, nan], [-2.0, nan]], [[-0.5, -1.0], [-0.2, -3.0]]])
+    scores = torch.tensor([[0.1, 0.3], [0.5, 0.0]], requires_grad=True)
+    loss = distill.emdr2_loss(logs, scores, 1.0)
+    alone = [distill.emdr2_loss(logs[:1, :, :1], scores[:1], 1.0), distill.emdr2_loss(logs[1:], scores[1:], 1.0)]
+    assert loss.item() == pytest.approx(sum(alone).item() / 2)
+    loss.backward()
+    assert scores.grad.isfinite().all()
 
 
 def test_a_loss_that_is_not_a_number_is_refused(tmp_path):
     table = Table(2)
     with torch.no_grad():
         table.vectors.fill_(float("inf"))
-    from ragkit.profile import DistillSettings
-
+    settings = DistillSettings(epochs=1)
     with pytest.raises(DistillError, match="not a number"):
-        distill.train_queries(table, ["0", "1"], torch.eye(3), torch.tensor([[0, 1]] * 2), torch.full((2, 2), 0.5), DistillSettings(epochs=1), 0, tmp_path)
+        distill.train(table, ["0", "1"], lambda c: torch.eye(3)[:2].expand(len(c), 2, 3), lambda c, scores: scores.sum(), settings, 0, tmp_path, lambda _: {})

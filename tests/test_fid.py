@@ -128,7 +128,7 @@ def test_end_to_end(tmp_path):
     scores = teacher.look(again, [QUESTION, OTHER], [PASSAGES, PASSAGES[::-1]], batch=2)
     assert scores["attention"].shape == (2, len(teacher.ROWS), 2, 3, len(teacher.POOLINGS), 3)
     assert (scores["attention"] > 0).all()
-    assert (scores["likelihood"] < 0).all()
+    assert (teacher.likelihood(scores) < 0).all()
     assert ((scores["outside"] > 0) & (scores["outside"] < 1)).all()
     share = scores["attention"][:, :, 0, :, 0].sum(-1).mean(-1)  # of a softmax row, what is not on the passages is outside
     assert share + scores["outside"] == pytest.approx(1, abs=1e-5)

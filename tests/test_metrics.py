@@ -50,3 +50,11 @@ def test_a_paired_gain_sees_what_an_unpaired_one_cannot():
     gain = metrics.paired_gain(before[None] + 0.1, before)
     assert gain.low == pytest.approx(0.1)
     assert metrics.paired_gain(np.stack([before + 1, before - 1]), before).low < -0.5  # seeds that disagree widen it
+
+
+def test_a_paired_gain_is_the_bootstrap_of_scipy():
+    rng = np.random.default_rng(1)
+    before, after = rng.integers(0, 2, 300).astype(float), rng.integers(0, 2, 300).astype(float)
+    ours = metrics.paired_gain(after, before, resamples=4000)
+    theirs = stats.bootstrap((after - before,), np.mean, n_resamples=4000, method="percentile", rng=0).confidence_interval
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
