@@ -9,7 +9,7 @@ READY := .venv/ready
 endif
 PYTHON ?= python3
 
-.PHONY: help reproduce lab test slow report reference lint bench pretrain clean doctor
+.PHONY: help reproduce lab test slow report reference course lint bench pretrain clean doctor
 help:            ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -44,6 +44,9 @@ report: $(READY)     ## write the report of PROFILE again
 
 reference: $(READY)  ## make the run of PROFILE the reference in figures/ and in the README
 	$(BIN)python -m ragkit reference --profile '$(PROFILE)'
+
+course: $(READY)     ## student and solution notebooks and a lesson plan, tried on the finished run of PROFILE
+	$(BIN)python -m ragkit course --profile '$(PROFILE)'
 
 doctor: $(READY)     ## can this machine run it?
 	$(BIN)python -m ragkit doctor

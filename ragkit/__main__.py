@@ -1,4 +1,4 @@
-"""`python -m ragkit`: doctor, reproduce, report, reference, lab."""
+"""`python -m ragkit`: doctor, reproduce, report, reference, lab, course."""
 
 from __future__ import annotations
 
@@ -261,10 +261,19 @@ def publish_reference(profile_name: str, runs: Path) -> None:
     report.publish(run, NOTEBOOKS.parent / "figures", NOTEBOOKS.parent / "README.md")
 
 
+def make_course(profile_name: str, runs: Path) -> None:
+    """Writes student and solution notebooks and the lesson plan, tried on a profile's finished run."""
+    run = finished_run(profile_name, runs)
+    from ragkit import course
+
+    profile = str(Path(profile_name).resolve()) if Path(profile_name).is_file() else profile_name
+    log.info("course: %s", course.write(NOTEBOOKS, run, profile))
+
+
 def main() -> int:
     """Parses the command line; every RagkitError ends as one sentence, without a traceback."""
     parser = argparse.ArgumentParser(prog="ragkit", description=__doc__)
-    parser.add_argument("command", choices=["doctor", "reproduce", "report", "reference", "lab"])
+    parser.add_argument("command", choices=["doctor", "reproduce", "report", "reference", "lab", "course"])
     parser.add_argument("--profile", default="tiny", help="a shipped profile or a path to a YAML file")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept")
     arguments = parser.parse_args()
@@ -278,6 +287,8 @@ def main() -> int:
             rewrite_report(arguments.profile, arguments.runs)
         elif arguments.command == "reference":
             publish_reference(arguments.profile, arguments.runs)
+        elif arguments.command == "course":
+            make_course(arguments.profile, arguments.runs)
         else:
             copy_for_lab(arguments.runs)
     except RagkitError as error:

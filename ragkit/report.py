@@ -60,7 +60,8 @@ def notebook_html(path: Path) -> str:
             continue
         if cell.cell_type != "code" or "injected-parameters" in cell.metadata.get("tags", []):
             continue  # papermill's cell names this machine's folders; the manifest has the profile
-        parts.append(highlight(cell.source, PythonLexer(), HtmlFormatter(cssclass="code")))
+        shown_code = highlight(cell.source, PythonLexer(), HtmlFormatter(cssclass="code"))
+        parts.append(f"<details><summary>Solution</summary>{shown_code}</details>" if "### BEGIN SOLUTION" in cell.source else shown_code)
         shown = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
         shown = [o for o in shown if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
         parts += [f'<div class="out">{output_html(o)}</div>' for o in shown]

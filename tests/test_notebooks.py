@@ -2,13 +2,13 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
+
+from ragkit.course import exercises_of
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -22,19 +22,8 @@ def test_sources_are_clean(path):
     assert set(papermill.inspect_notebook(str(path))) == {"PROFILE", "RUNS"}
     text = "\n".join(cell.source for cell in notebook.cells)
     assert "## Exercises" in text
+    assert len(exercises_of(path.stem, notebook)) >= 2
     assert not re.search(r"""if\s+PROFILE|profile\.name\s*==""", text)
-
-
-def ragkit(*arguments):
-    return subprocess.run([sys.executable, "-m", "ragkit", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-@pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    runs = tmp_path_factory.mktemp("runs")
-    first = ragkit("reproduce", "--profile", "smoke", "--runs", str(runs))
-    assert first.returncode == 0, first.stderr[-3000:]
-    return runs
 
 
 def test_the_smoke_run_ends_with_a_report(smoke):
@@ -54,6 +43,14 @@ def test_the_report_has_no_external_address(smoke):
         assert "<script" not in text, page.name
 
 
+def test_the_report_folds_solutions_and_hints(smoke):
+    for path in NOTEBOOKS:
+        text = (smoke / "smoke" / "report" / f"{path.stem}.html").read_text()
+        exercises = len(exercises_of(path.stem, nbformat.read(path, as_version=4)))
+        assert text.count("<details><summary>Solution</summary>") == text.count("<summary>Hint</summary>") == exercises
+        assert text.count("### END SOLUTION") == exercises
+
+
 def test_every_figure_has_alt_text_and_a_table(smoke):
     figures = sorted((smoke / "smoke" / "figures").glob("*.svg"))
     assert len(figures) >= 4
@@ -63,14 +60,14 @@ def test_every_figure_has_alt_text_and_a_table(smoke):
         assert figure.with_suffix(".png").is_file()
 
 
-def test_a_second_run_reuses_everything(smoke):
+def test_a_second_run_reuses_everything(smoke, ragkit):
     again = ragkit("reproduce", "--profile", "smoke", "--runs", str(smoke))
     assert again.returncode == 0, again.stderr[-3000:]
     assert "running" not in again.stderr
     assert again.stderr.count("reused   notebook") == len(NOTEBOOKS)
 
 
-def test_a_wrong_profile_ends_in_a_sentence():
+def test_a_wrong_profile_ends_in_a_sentence(ragkit):
     wrong = ragkit("reproduce", "--profile", "tinny")
     assert wrong.returncode == 2
     assert "Did you mean 'tiny'" in wrong.stderr

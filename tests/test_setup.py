@@ -36,6 +36,7 @@ def make(*arguments, **environment):
         ("report", "python -m ragkit report --profile 'tiny'"),
         ("doctor", "python -m ragkit doctor"),
         ("lab", "jupyter lab $(.venv/bin/python -m ragkit lab)"),
+        ("course", "python -m ragkit course --profile 'tiny'"),
         ("pretrain", "python -m ragkit.pretrain ragkit/assets/reader"),
     ],
 )
