@@ -116,7 +116,7 @@ def figure_of(path: Path) -> str:
     table = pd.read_csv(path.with_suffix(".csv"))
     rest = f"; the first {SHOWN_ROWS} of {len(table)} rows" if len(table) > SHOWN_ROWS else ""
     files = ", ".join(f'<a href="figures/{html.escape(path.stem)}.{end}">{end.upper()}</a>' for end in ("csv", "svg", "png"))
-    shown = wide(table.head(SHOWN_ROWS).to_html(index=False, border=0, float_format="%.3f", na_rep="–"))
+    shown = wide(table.head(SHOWN_ROWS).to_html(index=False, border=0, float_format="%.3f", na_rep="–", classes="numbers"))
     extra = f"<p>The numbers behind it{rest}. Files: {files}</p>{shown}"
     return plots.figure_html(path.read_text("utf8"), path.with_suffix(".txt").read_text("utf8"), extra)
 

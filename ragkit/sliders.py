@@ -26,6 +26,7 @@ from ragkit import distill, teacher
 from ragkit.corpus import Corpus
 from ragkit.profile import Profile
 from ragkit.retriever import Retriever
+from ragkit.store import Store
 
 QUESTIONS, EXAMPLES = 200, 12
 NUMBERS = 400_000  # at most so many scores a reader, or the page grows too heavy: fewer questions where readers are deep
@@ -44,10 +45,21 @@ def sample(n: int, numbers: int) -> NDArray[np.int64]:
     return np.concatenate([first, np.setdiff1d(spread, first)])
 
 
+def stored_scores(store: Store, profile: Profile, name: str) -> dict[str, NDArray[np.float32]]:
+    """The attention scores of every reader that looked at the set's present candidates; a run that was cut off may hold older ones."""
+    records, home = store.records(), f"retriever/{name}"
+    found = {}
+    for stage, saved in records.items():
+        if stage.startswith(f"teacher/{name}/") and home in records:
+            made_from = saved["record"]
+            if made_from["upstream"][home] == records[home]["key"] and made_from["profile"]["k"] == profile.k:
+                found[stage.rpartition("/")[2]] = teacher.load(store.folder / "stages" / stage)["attention"]
+    return found
+
+
 def set_data(run: Path, profile: Profile, name: str) -> dict[str, Any] | None:
     """What the page needs of one question set; None where no reader's scores are stored."""
-    stages = run / "stages"
-    scores = {p.parent.name: teacher.load(p.parent)["attention"] for p in sorted((stages / "teacher" / name).glob("*/scores.safetensors"))}
+    stages, scores = run / "stages", stored_scores(Store(run), profile, name)
     if not scores:
         return None
     n = min(map(len, scores.values()))

@@ -34,6 +34,7 @@ def smoke(tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     first = ragkit("reproduce", "--profile", "smoke", "--runs", str(runs))
     assert first.returncode == 0, first.stderr[-3000:]
+    assert "profile smoke is too small to judge" in first.stderr.splitlines()[-1]  # how it compares with the reference comes last
     return runs
 
 
@@ -43,6 +44,7 @@ def test_the_smoke_run_ends_with_a_report(smoke):
     assert set(manifest["notebooks"]) == {p.stem for p in NOTEBOOKS}
     for page in ["index", "gallery", "sliders", "manifest", *(p.stem for p in NOTEBOOKS)]:
         assert (run / "report" / f"{page}.html").is_file()
+    assert {stage["this_call"] for stage in manifest["stages"].values()} == {"ran"}
     assert "not comparable" in (run / "report" / "index.html").read_text()
 
 
@@ -59,6 +61,7 @@ def test_every_figure_has_alt_text_and_a_table(smoke):
     assert len(figures) >= 4
     for figure in figures:
         assert len(figure.with_suffix(".txt").read_text()) > 40
+        assert float(re.search(r'<svg[^>]* width="([\d.]+)pt"', figure.read_text())[1]) < 440  # else its text is too small on a phone
         assert figure.with_suffix(".csv").is_file()
         assert figure.with_suffix(".png").is_file()
 
@@ -68,6 +71,8 @@ def test_a_second_run_reuses_everything(smoke):
     assert again.returncode == 0, again.stderr[-3000:]
     assert "running" not in again.stderr
     assert again.stderr.count("reused   notebook") == len(NOTEBOOKS)
+    manifest = json.loads((smoke / "smoke" / "manifest.json").read_text())
+    assert {stage["this_call"] for stage in manifest["stages"].values()} == {"reused"}
 
 
 def test_a_wrong_profile_ends_in_a_sentence():

@@ -23,6 +23,10 @@ PROFILE = Profile.model_validate(
 )
 
 
+def record(stage, made_from):
+    (stage / "stage.json").write_text(json.dumps({"key": "now", "record": made_from, "seconds": 0, "files": {}}))
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("run"), np.random.default_rng(0)
@@ -39,6 +43,8 @@ def run(tmp_path_factory):
     for reader in ("fine-tuned", "off-the-shelf"):
         scores = rng.gamma(0.5, size=(N, len(teacher.ROWS), 2, LAYERS, len(teacher.POOLINGS), K)).astype(np.float32)
         teacher.save({"attention": scores}, stages / "teacher/set" / reader)
+        record(stages / "teacher/set" / reader, {"upstream": {"retriever/set": "now"}, "profile": {"k": K}})
+    record(stages / "retriever/set", {})
     return folder
 
 
@@ -105,6 +111,15 @@ def test_no_text_breaks_out_of_the_page(run):
     assert "<" not in embedded
     assert json.loads(embedded)["sets"][0]["examples"][0]["answers"] == [NASTY]
     assert "innerHTML" not in text
+
+
+def test_scores_of_other_candidates_are_left_out(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    teachers = tmp_path / "run" / "stages" / "teacher" / "set"
+    record(teachers / "fine-tuned", {"upstream": {"retriever/set": "before"}, "profile": {"k": K}})
+    assert [one["name"] for one in sliders.data(tmp_path / "run", PROFILE)["sets"][0]["readers"]] == ["off-the-shelf"]
+    record(teachers / "off-the-shelf", {"upstream": {"retriever/set": "now"}, "profile": {"k": K + 1}})
+    assert sliders.data(tmp_path / "run", PROFILE)["sets"] == []
 
 
 def test_a_run_without_scores_gets_a_sentence(tmp_path):
