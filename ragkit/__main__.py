@@ -23,6 +23,7 @@ from ragkit import RagkitError
 from ragkit.workers import make_sets, start_logging
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
+REFERENCE = NOTEBOOKS.parent / "figures"
 log = logging.getLogger("ragkit")
 
 
@@ -54,7 +55,10 @@ def doctor() -> None:
 
 
 def reproduce(profile_name: str, runs: Path) -> None:
-    """Runs the notebooks in order through papermill, each a remembered stage, then writes manifest and report."""
+    """Runs the notebooks in order through papermill, each a remembered stage, then writes manifest and report.
+
+    Ends by saying where the run differs from the reference in `figures/`.
+    """
     from ragkit.profile import load_profile
 
     profile = load_profile(profile_name)  # before the slow imports: a slip is named at once
@@ -63,13 +67,15 @@ def reproduce(profile_name: str, runs: Path) -> None:
     from ragkit.store import room_on_disk, write_whole
 
     lab = Lab(profile, runs)
-    started = time.monotonic()
+    began, started = time.time(), time.monotonic()
     with lab.store.only_run(), room_on_disk(lab.store.folder, "notebooks and report"):
         status = run_notebooks(lab, profile_name, runs)
-        manifest = collect_manifest(lab, status, time.monotonic() - started)
+        manifest = collect_manifest(lab, status, began, time.monotonic() - started)
         write_whole(lab.store.folder / "manifest.json", json.dumps(manifest, indent=1))
-        index = report.write(lab.store.folder)
+        index, compared = report.write(lab.store.folder, REFERENCE)
     log.info("report: %s (%.0f s)", index, time.monotonic() - started)
+    for line in compared.lines():
+        log.info("%s", line)
 
 
 def run_notebooks(lab: Any, profile_name: str, runs: Path) -> dict[str, str]:
@@ -186,17 +192,19 @@ def own_errors() -> set[str]:
     return names
 
 
-def collect_manifest(lab: Any, notebooks: dict[str, str], seconds: float) -> dict[str, Any]:
-    """What was run, from what, on what, and how long each stage took."""
+def collect_manifest(lab: Any, notebooks: dict[str, str], began: float, seconds: float) -> dict[str, Any]:
+    """What was run, from what, on what, how long each stage took, and which of them were made since `began` (seconds since the epoch)."""
     import psutil
     import torch
 
     stages: dict[str, Any] = {}
     trimmed: dict[str, Any] = {}
     for name, saved in lab.store.records().items():
-        stages[name] = {"key": saved["key"], "seconds": saved["seconds"]}
+        home = lab.store.folder / "stages" / name
+        made = (home / "stage.json").stat().st_mtime >= began
+        stages[name] = {"key": saved["key"], "seconds": saved["seconds"], "this_call": "ran" if made else "reused"}
         if "trimmed.json" in saved["files"]:
-            counts = json.loads((lab.store.folder / "stages" / name / "trimmed.json").read_text("utf8"))
+            counts = json.loads((home / "trimmed.json").read_text("utf8"))
             trimmed |= {name: counts} if counts["trimmed"] else {}
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=NOTEBOOKS.parent, capture_output=True, text=True, check=False)
     return {
@@ -250,15 +258,18 @@ def rewrite_report(profile_name: str, runs: Path) -> None:
     from ragkit.store import room_on_disk
 
     with room_on_disk(run, "report"):
-        log.info("report: %s", report.write(run))
+        index, compared = report.write(run, REFERENCE)
+    log.info("report: %s", index)
+    for line in compared.lines():
+        log.info("%s", line)
 
 
 def publish_reference(profile_name: str, runs: Path) -> None:
     """Makes a finished run the reference: figures, tables and manifest to `figures/`, the ledger's verdicts into the README."""
     run = finished_run(profile_name, runs)
-    from ragkit import report
+    from ragkit import reference
 
-    report.publish(run, NOTEBOOKS.parent / "figures", NOTEBOOKS.parent / "README.md")
+    reference.publish(run, REFERENCE, NOTEBOOKS.parent / "README.md")
 
 
 def make_course(profile_name: str, runs: Path) -> None:

@@ -1,11 +1,14 @@
-"""Attention as self-contained HTML: no script, nothing from the network, every text escaped."""
+"""Attention and the ledger as self-contained HTML: no script, nothing from the network, every text escaped."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import pandas as pd
 from IPython.display import HTML
+
+VERDICT_COLOURS = {"reproduced": "#1a7f37", "partly": "#8a5a00", "not reproduced": "#b42318"}  # legible under white text; others are grey
 
 
 def marked_tokens(tokens: Sequence[str], weights: Sequence[float], owners: Sequence[int], titles: Sequence[str]) -> HTML:
@@ -27,3 +30,26 @@ def marked_tokens(tokens: Sequence[str], weights: Sequence[float], owners: Seque
             parts.append(f'{glue}<span style="{style}" title="{weight:.4f}">{html.escape(token.removeprefix("##"))}</span>')
         blocks.append(f"<p style='line-height:1.7;margin:.4em 0'><b>{number + 1}. {html.escape(title)}</b> {''.join(parts)}</p>")
     return HTML(f"<div style='max-width:46em;background:#fff;color:#111;padding:.2em .6em'>{''.join(blocks)}</div>")
+
+
+def ledger(table: pd.DataFrame, links: Mapping[str, str] | None = None) -> HTML:
+    """The claims as cards, two or three beside each other where there is room, one below the other on a phone.
+
+    `table` is that of `ragkit.claims.table`; `links` holds, for some claims, HTML that leads to where they are measured.
+    """
+    cards = []
+    for row in table.fillna("").itertuples(index=False):
+        colour = VERDICT_COLOURS.get(row.verdict, "#57606a")
+        badge = f"<span style='background:{colour};color:#fff;border-radius:1em;padding:.1em .7em;white-space:nowrap'>{html.escape(row.verdict)}</span>"
+        measured = "".join(f"<li>{html.escape(part)}</li>" for part in row.measured.split("; ") if part)
+        paper = f"<p style='margin:.4em 0'>In the paper: {html.escape(row.paper)}</p>" if row.paper else ""
+        why = f"<p style='margin:.4em 0'>Why: {html.escape(row.why)}</p>" if row.why else ""
+        cards.append(
+            f"<section style='border:1px solid rgba(127,127,127,.4);border-left:.4em solid {colour};border-radius:8px;padding:.7em .9em'>"
+            f"<div style='display:flex;justify-content:space-between;gap:1em;align-items:baseline'><b>{html.escape(row.claim)}</b>{badge}</div>"
+            f"<p style='margin:.4em 0'>{html.escape(row.statement)}</p><ul style='margin:.4em 0;padding-left:1.2em'>{measured}</ul>{paper}"
+            f"<details><summary style='cursor:pointer'>The rule</summary><p style='margin:.4em 0'>{html.escape(row.rule)}</p>{why}</details>"
+            f"{(links or {}).get(row.claim, '')}</section>"
+        )
+    grid = "display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20em,100%),1fr));gap:.8em"
+    return HTML(f"<div style='{grid}'>{''.join(cards)}</div>")

@@ -21,4 +21,5 @@ def smoke(tmp_path_factory, ragkit):
     runs = tmp_path_factory.mktemp("runs")
     first = ragkit("reproduce", "--profile", "smoke", "--runs", str(runs))
     assert first.returncode == 0, first.stderr[-3000:]
+    assert "profile smoke is too small to judge" in first.stderr.splitlines()[-1]  # how it compares with the reference comes last
     return runs

@@ -211,7 +211,7 @@ def test_trimmed_prompts_are_counted_and_reported(tmp_path):
     lab.reader("almanac", "fine-tuned")
     cut = int((scores["trimmed"] > 0).sum())
     assert cut > 0
-    manifest = __main__.collect_manifest(lab, {}, 0.0)
+    manifest = __main__.collect_manifest(lab, {}, 0.0, 0.0)
     assert manifest["trimmed_prompts"]["teacher/almanac/off-the-shelf"] == {"trimmed": cut, "prompts": 40}
     assert "step1/almanac" in manifest["trimmed_prompts"]
     shown = report.trimmed_html(manifest["trimmed_prompts"])

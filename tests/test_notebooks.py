@@ -30,8 +30,9 @@ def test_the_smoke_run_ends_with_a_report(smoke):
     run = smoke / "smoke"
     manifest = json.loads((run / "manifest.json").read_text())
     assert set(manifest["notebooks"]) == {p.stem for p in NOTEBOOKS}
-    for page in ["index", "gallery", "manifest", *(p.stem for p in NOTEBOOKS)]:
+    for page in ["index", "gallery", "sliders", "manifest", *(p.stem for p in NOTEBOOKS)]:
         assert (run / "report" / f"{page}.html").is_file()
+    assert {stage["this_call"] for stage in manifest["stages"].values()} == {"ran"}
     assert "not comparable" in (run / "report" / "index.html").read_text()
 
 
@@ -40,7 +41,7 @@ def test_the_report_has_no_external_address(smoke):
         text = page.read_text()
         assert not re.findall(r"""(?:src|href|srcset|action)\s*=\s*["']?\s*(?:https?:)?//[^"'\s>]*""", text), page.name
         assert not re.findall(r"""url\(\s*["']?\s*(?:https?:)?//""", text), page.name
-        assert "<script" not in text, page.name
+        assert "<script" not in text or page.name == "sliders.html", page.name
 
 
 def test_the_report_folds_solutions_and_hints(smoke):
@@ -56,6 +57,7 @@ def test_every_figure_has_alt_text_and_a_table(smoke):
     assert len(figures) >= 4
     for figure in figures:
         assert len(figure.with_suffix(".txt").read_text()) > 40
+        assert float(re.search(r'<svg[^>]* width="([\d.]+)pt"', figure.read_text())[1]) < 440  # else its text is too small on a phone
         assert figure.with_suffix(".csv").is_file()
         assert figure.with_suffix(".png").is_file()
 
@@ -65,6 +67,8 @@ def test_a_second_run_reuses_everything(smoke, ragkit):
     assert again.returncode == 0, again.stderr[-3000:]
     assert "running" not in again.stderr
     assert again.stderr.count("reused   notebook") == len(NOTEBOOKS)
+    manifest = json.loads((smoke / "smoke" / "manifest.json").read_text())
+    assert {stage["this_call"] for stage in manifest["stages"].values()} == {"reused"}
 
 
 def test_a_wrong_profile_ends_in_a_sentence(ragkit):
