@@ -156,6 +156,12 @@ class ChoiceSettings(Section):
         return names
 
 
+class NounSettings(Section):
+    """What finds the nouns of questions: `embedded` (trained here on the embedded worlds, and for them only), or a folder or spaCy package."""
+
+    model: Annotated[str, Field(min_length=1)] = "embedded"
+
+
 class EvaluateSettings(Section):
     """How much of the test part is used."""
 
@@ -176,6 +182,7 @@ class Profile(Section):
     reader: ReaderSettings = ReaderSettings()
     attention: AttentionSettings = AttentionSettings()
     distill: DistillSettings = DistillSettings()
+    nouns: NounSettings = NounSettings()
     indicators: IndicatorSettings = IndicatorSettings()
     choices: ChoiceSettings = ChoiceSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
@@ -202,7 +209,7 @@ def shipped() -> list[str]:
 def known_keys() -> set[str]:
     """Every key a profile may hold, at any depth."""
     sections: list[type[BaseModel]] = [Profile, WorldSet, FileSet, RetrieverSettings, ReaderSettings, AttentionSettings, DistillSettings]
-    sections += [IndicatorSettings, ChoiceSettings, EvaluateSettings]
+    sections += [NounSettings, IndicatorSettings, ChoiceSettings, EvaluateSettings]
     return {key for section in sections for key in section.model_fields}
 
 
@@ -254,6 +261,7 @@ def with_whole_paths(profile: Profile, folder: Path) -> Profile:
             "sets": tuple(files(one) for one in profile.sets),
             "retriever": profile.retriever.model_copy(update={"model": model(profile.retriever.model)}),
             "reader": profile.reader.model_copy(update={"model": model(profile.reader.model)}),
+            "nouns": profile.nouns.model_copy(update={"model": model(profile.nouns.model)}),
         }
     )
 
