@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 import bm25s
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 
 from ragkit import RagkitError
+
+logging.getLogger("bm25s").setLevel(logging.WARNING)  # on import it sets its own level, and reports every step
 
 
 class SearchError(RagkitError):

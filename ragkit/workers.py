@@ -58,6 +58,7 @@ def make_set(profile: str, runs: Path, name: str, errors: Any) -> None:
     start_logging()
     from ragkit.analysis import Analysis
     from ragkit.choices import trained
+    from ragkit.evidence import parts
     from ragkit.lab import Lab
 
     try:
@@ -69,6 +70,7 @@ def make_set(profile: str, runs: Path, name: str, errors: Any) -> None:
             analysis.tokens(which)
         for target in analysis.targets():
             analysis.hit_gains(target)
+        parts(analysis)
         trained(analysis)
     except RagkitError as error:
         errors.put(str(error))
