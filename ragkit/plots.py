@@ -15,6 +15,7 @@ import seaborn as sns
 from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 PALETTE = sns.color_palette("colorblind")
 WIDTH = 5.6
@@ -229,8 +230,19 @@ def followings(table: pd.DataFrame, measure: str, line: float | None = None) -> 
                 part["value"], part["gain"], yerr=[part["gain"] - part["low"], part["high"] - part["gain"]], fmt="os"[number % 2],
                 color=PALETTE[number], lw=1.2, label=signal,
             )  # fmt: skip
-        for point in part.itertuples():
-            axis.annotate(point.reader, (point.value, axis.get_ylim()[0]), rotation=90, fontsize=8, color="0.35", ha="center", va="bottom")
+            for place, point in enumerate(part.sort_values("gain").itertuples() if number == 0 else ()):
+                side = 1 if place % 2 else -1  # neighbours' names on either side
+                axis.annotate(
+                    point.reader,
+                    (point.value, point.gain),
+                    (7 * side, 3),
+                    textcoords="offset points",
+                    fontsize=9.5,
+                    color="0.25",
+                    ha="left" if side > 0 else "right",
+                )
+        axis.xaxis.set_major_locator(MaxNLocator(6))
+        axis.margins(x=0.2)
         axis.axhline(0, color="0.3", lw=1, ls=":")
         if line is not None:
             axis.axvline(line, color="0.3", lw=1, ls="--")
