@@ -163,7 +163,8 @@ class Lab:
             return Reader.load(settings.model, settings, style)
 
         def make(folder: Path) -> None:
-            lessons = Lessons(self.sets[set_name], self.corpus(set_name), self.retriever(set_name), self.vectors(set_name)["distill"], self.profile)
+            given = (self.sets[set_name], self.corpus(set_name), self.retriever(set_name), self.vectors(set_name)["distill"])
+            lessons = Lessons(*given, self.profile.k, settings.gold_share, self.profile.seed)
             make_fine_tuned(Reader.load(settings.model, settings), lessons, self.profile.seed, folder)
 
         record = {**self.reader_record(), "k": self.profile.k, "seed": self.profile.seed}

@@ -16,7 +16,7 @@ from torch import Tensor
 from ragkit import corpus as corpora
 from ragkit import distill, index, metrics, nouns, teacher, world
 from ragkit.corpus import PARTS, Corpus, Passage, Question
-from ragkit.profile import DistillSettings, FileSet, Profile, RetrieverSettings, WorldSet
+from ragkit.profile import DistillSettings, FileSet, RetrieverSettings, WorldSet
 from ragkit.reader import Reader, fine_tune, note_trimmed
 from ragkit.retriever import Retriever, passage_text, train_by_cropping
 from ragkit.speech import parts_of_speech
@@ -62,19 +62,21 @@ class Lessons:
     questions for distillation with their candidates.
     """
 
-    def __init__(self, settings: WorldSet | FileSet, corpus: Corpus, retriever: Retriever, candidates: NDArray[np.int64], profile: Profile) -> None:
-        self.profile = profile
+    def __init__(
+        self, settings: WorldSet | FileSet, corpus: Corpus, retriever: Retriever, candidates: NDArray[np.int64], k: int, gold_share: float, seed: int
+    ) -> None:
+        self.k, self.gold_share = k, gold_share
         self.items: list[tuple[Question, list[Passage], list[Passage], list[Passage]]] = []  # question, found, gold, same kind
         if isinstance(settings, FileSet):
             for question, row in zip(corpus.questions["distill"], candidates, strict=True):
                 self.add(question, corpus, row.tolist(), [])
             return
         for number in range(TRAINING_WORLDS):
-            drawn = training_world(settings, 1000 * profile.seed + number)
+            drawn = training_world(settings, 1000 * seed + number)
             questions = drawn.questions["distill"]
             queries = retriever.encode([q.text for q in questions])
             vectors = retriever.encode([passage_text(p) for p in drawn.passages])
-            found = index.search(queries, vectors, profile.k)[0]
+            found = index.search(queries, vectors, k)[0]
             same_kind: dict[str, list[int]] = {}
             for q in questions:
                 same_kind.setdefault(q.relation, []).append(q.gold[0])
@@ -86,17 +88,17 @@ class Lessons:
             return [corpus.passages[i] for i in places]
 
         others = [i for i in same_kind if i not in question.gold]
-        self.items.append((question, read(i for i in found[: self.profile.k]), read(question.gold), read(others)))
+        self.items.append((question, read(i for i in found[: self.k]), read(question.gold), read(others)))
 
     def draw(self, rng: random.Random) -> tuple[Question, list[Passage]]:
-        """A question and k passages in random order; a gold one is put among them in `reader.gold_share` of the draws."""
+        """A question and k passages in random order; a gold one is put among them in `gold_share` of the draws."""
         question, found, gold, same_kind = rng.choice(self.items)
-        k = self.profile.k
+        k = self.k
         if gold and len(same_kind) >= k - 1 and rng.random() < SAME_KIND_SHARE:
             passages = [rng.choice(gold), *rng.sample(same_kind, k - 1)]
         else:
             passages = list(found)
-            if gold and not any(p in gold for p in passages) and rng.random() < self.profile.reader.gold_share:
+            if gold and not any(p in gold for p in passages) and rng.random() < self.gold_share:
                 passages[rng.randrange(len(passages))] = rng.choice(gold)
         return question, rng.sample(passages, len(passages))
 
