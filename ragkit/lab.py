@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from ragkit import corpus as corpora
-from ragkit import distill, index, metrics, teacher
+from ragkit import distill, index, metrics, nouns, teacher
 from ragkit.corpus import Corpus, Passage, Question
 from ragkit.profile import DistillSettings, FileSet, Profile, WorldSet, load_profile
 from ragkit.reader import Reader, embedded_reader
 from ragkit.retriever import Retriever, passage_text
-from ragkit.stages import DEPTH, Lessons, make_answers, make_corpus, make_distilled, make_fine_tuned, make_retriever, make_teacher, model_hashes
+from ragkit.stages import DEPTH, Lessons, make_answers, make_corpus, make_distilled, make_fine_tuned, make_nouns, make_retriever, make_teacher, model_hashes
 from ragkit.store import Store
 
 log = logging.getLogger(__name__)
@@ -93,6 +93,24 @@ class Lab:
         """`passages` `[passages, d]`, and the initial candidates of each part `[questions, 20]`."""
         return load_file(self._retriever_folder(set_name) / "vectors.safetensors")
 
+    def _nouns_folder(self, set_name: str) -> Path:
+        corpus, settings, model, seed = self.corpus(set_name), self.sets[set_name], self.profile.nouns.model, self.profile.seed
+        nouns.check_model(model, isinstance(settings, WorldSet))
+        record = {"model": model, "state": nouns.state(model), "seed": seed}
+        return self.open(f"nouns/{set_name}", lambda f: make_nouns(corpus, settings, model, seed, f), record, [f"corpus/{set_name}"], [make_nouns])
+
+    def noun_spans(self, set_name: str, part: str) -> list[list[tuple[int, int]]]:
+        """Start and end, in characters, of the nouns of each question of a part; some questions have none.
+
+        Raises NounsError, which says why, where there is no pipeline for this set.
+        """
+        spans = json.loads((self._nouns_folder(set_name) / "spans.json").read_text("utf8"))
+        return [[(start, end) for start, end in question] for question in spans[part]]
+
+    def noun_scores(self, set_name: str) -> dict[str, float]:
+        """How often the noun finder is right on dev (see `ragkit.nouns.score_tags`); empty where there is no gold, as in real text."""
+        return json.loads((self._nouns_folder(set_name) / "scores.json").read_text("utf8"))
+
     def found(self, set_name: str, part: str, ranking: NDArray[np.int64] | None = None) -> list[list[Passage]]:
         """The k passages of each question of a part, by the initial retriever or a ranking."""
         corpus = self.corpus(set_name)
@@ -125,7 +143,12 @@ class Lab:
     def inputs(self) -> dict[str, Any]:
         """Hashes of everything a run reads from outside its own folder."""
         sets = {name: corpora.input_hashes(settings) for name, settings in self.sets.items()}
-        return {"sets": sets, "retriever": model_hashes(self.profile.retriever.model), "reader": self.reader_record()["weights"]}
+        return {
+            "sets": sets,
+            "retriever": model_hashes(self.profile.retriever.model),
+            "reader": self.reader_record()["weights"],
+            "nouns": nouns.state(self.profile.nouns.model),
+        }
 
     @cached_property
     def has_clozes(self) -> bool:

@@ -105,6 +105,12 @@ class DistillSettings(Section):
     retriever_temperature: Positive = 0.05
 
 
+class NounSettings(Section):
+    """What finds the nouns of questions: `embedded` (trained here on the embedded worlds, and for them only), or a folder or spaCy package."""
+
+    model: Annotated[str, Field(min_length=1)] = "embedded"
+
+
 class EvaluateSettings(Section):
     """How much of the test part is used."""
 
@@ -124,6 +130,7 @@ class Profile(Section):
     reader: ReaderSettings = ReaderSettings()
     attention: AttentionSettings = AttentionSettings()
     distill: DistillSettings = DistillSettings()
+    nouns: NounSettings = NounSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 
     @model_validator(mode="after")
@@ -141,7 +148,8 @@ def shipped() -> list[str]:
 
 def known_keys() -> set[str]:
     """Every key a profile may hold, at any depth."""
-    sections: list[type[BaseModel]] = [Profile, WorldSet, FileSet, RetrieverSettings, ReaderSettings, AttentionSettings, DistillSettings, EvaluateSettings]
+    sections: list[type[BaseModel]] = [Profile, WorldSet, FileSet, RetrieverSettings, ReaderSettings, AttentionSettings, DistillSettings]
+    sections += [NounSettings, EvaluateSettings]
     return {key for section in sections for key in section.model_fields}
 
 
@@ -193,6 +201,7 @@ def with_whole_paths(profile: Profile, folder: Path) -> Profile:
             "sets": tuple(files(one) for one in profile.sets),
             "retriever": profile.retriever.model_copy(update={"model": model(profile.retriever.model)}),
             "reader": profile.reader.model_copy(update={"model": model(profile.reader.model)}),
+            "nouns": profile.nouns.model_copy(update={"model": model(profile.nouns.model)}),
         }
     )
 

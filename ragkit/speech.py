@@ -8,13 +8,14 @@ from __future__ import annotations
 import itertools
 import re
 from functools import cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ragkit import RagkitError, world
 
+LABELS = Path(__file__).parent / "assets/parts_of_speech.yaml"
 NOUN_TAGS = ("NOUN", "PROPN")
 WORD = re.compile(r"[A-Za-z]+|\d+|\S")
 Tagged = tuple[int, int, str]  # where a word starts and ends, and its part of speech
@@ -27,7 +28,7 @@ class SpeechError(RagkitError):
 @cache
 def labels() -> dict[str, Any]:
     """The parsed `assets/parts_of_speech.yaml`."""
-    return yaml.safe_load(resources.files("ragkit").joinpath("assets/parts_of_speech.yaml").read_text("utf8"))
+    return yaml.safe_load(LABELS.read_text("utf8"))
 
 
 def closed_answers() -> dict[str, list[str]]:

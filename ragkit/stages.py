@@ -13,15 +13,17 @@ from numpy.typing import NDArray
 from safetensors.numpy import save_file
 
 from ragkit import corpus as corpora
-from ragkit import distill, index, metrics, teacher, world
+from ragkit import distill, index, metrics, nouns, teacher, world
 from ragkit.corpus import PARTS, Corpus, Passage, Question
 from ragkit.profile import DistillSettings, FileSet, Profile, RetrieverSettings, WorldSet
 from ragkit.reader import Reader, fine_tune, note_trimmed
 from ragkit.retriever import Retriever, passage_text, train_by_cropping
+from ragkit.speech import parts_of_speech
 from ragkit.store import input_hash
 
 DEPTH = 20  # passages kept of every ranking
 TRAINING_WORLDS, TRAINING_ENTITIES, TRAINING_QUESTIONS = 8, 48, 576
+TAGGED_ENTITIES, TAGGED_PASSAGES = 240, 120
 SAME_KIND_SHARE = 0.3  # of Step 1's prompts: all passages state the same kind of fact about different entities
 
 
@@ -151,6 +153,33 @@ def make_answers(reader: Reader, questions: list[Question], found: list[list[Pas
     note_trimmed(sum(p.trimmed > 0 for p in prompts), len(prompts), folder)
     answers = reader.answer(prompts)
     (folder / "answers.json").write_text(json.dumps(answers, ensure_ascii=False), "utf8")
+
+
+def tagged_text(world_name: str, seed: int) -> list[nouns.Labelled]:
+    """Labelled questions and passages about entities of no measured world, for the embedded noun finder.
+
+    Every wording of a question is among them, the held-out one too: a tagger knows its language, only names are new to it.
+    """
+    rng = random.Random(f"tagged {world_name} {seed}")
+    texts, passages = [], []
+    for entity in world.make_entities(world_name, TAGGED_ENTITIES, rng, reserved=False, sharing=1.0):
+        for relation in entity.facts:
+            rel = world.relations(world_name)[entity.kind, relation]
+            texts.append(world.ask(entity, relation, rng.randrange(len(rel["questions"])), rng))
+            passages.append(world.write_passage(entity, relation, rng.randrange(len(rel["statements"])), rng)[0])
+    return [nouns.labelled(text, parts_of_speech(text)) for text in texts + rng.sample(passages, TAGGED_PASSAGES)]
+
+
+def make_nouns(corpus: Corpus, settings: WorldSet | FileSet, model: str, seed: int, folder: Path) -> None:
+    """Where the nouns of every question stand; in an embedded world also how often the finder is right on dev."""
+    if model == "embedded" and isinstance(settings, WorldSet):
+        finder = nouns.train_tagger(tagged_text(settings.world, seed), folder / "pipeline", seed)
+    else:
+        finder = nouns.load_nouns(model)
+    asked = {part: [q.text for q in corpus.questions[part]] for part in PARTS}
+    (folder / "spans.json").write_text(json.dumps({part: nouns.find_nouns(finder, texts) for part, texts in asked.items()}), "utf8")
+    scores = nouns.score_tags(finder, asked["dev"], [parts_of_speech(text) for text in asked["dev"]]) if isinstance(settings, WorldSet) else {}
+    (folder / "scores.json").write_text(json.dumps(scores), "utf8")
 
 
 def model_hashes(name: str) -> dict[str, str]:
