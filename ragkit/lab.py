@@ -134,7 +134,7 @@ class Lab:
     def noun_spans(self, set_name: str, part: str) -> list[list[tuple[int, int]]]:
         """Start and end, in characters, of the nouns of each question of a part; some questions have none.
 
-        Raises NounsError, which says why, where no pipeline knows the set's language.
+        Raises NounsError, which says why, where there is no pipeline for this set.
         """
         spans = json.loads((self._nouns_folder(set_name) / "spans.json").read_text("utf8"))
         return [[(start, end) for start, end in question] for question in spans[part]]
