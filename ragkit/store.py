@@ -6,6 +6,7 @@ import ast
 import errno
 import functools
 import hashlib
+import importlib
 import inspect
 import json
 import logging
@@ -80,16 +81,20 @@ def code_of(makers: list[Any]) -> dict[str, str]:
         found[name] = hashlib.sha256(without_docstrings(tree).encode()).hexdigest()[:16]
         scope = vars(inspect.getmodule(thing))
         for node in ast.walk(tree):
-            target: Any = None
+            targets: list[Any] = []
             if isinstance(node, ast.Name):
-                target = scope.get(node.id)
+                targets = [scope.get(node.id)]
+                if isinstance(targets[0], int | float | str | tuple) and node.id.isupper():
+                    found[f"{thing.__module__}.{node.id}"] = repr(targets[0])
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 owner = scope.get(node.value.id)
-                target = getattr(owner, node.attr, None) if isinstance(owner, ModuleType) else None
-            if isinstance(node, ast.Name) and isinstance(target, int | float | str | tuple) and node.id.isupper():
-                found[f"{thing.__module__}.{node.id}"] = repr(target)
-            elif target is not None and (inspect.isfunction(inspect.unwrap(target)) or inspect.isclass(target)) and target.__module__.startswith("ragkit"):
-                waiting.append(target)
+                targets = [getattr(owner, node.attr, None)] if isinstance(owner, ModuleType) else []
+            elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("ragkit."):  # inside a function
+                module = importlib.import_module(str(node.module))
+                targets = [getattr(module, one.name) for one in node.names]
+            for target in targets:
+                if (inspect.isfunction(inspect.unwrap(target)) or inspect.isclass(target)) and target.__module__.startswith("ragkit"):
+                    waiting.append(target)
     return dict(sorted(found.items()))
 
 

@@ -171,7 +171,14 @@ def test_docstrings_and_comments_do_not_count():
 
 def test_code_is_followed_through_calls():
     from ragkit import stages
+    from ragkit.lab import Lab
 
-    found = store.code_of([stages.make_distilled])
-    assert "ragkit.distill.kl_loss" in found
+    found = store.code_of([stages.make_distilled, Lab.loss])
+    assert {"ragkit.distill.train", "ragkit.distill.kl_loss"} <= set(found)
     assert "ragkit.metrics.hits" in found
+
+
+def test_code_is_followed_through_an_import_inside_a_function():
+    from ragkit.reader import Reader
+
+    assert "ragkit.fid.FidReader" in store.code_of([Reader])
