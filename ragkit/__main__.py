@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -108,9 +108,9 @@ def run_notebooks(lab: Any, profile_name: str, runs: Path) -> dict[str, str]:
         if all(what == "reused" for what in status.values()):  # the first that must run
             make_sets(profile, runs, list(lab.sets))
         log.info("running  notebook %s", source.stem)
-        started, partial = time.monotonic(), lab.store.folder / "partial" / source.name
-        execute(source, partial, parameters, lab.store.folder)
-        partial.replace(done)
+        started, unfinished = time.monotonic(), lab.store.folder / "partial" / source.name
+        execute(source, unfinished, parameters, lab.store.folder)
+        unfinished.replace(done)
         seconds = round(time.monotonic() - started, 1)
         sound = lab.store.sound()
         write_whole(stamp, json.dumps({"record": record, "seconds": seconds, "hash": file_hash(done), "stages": sound}))
@@ -140,35 +140,26 @@ def is_reusable(done: Path, stamp: Path, record: dict[str, Any], sound: dict[str
 
 
 def execute(source: Path, out: Path, parameters: dict[str, str], folder: Path) -> None:
-    """Runs one notebook in `folder`; what goes wrong in it ends as one sentence that names notebook and cell.
-
-    papermill works in a thread of its own, because in the main thread it takes Ctrl-C for itself and reports a dead kernel.
-    """
+    """Runs one notebook in `folder`; what goes wrong in it ends as one sentence that names notebook and cell."""
     import papermill
-    import psutil
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    with ThreadPoolExecutor(1) as pool:
-        work = pool.submit(
-            papermill.execute_notebook, str(source), str(out), parameters,
-            kernel_name="python3", progress_bar=False, log_output=False, cwd=str(folder), extra_arguments=["--log-level=ERROR"],
-        )  # fmt: skip
-        try:
-            work.result()
-        except KeyboardInterrupt:
-            while not work.done():
-                for kernel in psutil.Process().children():
-                    kernel.kill()
-                time.sleep(0.1)
-            raise
-        except DeadKernelError:
-            raise NotebookError(
-                f"Notebook {source.name}: its Python process was killed, most likely because memory ran out. "
-                "Close other programs or choose a smaller profile, then give the same command: what was finished is kept."
-            ) from None
-        except PapermillExecutionError as error:
-            raise NotebookError(failure(source, out, error)) from None
+    from ragkit.kernels import stoppable
+
+    work = partial(
+        papermill.execute_notebook, str(source), str(out), parameters,
+        kernel_name="python3", progress_bar=False, log_output=False, cwd=str(folder), extra_arguments=["--log-level=ERROR"],
+    )  # fmt: skip
+    try:
+        stoppable(work)
+    except DeadKernelError:
+        raise NotebookError(
+            f"Notebook {source.name}: its Python process was killed, most likely because memory ran out. "
+            "Close other programs or choose a smaller profile, then give the same command: what was finished is kept."
+        ) from None
+    except PapermillExecutionError as error:
+        raise NotebookError(failure(source, out, error)) from None
 
 
 def failure(source: Path, out: Path, error: Any) -> str:

@@ -30,6 +30,7 @@ import time
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 
 from ragkit import RagkitError
+from ragkit.kernels import stoppable
 from ragkit.store import Store, file_hash, write_whole
 
 log = logging.getLogger(__name__)
@@ -184,8 +186,9 @@ def verify(stem: str, notebook: NotebookNode, folder: Path, package: Path) -> No
     client = NotebookClient(
         trial, timeout=None, kernel_name="python3", allow_errors=True, resources={"metadata": {"path": str(folder)}}, extra_arguments=["--log-level=ERROR"]
     )
+    client.log.setLevel(logging.WARNING)  # it tells of every kernel it starts
     try:
-        client.execute(env=os.environ | {"PYTHONPATH": path})
+        stoppable(partial(client.execute, env=os.environ | {"PYTHONPATH": path}))
     except DeadKernelError:
         raise CourseError(f"Notebook {stem}: its Python process was killed, most likely because memory ran out. Close other programs and try again.") from None
     for step, cell in zip(steps, trial.cells, strict=True):
