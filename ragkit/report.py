@@ -190,7 +190,8 @@ def overview_html(run: Path, manifest: dict[str, Any], notebooks: list[Path], co
     sets = ", ".join(s["name"] for s in profile["sets"])
     what = (
         f"Profile <b>{html.escape(profile['name'])}</b>: question sets {html.escape(sets)}; {profile['k']} passages a question; Step 2 with "
-        f"{seeds} seed{'s' if seeds > 1 else ''}. Its stages are {minutes(seconds)} of work, sets side by side; the last call took {minutes(manifest['seconds_of_this_call'])}."
+        f"{seeds} seed{'s' if seeds > 1 else ''}. "
+        f"Its stages are {minutes(seconds)} of work, sets side by side; the last call took {minutes(manifest['seconds_of_this_call'])}."
     )
     small = "" if profile["judge"] else "<p>This profile is too small to judge any claim: it shows that everything runs.</p>"
     parts = [f"<h1>Run {html.escape(profile['name'])}</h1><p>{what}</p>{small}"]
