@@ -44,6 +44,8 @@ class Analysis:
         self.found = lab.found(set_name, "test")[: len(self.questions)]
         self.tokens = cache(self._tokens)
         self.closeness = cache(self._closeness)
+        self.indicator = cache(self._indicator)
+        self.hit_gains = cache(self._hit_gains)
         self.reader = cache(lambda which: lab.reader(set_name, which))
 
     def gold_found(self) -> NDArray[np.bool_]:
@@ -55,10 +57,9 @@ class Analysis:
         return {"reader": self.lab.reader_record(), "which": which, "questions": len(self.questions), "k": self.lab.profile.k}
 
     def _tokens(self, which: str) -> Tokens:
-        reader = self.reader(which)
-        record = {**self.record(which), "style": reader.style}
+        record = {**self.record(which), "style": self.lab.style(self.set_name, which)}
         folder = self.lab.open(
-            f"tokens/{self.set_name}/{which.replace(' ', '-')}", lambda f: make_tokens(reader, self.questions, self.found, f), record,
+            f"tokens/{self.set_name}/{which.replace(' ', '-')}", lambda f: make_tokens(self.reader(which), self.questions, self.found, f), record,
             self.lab.upstream_of(self.set_name, which), [make_tokens],
         )  # fmt: skip
         return Tokens(**load_file(folder / "tokens.safetensors"))
@@ -75,7 +76,8 @@ class Analysis:
         else:
             pairs = zip(self.questions, self.nouns(), strict=True)
             wanted = [[token for token, inside in indicators.within_spans(reader, q.text, spans) if inside] for q, spans in pairs]
-        exact = np.concatenate([np.isin(tokens.ids[tokens.question == number], ids) for number, ids in enumerate(wanted)])
+        places = indicators.by_question(tokens.question)
+        exact = np.concatenate([np.isin(tokens.ids[mine], ids) for mine, ids in zip(places, wanted, strict=True)])
         if space == "overlap":
             return exact.astype(np.float64), exact
         if space == "contextual":
@@ -86,7 +88,7 @@ class Analysis:
         frozen, table = self.space(which, space)
         vectors = indicators.embeddings(reader.tokenizer, tokens.ids, table, frozen)
         goals = [indicators.embeddings(reader.tokenizer, np.array(ids, dtype=np.int64), table, frozen) for ids in wanted]
-        return np.concatenate([indicators.closeness(vectors[tokens.question == number], one) for number, one in enumerate(goals)]), exact
+        return np.concatenate([indicators.closeness(vectors[mine], one) for mine, one in zip(places, goals, strict=True)]), exact
 
     def space(self, which: str, space: str) -> tuple[Any, Any]:
         """A space's tokenizer and its embedding table."""
@@ -101,16 +103,19 @@ class Analysis:
 
     def contextual(self, goal: Goal) -> Floats:
         """Closeness in the off-the-shelf reader's last hidden states `[tokens]`, asked with the question prompt."""
-        reader = Reader.load(self.lab.profile.reader.model, self.lab.profile.reader)
-        if reader.model.config.is_encoder_decoder:
-            raise IndicatorError("The contextual space needs a decoder-only reader; choose another indicators.space.")
         nouns = self.nouns()
         record = {**self.record("off-the-shelf"), "nouns": nouns}
-        make = lambda f: make_contextual(reader, self.questions, self.found, nouns, f)  # noqa: E731
+
+        def make(folder: Path) -> None:
+            reader = Reader.load(self.lab.profile.reader.model, self.lab.profile.reader)
+            if reader.model.config.is_encoder_decoder:
+                raise IndicatorError("The contextual space needs a decoder-only reader; choose another indicators.space.")
+            make_contextual(reader, self.questions, self.found, nouns, folder)
+
         folder = self.lab.open(f"contextual/{self.set_name}", make, record, [f"retriever/{self.set_name}"], [make_contextual])
         return load_file(folder / "closeness.safetensors")[goal].astype(np.float64)
 
-    def indicator(self, which: str, goal: Goal, space: str | None = None) -> pd.DataFrame:
+    def _indicator(self, which: str, goal: Goal, space: str | None = None) -> pd.DataFrame:
         """Indicator 1 (`answer`) or 2 (`nouns`) of a reader, a row a question (see `indicators.indicator`), in the profile's space or another."""
         profile, tokens = self.lab.profile, self.tokens(which)
         close, exact = self.closeness(which, goal, space or profile.indicators.space)
@@ -131,7 +136,7 @@ class Analysis:
         """Every target that Step 2 is run for in notebooks 06 and 07."""
         return [f"{which} {signal}" for signal in TAUGHT_BY for which in self.lab.readers()] + [f"{which} {signal}" for signal in BESIDE for which in READERS]
 
-    def hit_gains(self, target: str) -> Floats:
+    def _hit_gains(self, target: str) -> Floats:
         """Gain in HR@5 over the initial retriever of each test question under each seed `[seeds, questions]`."""
         golds = [q.gold for q in self.lab.corpus(self.set_name).questions["test"]]
         before = metrics.hits(self.lab.vectors(self.set_name)["test"].tolist(), golds, 5)

@@ -41,16 +41,16 @@ def per_question(analysis: Analysis, which: str, goal: Goal) -> dict[tuple[str, 
     exact = analysis.closeness(which, goal, SPACES[0])[1]
     measures = ("Spearman", *(f"attention, closest {share:.0%}" for share in SHARES))
     table = np.full((len(analysis.questions), len(measures), len(variants), len(SPACES), 2), np.nan)
-    for number in range(len(analysis.questions)):
-        mine = tokens.question == number
+    for number, mine in enumerate(indicators.by_question(tokens.question)):
         for left_out in (False, True):
-            kept = mine & ~exact if left_out else mine
-            if kept.sum() < 3 or not np.isfinite(close[kept]).all():
+            kept = np.flatnonzero(~exact[mine]) if left_out else np.arange(mine.stop - mine.start)
+            own = close[mine][kept]
+            if len(kept) < 3 or not np.isfinite(own).all():
                 continue
-            lifts = attention[kept] / attention[mine].mean(0)
-            table[number, 0, :, :, int(left_out)] = spearmans(lifts, close[kept])
+            lifts = attention[mine][kept] / attention[mine].mean(0)
+            table[number, 0, :, :, int(left_out)] = spearmans(lifts, own)
             for place, share in enumerate(SHARES, 1):
-                near = np.stack([indicators.closest(close[kept, space], share) for space in range(len(SPACES))], axis=1)
+                near = np.stack([indicators.closest(own[:, space], share) for space in range(len(SPACES))], axis=1)
                 table[number, place, :, :, int(left_out)] = lifts.T @ near / near.sum(0)
     names = itertools.product(measures, variants, SPACES, ("with exact", "no exact"))
     values = table.reshape(len(table), -1).T

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -115,6 +116,12 @@ def last_characters(reader: Reader, text: str, ids: NDArray[np.int64]) -> NDArra
     return np.array([end for _, end in encoded["offset_mapping"][: len(ids)]], dtype=np.int64) - 2  # one for the space put before the text
 
 
+def by_question(question: NDArray[np.int64]) -> list[slice]:
+    """Where each question's tokens stand: they come question after question."""
+    edges = np.searchsorted(question, np.arange(int(question.max()) + 2 if len(question) else 1))
+    return [slice(start, end) for start, end in pairwise(edges)]
+
+
 def lift(attention: Floats, question: NDArray[np.int64]) -> Floats:
     """Attention `[tokens]` divided by its mean over the question's tokens; NaN for a question whose attention is all zero."""
     sizes = np.bincount(question)
@@ -158,7 +165,9 @@ def closeness(tokens: Floats, wanted: Floats) -> Floats:
     with np.errstate(invalid="ignore", divide="ignore"):
         units, goals = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (tokens, wanted))
     goals = goals[np.isfinite(goals).all(1)]
-    return (units @ goals.T).max(1) if len(goals) else np.full(len(tokens), np.nan)
+    if not len(goals):
+        return np.full(len(tokens), np.nan)
+    return (units @ goals.T).max(1).round(12)  # a token that comes twice is as close twice: rounding errors must not break the tie
 
 
 def spearman(x: Floats, y: Floats) -> float:
@@ -194,24 +203,25 @@ def indicator(attention: Floats, close: Floats, question: NDArray[np.int64], exa
     """
     lifts = lift(attention, question)
     rows = []
-    for number in range(int(question.max()) + 1 if len(question) else 0):
-        mine = (question == number) & np.isfinite(close) & np.isfinite(lifts)
-        others = mine & ~exact
-        left = measure(lifts[others], close[others], share)
-        rows.append({"question": number, **measure(lifts[mine], close[mine], share), **{f"{name} (no exact)": value for name, value in left.items()}})
+    for number, mine in enumerate(by_question(question)):
+        own, near, other = lifts[mine], close[mine], ~exact[mine]
+        known = np.isfinite(own) & np.isfinite(near)
+        left = measure(own[known & other], near[known & other], share)
+        rows.append({"question": number, **measure(own[known], near[known], share), **{f"{name} (no exact)": value for name, value in left.items()}})
     return pd.DataFrame(rows)
 
 
 def deciles(attention: Floats, close: Floats, question: NDArray[np.int64]) -> Floats:
     """Mean lift of each tenth of a question's tokens by closeness `[questions, 10]`, farthest first; ties share their ranks' tenth."""
     lifts = lift(attention, question)
-    table = np.full((int(question.max()) + 1, 10), np.nan)
-    for number in range(len(table)):
-        mine = (question == number) & np.isfinite(close) & np.isfinite(lifts)
-        if not mine.any():
+    places = by_question(question)
+    table = np.full((len(places), 10), np.nan)
+    for number, mine in enumerate(places):
+        known = np.isfinite(close[mine]) & np.isfinite(lifts[mine])
+        if not known.any():
             continue
-        tenth = np.minimum((rankdata(close[mine]) - 0.5) / mine.sum() * 10, 9.999).astype(int)
-        sums, sizes = np.bincount(tenth, weights=lifts[mine], minlength=10), np.bincount(tenth, minlength=10)
+        tenth = np.minimum((rankdata(close[mine][known]) - 0.5) / known.sum() * 10, 9.999).astype(int)
+        sums, sizes = np.bincount(tenth, weights=lifts[mine][known], minlength=10), np.bincount(tenth, minlength=10)
         with np.errstate(invalid="ignore"):
             table[number] = sums / sizes
     return table

@@ -69,6 +69,7 @@ class Lab:
         torch.set_num_threads(self.profile.threads)
         self.store = Store(Path(runs) / self.profile.name)
         self.opened: dict[str, Path] = {}
+        self.corpora: dict[str, Corpus] = {}
 
     @cached_property
     def sets(self) -> dict[str, WorldSet | FileSet]:
@@ -98,12 +99,13 @@ class Lab:
 
     def corpus(self, set_name: str) -> Corpus:
         """Passages and questions of a set."""
-        settings = self.sets[set_name]
-        name = f"corpus/{set_name}"
-        record = {**settings.model_dump(), "contents": corpora.input_hashes(settings)}
-        made = Corpus.load(set_name, self.open(name, lambda f: make_corpus(settings, f), record, [], [make_corpus]))
-        index.check_k(self.profile.k, len(made.passages))
-        return made
+        if set_name not in self.corpora:
+            settings = self.sets[set_name]
+            record = {**settings.model_dump(), "contents": corpora.input_hashes(settings)}
+            folder = self.open(f"corpus/{set_name}", lambda f: make_corpus(settings, f), record, [], [make_corpus])
+            self.corpora[set_name] = Corpus.load(set_name, folder)
+            index.check_k(self.profile.k, len(self.corpora[set_name].passages))
+        return self.corpora[set_name]
 
     def _retriever_folder(self, set_name: str) -> Path:
         corpus, settings, seed = self.corpus(set_name), self.profile.retriever, self.profile.seed
@@ -158,9 +160,20 @@ class Lab:
         """One of `readers()`."""
         settings = self.profile.reader
         if which in ("off-the-shelf", "weaker prompt"):
-            scores = self.style_scores(set_name)
-            style = (min if which == "weaker prompt" else max)(scores, key=lambda name: scores[name])
-            return Reader.load(settings.model, settings, style)
+            return Reader.load(settings.model, settings, self.style(set_name, which))
+        folder = self.step1(set_name)
+        return Reader.load(str(folder if which == "fine-tuned" else folder / which.removeprefix("step ")), settings)
+
+    def style(self, set_name: str, which: str) -> str:
+        """How a reader is asked: as it answers better on dev, the weaker prompt as it answers worse; after Step 1 by questions."""
+        if which not in ("off-the-shelf", "weaker prompt"):
+            return "question"
+        scores = self.style_scores(set_name)
+        return (min if which == "weaker prompt" else max)(scores, key=lambda name: scores[name])
+
+    def step1(self, set_name: str) -> Path:
+        """The folder of the reader after Step 1, and of those on the way in folders below it."""
+        settings = self.profile.reader
 
         def make(folder: Path) -> None:
             given = (self.sets[set_name], self.corpus(set_name), self.retriever(set_name), self.vectors(set_name)["distill"])
@@ -169,13 +182,15 @@ class Lab:
 
         record = {**self.reader_record(), "k": self.profile.k, "seed": self.profile.seed}
         self._retriever_folder(set_name)
-        folder = self.open(f"step1/{set_name}", make, record, [f"retriever/{set_name}"], [make_fine_tuned, Lessons])
-        return Reader.load(str(folder if which == "fine-tuned" else folder / which.removeprefix("step ")), settings)
+        return self.open(f"step1/{set_name}", make, record, [f"retriever/{set_name}"], [make_fine_tuned, Lessons])
 
     def upstream_of(self, set_name: str, which: str) -> list[str]:
-        """The stages that a look of a reader at the initial candidates depends on."""
-        before = which in ("off-the-shelf", "weaker prompt")
-        return [f"retriever/{set_name}", *([] if before else [f"step1/{set_name}"])]
+        """The stages that a look of a reader at the initial candidates depends on, made if they are missing."""
+        self._retriever_folder(set_name)
+        if which in ("off-the-shelf", "weaker prompt"):
+            return [f"retriever/{set_name}"]
+        self.step1(set_name)
+        return [f"retriever/{set_name}", f"step1/{set_name}"]
 
     def reader_record(self) -> dict[str, Any]:
         """What a stage that uses the reader depends on: its settings, and its weights where they lie in a local folder."""
@@ -231,12 +246,13 @@ class Lab:
 
     def look(self, set_name: str, which: str, kind: str, make: Any) -> Path:
         """The stage of one reader's look at the questions for distillation."""
-        reader, n, k = self.reader(set_name, which), self.profile.distill.questions, self.profile.k
-        record = {"reader": self.reader_record(), "which": which, "style": reader.style, "questions": n, "k": k}
-        name = f"{kind}/{set_name}/{which.replace(' ', '-')}"
-        return self.open(
-            name, lambda f: make(reader, self.corpus(set_name), self.vectors(set_name)["distill"], n, k, f), record, self.upstream_of(set_name, which), [make]
-        )
+        n, k = self.profile.distill.questions, self.profile.k
+        record = {"reader": self.reader_record(), "which": which, "style": self.style(set_name, which), "questions": n, "k": k}
+
+        def make_it(folder: Path) -> None:
+            make(self.reader(set_name, which), self.corpus(set_name), self.vectors(set_name)["distill"], n, k, folder)
+
+        return self.open(f"{kind}/{set_name}/{which.replace(' ', '-')}", make_it, record, self.upstream_of(set_name, which), [make])
 
     def asked(self, set_name: str) -> tuple[list[Question], NDArray[np.int64]]:
         """The questions for distillation and their candidates `[questions, k]`."""

@@ -43,6 +43,13 @@ def test_closeness_is_the_best_cosine():
     assert np.isnan(indicators.closeness(tokens, np.empty((0, 2)))).all()  # a question without nouns
 
 
+def test_a_token_that_comes_again_is_exactly_as_close():
+    vectors = np.random.default_rng(0).normal(size=(40, 64))
+    again = np.concatenate([vectors, vectors[::-1], vectors])
+    close = indicators.closeness(again, vectors[:3])
+    assert len(np.unique(close)) == 38  # the three wanted ones are all at 1
+
+
 def test_the_closest_share_takes_ties_along():
     close = np.array([0.9, 0.1, 0.5, 0.5, 0.2, 0.5, 0.0, 0.0, 0.0, 0.0])
     assert indicators.closest(close, 0.2).tolist() == [True, False, True, True, False, True, False, False, False, False]
