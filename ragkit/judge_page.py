@@ -44,7 +44,8 @@ EXPLAINED = (
     f"Lift: attention divided by the mean over the question's passage tokens (1 is the average token); closest: the {SHARE:.0%} of the passage tokens "
     "nearest by cosine. Means over questions with 95 % bootstrap intervals, then how many questions have a value. No exact tokens: the wanted tokens "
     "themselves are left out. Vectors dealt out anew: the control, with the space's vectors permuted for each question, so that only a token's identity "
-    "counts. Exact tokens only: lexical overlap, where a token is close if it is one of the wanted."
+    "counts. Exact tokens only: lexical overlap, where a token is close if it is one of the wanted. Spearman over the closest is undefined where all "
+    "of these are exact tokens: equally close."
 )
 
 

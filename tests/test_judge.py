@@ -344,6 +344,14 @@ def test_vectors_are_dealt_out_among_the_tokens_that_have_one(look):
     assert np.array_equal(close[look.of(0)], close[look.of(1)], equal_nan=True)
 
 
+def test_what_is_equal_ties_to_the_last_bit(look):
+    """All of the wanted tokens, and the repeats of any other: else ranks among them are rounding noise."""
+    goal = np.unique(look.tokens.ids)[::3].tolist()
+    close = look.closeness([goal] * len(look.asked))
+    assert len(np.unique(close[np.isin(look.tokens.ids, goal)])) == 1
+    assert all(len(np.unique(close[look.tokens.ids == token])) == 1 for token in np.unique(look.tokens.ids))
+
+
 def test_the_direct_check_by_hand(look):
     """Ulm stands in one of three passages, in the first or the last; the questions without it say nothing."""
     on_first = replace(look, attention=np.where(look.tokens.owner == 0, 5.0, 0.1))
