@@ -1,4 +1,4 @@
-"""`python -m ragkit`: doctor, reproduce, report, reference, lab, course."""
+"""`python -m ragkit`: doctor, reproduce, report, reference, lab, course, judge."""
 
 from __future__ import annotations
 
@@ -272,13 +272,39 @@ def make_course(profile_name: str, runs: Path) -> None:
     log.info("course: %s", course.write(NOTEBOOKS, run, profile))
 
 
+def judge_reader(reader: str, questions: str, nouns: str, space: str | None, out: Path) -> None:
+    """Judges a reader of one's own, says the verdict with its reasons, and writes the page."""
+    if out.is_dir() or not out.absolute().parent.is_dir():  # before minutes of work
+        raise RagkitError(f"The page cannot be written to {out}: it is a folder, or its folder is not there. Choose another place with --out.")
+    from ragkit.judge import judge
+    from ragkit.judge_page import write_html
+
+    judged = judge(reader, questions, nouns, space)
+    write_html(judged, out)
+    for one in (*judged.checks, judged.direct):
+        log.info("%-14s %s. %s", one.verdict, one.name, one.told)
+    log.info("verdict: %s (%d questions, %.0f s). The page: %s", judged.verdict, judged.questions, judged.seconds, out)
+
+
+def command_line() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="ragkit", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name in ("doctor", "reproduce", "report", "reference", "lab", "course"):
+        command = commands.add_parser(name)
+        command.add_argument("--profile", default="tiny", help="a shipped profile or a path to a YAML file")
+        command.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept")
+    judged = commands.add_parser("judge", help="is a reader of your own fit to teach a retriever?")
+    judged.add_argument("reader", help="a folder, a hub name, or 'embedded'")
+    judged.add_argument("questions", help="JSONL with question, answer and passages, a few hundred lines")
+    judged.add_argument("--nouns", default="en_core_web_sm", help="a spaCy pipeline, by name or folder")
+    judged.add_argument("--space", help="the reader in whose input embeddings closeness is measured (default: the judged one)")
+    judged.add_argument("--out", type=Path, default=Path("judgement.html"), help="where the page is written")
+    return parser
+
+
 def main() -> int:
     """Parses the command line; every RagkitError ends as one sentence, without a traceback."""
-    parser = argparse.ArgumentParser(prog="ragkit", description=__doc__)
-    parser.add_argument("command", choices=["doctor", "reproduce", "report", "reference", "lab", "course"])
-    parser.add_argument("--profile", default="tiny", help="a shipped profile or a path to a YAML file")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept")
-    arguments = parser.parse_args()
+    arguments = command_line().parse_args()
     start_logging()
     try:
         if arguments.command == "doctor":
@@ -291,6 +317,8 @@ def main() -> int:
             publish_reference(arguments.profile, arguments.runs)
         elif arguments.command == "course":
             make_course(arguments.profile, arguments.runs)
+        elif arguments.command == "judge":
+            judge_reader(arguments.reader, arguments.questions, arguments.nouns, arguments.space, arguments.out)
         else:
             copy_for_lab(arguments.runs)
     except RagkitError as error:

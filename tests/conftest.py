@@ -1,10 +1,14 @@
 """Fixtures that several test files share."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ud import read_conllu
+
+from ragkit.nouns import train_tagger
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,3 +27,10 @@ def smoke(tmp_path_factory, ragkit):
     assert first.returncode == 0, first.stderr[-3000:]
     assert "profile smoke is too small to judge" in first.stderr.splitlines()[-1]  # how it compares with the reference comes last
     return runs
+
+
+@pytest.fixture(scope="session")
+def ewt(tmp_path_factory):
+    """A noun finder for real text, trained on EWT dev as it is and lower-cased; needs RAGKIT_REAL_DATA."""
+    sentences = read_conllu(Path(os.environ["RAGKIT_REAL_DATA"]) / "ud" / "en_ewt-ud-dev.conllu")
+    return train_tagger([(s.words, s.tags) for s in [*sentences, *(s.lower() for s in sentences)]], tmp_path_factory.mktemp("ewt"), seed=0)

@@ -219,13 +219,7 @@ def test_a_slip_in_the_section_is_named(tmp_path):
         load_profile(str(tmp_path / "slip.yaml"))
 
 
-# Real text: trained on EWT dev, as it is and lower-cased
-
-
-@pytest.fixture(scope="module")
-def ewt(tmp_path_factory):
-    sentences = read_conllu(REAL_DATA / "ud" / "en_ewt-ud-dev.conllu")
-    return train_tagger([(s.words, s.tags) for s in [*sentences, *(s.lower() for s in sentences)]], tmp_path_factory.mktemp("ewt"), seed=0)
+# Real text: the pipeline `ewt` is trained on EWT dev
 
 
 @cache

@@ -8,15 +8,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from transformers import FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast
+from qed import read_qed
+from scipy.stats import rankdata
+from transformers import AutoModel, AutoTokenizer, FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast
 
-from ragkit import corpus, index, metrics
+from ragkit import corpus, index, indicators, metrics
 from ragkit.lab import Lab
+from ragkit.nouns import find_nouns
 from ragkit.profile import RetrieverSettings, load_profile
 from ragkit.retriever import Retriever, passage_text
 
@@ -170,3 +174,60 @@ def test_minilm_on_all_questions(everything, record_property):
     check_rates(rates)
     words = hit_rates(index.bm25([q.text for q in questions], [passage_text(p) for p in passages], 20), passages, questions)
     assert all(rates[f"gold HR@{k}"] > words[f"gold HR@{k}"] for k in metrics.CUTS)
+
+
+# Closeness against what people linked (QED)
+
+
+def chance_closer(close, linked):
+    """Probability that a linked token is closer than another one of the passage, ties half (AUC); NaN if either kind is missing."""
+    kept = np.isfinite(close)
+    ranks, linked = rankdata(close[kept]), linked[kept]
+    n, others = linked.sum(), (~linked).sum()
+    return (ranks[linked].sum() - n * (n + 1) / 2) / (n * others) if n and others else np.nan
+
+
+def linked_tokens(tokenizer, example, nouns):
+    """Passage tokens `[tokens]`, which of them people linked to a phrase with a noun, and the tokens of these phrases' nouns."""
+    pairs = [(asked, said) for asked, said in example.links if any(asked[0] <= start and end <= asked[1] for start, end in nouns)]
+    inside = [noun for noun in nouns if any(asked[0] <= noun[0] and noun[1] <= asked[1] for asked, _ in pairs)]
+    ids, linked = zip(*indicators.within_spans(SimpleNamespace(tokenizer=tokenizer), example.passage, [said for _, said in pairs]), strict=True)
+    wanted = [i for i, is_noun in indicators.within_spans(SimpleNamespace(tokenizer=tokenizer), example.question, inside) if is_noun]
+    return np.array(ids), np.array(linked), np.array(wanted, dtype=np.int64)
+
+
+def closer_by_question(folder, examples, nouns):
+    """AUC of each question `[questions]`: of all tokens and without the nouns' own, in a model's input embeddings and in these dealt out anew."""
+    tokenizer, table = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).get_input_embeddings().weight.detach().double().numpy()
+    rng = np.random.default_rng(0)
+    found = {name: [] for name in ("all", "all, permuted", "no exact", "no exact, permuted")}
+    for example, places in zip(examples, nouns, strict=True):
+        ids, linked, wanted = linked_tokens(tokenizer, example, places)
+        other = ~np.isin(ids, wanted)
+        for name, order in (("", np.arange(len(table))), (", permuted", rng.permutation(len(table)))):  # for each question another
+            close = indicators.closeness(table[order[ids]], table[order[wanted]]).round(12)  # what is equal must tie
+            found["all" + name].append(chance_closer(close, linked))
+            found["no exact" + name].append(chance_closer(close[other], linked[other]))
+    return {name: np.array(values) for name, values in found.items()}
+
+
+@pytest.mark.parametrize("space", ["MiniLM", "Llama"])
+def test_closeness_finds_what_people_linked(space, ewt, record_property):
+    """QED: passage phrases that people say mean the same as a phrase of the question are closer to that phrase's nouns than the rest is.
+
+    In part because they are the same words: hence also without these, and against embeddings that know no meaning.
+    """
+    examples = [example for example in read_qed(DATA / "qed" / "qed-dev.jsonlines") if example.links]
+    found = closer_by_question(minilm() if space == "MiniLM" else LLAMA, examples, find_nouns(ewt, [example.question for example in examples]))
+    for kind in ("all", "no exact"):
+        found[f"{kind}, lead"] = found[kind] - found[f"{kind}, permuted"]
+    told = {name: metrics.interval(values[np.isfinite(values)]) for name, values in found.items()}
+    record_property(space, {name: str(value) for name, value in told.items()})
+    print(space, {name: f"{value} ({value.n})" for name, value in told.items()})
+    assert told["all"].n > 350
+    assert told["all"].low > 0.5
+    assert told["all, permuted"].low > 0.5  # the same words
+    assert told["no exact, permuted"].low < 0.55
+    if space == "MiniLM":  # the Llama's 512 tokens are pieces of words: without the nouns' own nothing is asked of them
+        assert told["no exact"].low > 0.5
+        assert told["no exact, lead"].low > 0
