@@ -113,14 +113,14 @@ def test_nbgrader_makes_the_same_stubs():
         assert [cell.source for cell in ours.cells] == [cell.source for cell in theirs.cells]
 
 
-def test_the_lesson_plan_lasts_90_minutes_and_names_what_there_is():
+def test_each_lesson_of_the_plan_lasts_90_minutes_and_names_what_there_is():
     plan = course.lesson_plan("smoke", list(EXERCISES.values()))
     assert "$" not in plan
     rows = [[part.strip() for part in line.split("|")[1:-1]] for line in plan.splitlines() if re.match(r"\| \d:\d\d", line)]
-    assert sum(int(row[1]) for row in rows) == 90
+    assert sum(int(row[1]) for row in rows) == 2 * 90
     clock = 0
     for start, minutes, _, place, exercise in rows:
-        assert start == f"{clock // 60}:{clock % 60:02}"
+        assert start == f"{clock % 90 // 60}:{clock % 90 % 60:02}"  # the second lesson begins where the first one ends, at 0:00
         clock += int(minutes)
         headings = [line for cell in NOTEBOOKS[next(s for s in NOTEBOOKS if s[:2] == place[:2])].cells for line in cell.source.splitlines()]
         assert all(f"## {section}" in headings for section in re.findall(r"\*(.+?)\*", place)), place
