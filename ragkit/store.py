@@ -98,6 +98,12 @@ def code_of(makers: list[Any]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
+@functools.cache
+def _code_seen(makers: tuple[Any, ...]) -> dict[str, str]:
+    """`code_of`, once a process: a notebook opens hundreds of stages by the same few functions."""
+    return code_of(list(makers))
+
+
 def file_hash(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -171,7 +177,7 @@ class Store:
         record = {
             "profile": json.loads(json.dumps(settings)),
             "upstream": upstream,
-            "code": code_of(code),
+            "code": _code_seen(tuple(code)),
             "libraries": {lib: metadata.version(lib) for lib in LIBRARIES} | {"threads": torch.get_num_threads()},
         }
         key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:20]
