@@ -16,6 +16,7 @@ from ragkit import indicators, metrics, speech
 from ragkit.corpus import Passage, Question
 from ragkit.indicators import Floats, IndicatorError, Tokens
 from ragkit.lab import READERS, Lab
+from ragkit.nouns import NounsError
 from ragkit.reader import Reader
 
 TAUGHT_BY = ("attention", "perplexity")  # the signals that every reader teaches by
@@ -103,7 +104,12 @@ class Analysis:
 
     def contextual(self, goal: Goal) -> Floats:
         """Closeness in the off-the-shelf reader's last hidden states `[tokens]`, asked with the question prompt."""
-        nouns = self.nouns()
+        try:
+            nouns = self.nouns()
+        except NounsError:
+            if goal == "nouns":
+                raise
+            nouns = [[] for _ in self.questions]
         record = {**self.record("off-the-shelf"), "nouns": nouns}
 
         def make(folder: Path) -> None:

@@ -100,11 +100,11 @@ def contextual_closeness(
         owner = np.array(prompt.owner)
         asked = states[owner == PART["question"]]
         is_noun = np.array([inside for _, inside in within_spans(reader, question.text, spans)], dtype=bool)
-        if len(asked) != len(is_noun):
+        if spans and len(asked) != len(is_noun):  # without nouns the question's tokens do not matter
             raise IndicatorError(f"Question {question.id}: its tokens in the prompt are not those of its text alone; choose another indicators.space.")
         answer = states[prompt.answer_start : -1]  # without the end token
         to_answer.append(closeness(states[owner >= 0], answer))
-        to_nouns.append(closeness(states[owner >= 0], asked[is_noun]))
+        to_nouns.append(closeness(states[owner >= 0], asked[is_noun] if spans else asked[:0]))
     return np.concatenate(to_answer), np.concatenate(to_nouns)
 
 

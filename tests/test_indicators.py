@@ -1,5 +1,7 @@
 """Indicators against SciPy and by hand, on whole prompts of tiny readers, with everything that can be undefined."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,9 +14,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ragkit import choices, evidence, indicators
+from ragkit.analysis import Analysis
 from ragkit.attention import record
 from ragkit.corpus import Passage, Question
-from ragkit.profile import AttentionSettings
+from ragkit.nouns import NounsError
+from ragkit.profile import AttentionSettings, load_profile
 from ragkit.teacher import row_weights
 
 numbers = arrays(np.float64, 12, elements=st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, 3.5]))
@@ -145,6 +149,17 @@ def test_contextual_closeness_has_a_value_for_every_passage_token():
     assert len(to_answer) == len(to_nouns) == len(tokens.ids)
     assert np.isfinite(to_answer).all()
     assert np.isnan(indicators.contextual_closeness(one, [QUESTION], [PASSAGES], [[]])[1]).all()
+
+
+def test_contextual_closeness_to_the_answer_needs_no_noun_finder(tmp_path):
+    def nouns():
+        raise NounsError("none is there")
+
+    lab = SimpleNamespace(profile=load_profile("smoke"), open=lambda name, make, *rest: make(tmp_path) or tmp_path)
+    analysis = SimpleNamespace(lab=lab, set_name="toy", questions=[QUESTION], found=[PASSAGES], nouns=nouns, record=lambda which: {})
+    assert np.isfinite(Analysis.contextual(analysis, "answer")).all()
+    with pytest.raises(NounsError):
+        Analysis.contextual(analysis, "nouns")
 
 
 def test_a_tokens_last_character():
