@@ -144,7 +144,10 @@ class Analysis:
 
     def _hit_gains(self, target: str) -> Floats:
         """Gain in HR@5 over the initial retriever of each test question under each seed `[seeds, questions]`."""
+        return np.stack([self.gain_of(self.lab.distilled(self.set_name, target, seed)[0]) for seed in self.lab.profile.distill.seeds])
+
+    def gain_of(self, ranking: NDArray[np.int64]) -> Floats:
+        """Gain in HR@5 of a test ranking over the initial retriever `[questions]`."""
         golds = [q.gold for q in self.lab.corpus(self.set_name).questions["test"]]
-        before = metrics.hits(self.lab.vectors(self.set_name)["test"].tolist(), golds, 5)
-        rankings = [self.lab.distilled(self.set_name, target, seed)[0].tolist() for seed in self.lab.profile.distill.seeds]
-        return np.stack([metrics.hits(ranking, golds, 5) for ranking in rankings]) - before
+        after, before = (metrics.hits(found.tolist(), golds, 5) for found in (ranking, self.lab.vectors(self.set_name)["test"]))
+        return after - before

@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from ragkit import evidence, indicators, metrics
+from ragkit import distill, evidence, indicators, metrics
 from ragkit.analysis import SPACES, Analysis, Goal
 from ragkit.indicators import Floats
 from ragkit.lab import READERS
@@ -97,18 +97,16 @@ def trained(analysis: Analysis) -> pd.DataFrame:
     Columns: variation, reader, mean, low, high, top is gold.
     """
     lab, name = analysis.lab, analysis.set_name
-    questions = lab.corpus(name).questions["test"]
-    golds = [q.gold for q in questions]
-    before = metrics.hits(lab.vectors(name)["test"].tolist(), golds, 5)
     asked, candidates = lab.asked(name)
-    gold = np.array([[passage in q.gold for passage in row] for q, row in zip(asked, candidates.tolist(), strict=True)])
+    gold = distill.oracle_scores(candidates.tolist(), [q.gold for q in asked]) > 0
     some = gold.any(1) & ~gold.all(1)
     rows = []
     for variation in ("as it is", *lab.profile.choices.variations):
         other = lab if variation == "as it is" else lab.varied(variation, name)
         for which in READERS:
             ranking = other.distilled(name, f"{which} attention", lab.profile.distill.seeds[0])[0]
-            gain = metrics.paired_gain(metrics.hits(ranking.tolist(), golds, 5), before, resamples=lab.profile.evaluate.bootstrap)
+            gains = analysis.gain_of(ranking)
+            gain = metrics.paired_gain(gains, np.zeros(len(gains)), resamples=lab.profile.evaluate.bootstrap)
             best = other.scores(name, f"{which} attention").argmax(1)
             right = float(gold[np.arange(len(gold)), best][some].mean())
             rows.append({"variation": variation, "reader": which, "mean": gain.mean, "low": gain.low, "high": gain.high, "top is gold": right})

@@ -179,7 +179,7 @@ class Look:
             at, goals = np.searchsorted(ids, self.tokens.ids[mine]), np.searchsorted(ids, np.array(goal, dtype=np.int64))
             if dealt is not None:
                 order[there] = dealt.permutation(there)
-            close[mine] = indicators.closeness(vectors[order[at]], vectors[order[goals]]).round(12)  # a token's repeats, and all exact ones, must tie
+            close[mine] = indicators.closeness(vectors[order[at]], vectors[order[goals]])
         return close
 
     def by_question(self, close: Floats, exact: NDArray[np.bool_], share: float = SHARE) -> pd.DataFrame:

@@ -40,6 +40,7 @@ from ragkit.store import Store
 log = logging.getLogger(__name__)
 
 READERS = ("off-the-shelf", "fine-tuned")
+UNTAUGHT = ("off-the-shelf", "weaker prompt")  # readers before Step 1: one model, asked in two ways
 SIGNALS = ("attention", "perplexity", "LOOP", "EMDR2")  # what a reader can teach by: a target is named 'reader signal'
 TARGETS = {
     "off-the-shelf attention": "the pretrained reader's attention (the paper's first regime)",
@@ -153,20 +154,20 @@ class Lab:
 
     def readers(self) -> list[str]:
         """Every reader that is judged: before Step 1 (with its weaker prompt too, where it has two), on the way, and after it."""
-        before = ["off-the-shelf", "weaker prompt"] if self.has_clozes else ["off-the-shelf"]
+        before = UNTAUGHT if self.has_clozes else UNTAUGHT[:1]
         return [*before, *(f"step {step}" for step in self.profile.reader.kept_steps), "fine-tuned"]
 
     def reader(self, set_name: str, which: str) -> Reader:
         """One of `readers()`."""
         settings = self.profile.reader
-        if which in ("off-the-shelf", "weaker prompt"):
+        if which in UNTAUGHT:
             return Reader.load(settings.model, settings, self.style(set_name, which))
         folder = self.step1(set_name)
         return Reader.load(str(folder if which == "fine-tuned" else folder / which.removeprefix("step ")), settings)
 
     def style(self, set_name: str, which: str) -> str:
         """How a reader is asked: as it answers better on dev, the weaker prompt as it answers worse; after Step 1 by questions."""
-        if which not in ("off-the-shelf", "weaker prompt"):
+        if which not in UNTAUGHT:
             return "question"
         scores = self.style_scores(set_name)
         return (min if which == "weaker prompt" else max)(scores, key=lambda name: scores[name])
@@ -187,7 +188,7 @@ class Lab:
     def upstream_of(self, set_name: str, which: str) -> list[str]:
         """The stages that a look of a reader at the initial candidates depends on, made if they are missing."""
         self._retriever_folder(set_name)
-        if which in ("off-the-shelf", "weaker prompt"):
+        if which in UNTAUGHT:
             return [f"retriever/{set_name}"]
         self.step1(set_name)
         return [f"retriever/{set_name}", f"step1/{set_name}"]
@@ -350,7 +351,7 @@ class Lab:
         rankings = self.retrieval_rows(set_name)
         for (system, seed), ranking in rankings.items():
             upstream = self.step2_name(set_name, system, seed) if system in TARGETS else f"retriever/{set_name}"
-            readers = READERS if system == "initial" else READERS[:1] if system.startswith(("off-the-shelf", "weaker prompt")) else READERS[1:]
+            readers = READERS if system == "initial" else READERS[:1] if system.startswith(UNTAUGHT) else READERS[1:]
             for which in readers:
                 cases.append((system, which, seed, self.found(set_name, "test", ranking), upstream))
         loaded, frames = {which: self.reader(set_name, which) for which in READERS}, []
