@@ -47,7 +47,13 @@ class Analysis:
         self.closeness = cache(self._closeness)
         self.indicator = cache(self._indicator)
         self.hit_gains = cache(self._hit_gains)
+        self.runs = cache(self._runs)
         self.reader = cache(lambda which: lab.reader(set_name, which))
+
+    def _runs(self) -> dict[int, Analysis]:
+        """This analysis and its like for the readers of every other run of Step 1, by seed."""
+        first, *others = self.lab.profile.step1_seeds
+        return {first: self} | {seed: Analysis(self.lab.again(seed, self.set_name), self.set_name) for seed in others}
 
     def gold_found(self) -> NDArray[np.bool_]:
         """Whether the candidates hold a gold passage `[questions]`."""

@@ -41,6 +41,10 @@ def per_question(analysis: Analysis, which: str, goal: Goal) -> dict[tuple[str, 
     exact = analysis.closeness(which, goal, SPACES[0])[1]
     measures = ("Spearman", *(f"attention, closest {share:.0%}" for share in SHARES))
     table = np.full((len(analysis.questions), len(measures), len(variants), len(SPACES), 2), np.nan)
+    near = np.zeros((2, len(SHARES), *close.shape), dtype=bool)
+    for left_out, kept in enumerate((np.ones(len(exact), dtype=bool), ~exact)):
+        for (share, width), (space, column) in itertools.product(enumerate(SHARES), enumerate(close.T)):
+            near[left_out, share, kept, space] = indicators.closest(column[kept], tokens.question[kept], width)
     for number, mine in enumerate(indicators.by_question(tokens.question)):
         for left_out in (False, True):
             kept = np.flatnonzero(~exact[mine]) if left_out else np.arange(mine.stop - mine.start)
@@ -49,9 +53,8 @@ def per_question(analysis: Analysis, which: str, goal: Goal) -> dict[tuple[str, 
                 continue
             lifts = attention[mine][kept] / attention[mine].mean(0)
             table[number, 0, :, :, int(left_out)] = spearmans(lifts, own)
-            for place, share in enumerate(SHARES, 1):
-                near = np.stack([indicators.closest(own[:, space], share) for space in range(len(SPACES))], axis=1)
-                table[number, place, :, :, int(left_out)] = lifts.T @ near / near.sum(0)
+            for share, chosen in enumerate(near[int(left_out), :, mine][:, kept]):
+                table[number, 1 + share, :, :, int(left_out)] = lifts.T @ chosen / chosen.sum(0)
     names = itertools.product(measures, variants, SPACES, ("with exact", "no exact"))
     values = table.reshape(len(table), -1).T
     return {

@@ -57,11 +57,16 @@ def at_most_partly(verdict: str, seeds: int) -> str:
     return "partly" if verdict == "reproduced" and seeds < 2 else verdict
 
 
+def above_zero(value: Interval) -> str:
+    """Of a gain or difference: reproduced if its interval lies above zero, not reproduced if at or below, else undecided."""
+    if value.low > 0:
+        return "reproduced"
+    return "not reproduced" if value.high <= 0 else "undecided"
+
+
 def improves(gain: Gain) -> str:
     """Rule of C1 for one measure: the whole interval above zero reproduces it, the whole interval below refutes it."""
-    if gain.value.low > 0:
-        return at_most_partly("reproduced", gain.seeds)
-    return "not reproduced" if gain.value.high <= 0 else "undecided"
+    return at_most_partly(above_zero(gain.value), gain.seeds)
 
 
 def fails(poor: Gain, good: Gain) -> str:
@@ -74,14 +79,6 @@ def fails(poor: Gain, good: Gain) -> str:
     if poor.value.high < good.value.mean / 2:
         return at_most_partly("reproduced", min(poor.seeds, good.seeds))
     return "not reproduced" if poor.value.low >= good.value.mean / 2 else "undecided"
-
-
-def above_zero(value: Interval) -> str:
-    """Of a difference: reproduced if its interval lies above zero, not reproduced if below, else undecided.
-
-    At most 'partly', as is every verdict about attention: Step 1 is run with one seed, so it is about one reader a set.
-    """
-    return at_most_partly(improves(Gain(value, 1)), 1) if np.isfinite(value.mean) else "undecided"
 
 
 def most(top: Interval, lead: Interval) -> str:
@@ -111,7 +108,7 @@ def divided_by(line: float, means: dict[str, Interval], gain: Interval) -> str:
     good, poor = (means["fine-tuned"], means["off-the-shelf"]) if gain.mean > 0 else (means["off-the-shelf"], means["fine-tuned"])
     if good.high < line or poor.low > line:
         return "not reproduced"
-    return "partly" if good.low > line and poor.high < line else "undecided"
+    return "reproduced" if good.low > line and poor.high < line else "undecided"
 
 
 def together(verdicts: list[str]) -> str:
@@ -124,6 +121,12 @@ def together(verdicts: list[str]) -> str:
         if weaker in verdicts:
             return weaker
     return "not reproduced"
+
+
+def over_runs(runs: dict[int, Part]) -> Part:
+    """A claim on one set over several runs of Step 1, by their seeds: what `together` makes of their verdicts."""
+    told = (part.measured if len(runs) == 1 else f"Step 1 with seed {seed}: {part.measured}" for seed, part in runs.items())
+    return Part(together([part.verdict for part in runs.values()]), " | ".join(told))
 
 
 def decide(parts: dict[str, dict[str, Part]], judge: bool) -> dict[str, dict[str, Any]]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec
+
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -15,14 +19,27 @@ from ragkit.lab import READERS, Lab
 from ragkit.metrics import Interval
 from ragkit.nouns import NounsError
 
+P = ParamSpec("P")
 COMPARED = ("attention", "Spearman")  # the two numbers of an indicator, as the paper names them
 LINE = 0.3  # the paper's threshold for Indicator 2
 ENOUGH_READERS = 8  # below that a rank correlation over readers says nothing
 
 
+def over_runs(judge: Callable[Concatenate[Analysis, P], Part]) -> Callable[Concatenate[Analysis, P], Part]:
+    """A verdict on one fine-tuned reader made one on every run of Step 1; of a single run it is at most 'partly'."""
+
+    @wraps(judge)
+    def judged(analysis: Analysis, *args: P.args, **kwargs: P.kwargs) -> Part:
+        part = claims.over_runs({seed: judge(run, *args, **kwargs) for seed, run in analysis.runs().items()})
+        return Part(claims.at_most_partly(part.verdict, len(analysis.runs())), part.measured)
+
+    return judged
+
+
 def regime_gains(lab: Lab, set_name: str) -> dict[str, dict[str, Gain]]:
     """Gains in HR@5, EM and F1 of both regimes over the initial retriever read by the same reader."""
-    retrieval, answers = lab.per_question(set_name), lab.answer_rows(set_name)
+    targets = [f"{regime} attention" for regime in READERS]
+    retrieval, answers = lab.per_question(set_name, targets), lab.answer_rows(set_name, targets)
     gains: dict[str, dict[str, Gain]] = {}
     for regime in READERS:
         read = answers[answers["reader"] == regime]
@@ -50,6 +67,7 @@ def lead_of_closest(table: Floats, resamples: int) -> tuple[Interval, Interval]:
     return tuple(metrics.interval(values[np.isfinite(values)], resamples=resamples) for values in (table[:, -1], lead))  # type: ignore[return-value]
 
 
+@over_runs
 def most_attention(analysis: Analysis, goal: Goal) -> Part:
     """C3 (answer) or C4 (nouns) on one set: the fine-tuned reader, questions whose gold passage was retrieved."""
     profile = analysis.lab.profile
@@ -75,6 +93,7 @@ def gain_difference(analysis: Analysis) -> Interval:
     return metrics.paired_gain(good - poor, np.zeros(good.shape[1]), resamples=analysis.lab.profile.evaluate.bootstrap)
 
 
+@over_runs
 def indicator_one(analysis: Analysis) -> Part:
     """C5 on one set."""
     gap, found = gain_difference(analysis), differences(analysis, "answer", analysis.lab.profile.indicators.space)
@@ -82,6 +101,7 @@ def indicator_one(analysis: Analysis) -> Part:
     return Part(verdict, f"fine-tuned minus off-the-shelf: HR@5 gain {gap}, " + ", ".join(f"{name} {value}" for name, value in found.items()))
 
 
+@over_runs
 def indicator_two(analysis: Analysis) -> Part:
     """C6 on one set: 'not comparable' if the verdict depends on the space in which closeness is measured."""
     lab, gap = analysis.lab, gain_difference(analysis)
@@ -142,6 +162,7 @@ def followings(analysis: Analysis, goal: Goal, signals: tuple[str, str] = ("atte
     return pd.DataFrame(rows)
 
 
+@over_runs
 def less_informative(analysis: Analysis) -> Part:
     """C7 on one set, over both indicators and both of their numbers."""
     verdicts, notes = [], []
@@ -173,7 +194,9 @@ def leave_one_out(values: Floats, works: NDArray[np.bool_]) -> tuple[float, floa
 
 def parts(analysis: Analysis) -> dict[str, Part]:
     """Every claim's part on one set; those that need the question's nouns are 'not yet measured' where no noun finder is at hand."""
-    made = distillation(regime_gains(analysis.lab, analysis.set_name)) | {"C3": most_attention(analysis, "answer"), "C5": indicator_one(analysis)}
+    runs = {seed: distillation(regime_gains(run.lab, run.set_name)) for seed, run in analysis.runs().items()}
+    made = {claim: claims.over_runs({seed: found[claim] for seed, found in runs.items()}) for claim in ("C1", "C2")}
+    made |= {"C3": most_attention(analysis, "answer"), "C5": indicator_one(analysis)}
     try:
         analysis.nouns()
     except NounsError as error:

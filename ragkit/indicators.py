@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -170,29 +170,38 @@ def closeness(tokens: Floats, wanted: Floats) -> Floats:
     return (units @ goals.T).max(1).round(12)  # a token that comes twice is as close twice: rounding errors must not break the tie
 
 
-def spearman(x: Floats, y: Floats) -> float:
-    """Spearman's rank correlation; NaN where it is undefined: fewer than three pairs, or one side constant."""
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return float("nan")
-    return float(np.corrcoef(rankdata(x), rankdata(y))[0, 1])
+def ranks(values: Floats, question: NDArray[np.int64], ties: Literal["average", "min"] = "average") -> Floats:
+    """Rank of each value `[tokens]` among those of its question, the smallest 1; NaN has none."""
+    return pd.Series(values).groupby(question).rank(method=ties).to_numpy()
 
 
-def closest(close: Floats, share: float) -> NDArray[np.bool_]:
-    """The closest share of tokens; all tokens as close as the last one that belongs to it come along."""
-    if not len(close):
-        return np.zeros(0, dtype=bool)
-    count = max(1, round(share * len(close)))
-    return close >= np.partition(close, -count)[-count]
+def spearman(x: Floats, y: Floats, question: NDArray[np.int64] | None = None, n: int = 1) -> Floats:
+    """Spearman's rank correlation over the tokens of each of n questions `[n]`; without `question` all tokens are of one.
+
+    NaN where it is undefined: fewer than three tokens, or one side constant.
+    """
+    question = np.zeros(len(x), dtype=np.int64) if question is None else question
+    sizes = np.bincount(question, minlength=n)
+    a, b = (ranks(side, question) - (sizes[question] + 1) / 2 for side in (x, y))
+    both, first, second = (np.bincount(question, weights=product, minlength=n) for product in (a * b, a * a, b * b))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(sizes < 3, np.nan, both / np.sqrt(first * second))
 
 
-def measure(attention: Floats, close: Floats, share: float) -> dict[str, float]:
-    """One question's MEASURES: mean lift of the closest share, and Spearman over all tokens and over the closest share."""
-    near = closest(close, share)
-    return {
-        "attention": float(attention[near].mean()) if near.any() else float("nan"),
-        "Spearman": spearman(attention, close),
-        "Spearman closest": spearman(attention[near], close[near]),
-    }
+def closest(close: Floats, question: NDArray[np.int64], share: float) -> NDArray[np.bool_]:
+    """The closest share of each question's tokens `[tokens]`, at least one; all as close as the last one that belongs to it come along."""
+    counts = np.maximum(1, np.round(share * np.bincount(question)))
+    return ranks(-close, question, "min") <= counts[question]
+
+
+def measure(lifts: Floats, close: Floats, question: NDArray[np.int64], share: float, n: int) -> dict[str, Floats]:
+    """MEASURES of each of n questions: mean lift of the closest share, and Spearman over all tokens and over the closest share."""
+    near = closest(close, question, share)
+    sums, sizes = (np.bincount(question[near], weights=weights, minlength=n) for weights in (lifts[near], None))
+    with np.errstate(invalid="ignore"):
+        top = sums / sizes
+    correlations = spearman(lifts, close, question, n), spearman(lifts[near], close[near], question[near], n)
+    return dict(zip(MEASURES, (top, *correlations), strict=True))
 
 
 def indicator(attention: Floats, close: Floats, question: NDArray[np.int64], exact: NDArray[np.bool_], share: float) -> pd.DataFrame:
@@ -201,27 +210,21 @@ def indicator(attention: Floats, close: Floats, question: NDArray[np.int64], exa
     `attention` and `close` `[tokens]`; `exact` marks tokens that are one of the wanted. What is undefined is NaN. Tokens
     without a closeness are left out.
     """
-    lifts = lift(attention, question)
-    rows = []
-    for number, mine in enumerate(by_question(question)):
-        own, near, other = lifts[mine], close[mine], ~exact[mine]
-        known = np.isfinite(own) & np.isfinite(near)
-        left = measure(own[known & other], near[known & other], share)
-        rows.append({"question": number, **measure(own[known], near[known], share), **{f"{name} (no exact)": value for name, value in left.items()}})
-    return pd.DataFrame(rows)
+    lifts, n = lift(attention, question), int(question.max()) + 1 if len(question) else 0
+    columns: dict[str, Floats] = {}
+    known = np.isfinite(lifts) & np.isfinite(close)
+    for ending, kept in (("", known), (" (no exact)", known & ~exact)):
+        found = measure(lifts[kept], close[kept], question[kept], share, n)
+        columns |= {f"{name}{ending}": values for name, values in found.items()}
+    return pd.DataFrame({"question": np.arange(n), **columns})
 
 
 def deciles(attention: Floats, close: Floats, question: NDArray[np.int64]) -> Floats:
     """Mean lift of each tenth of a question's tokens by closeness `[questions, 10]`, farthest first; ties share their ranks' tenth."""
-    lifts = lift(attention, question)
-    places = by_question(question)
-    table = np.full((len(places), 10), np.nan)
-    for number, mine in enumerate(places):
-        known = np.isfinite(close[mine]) & np.isfinite(lifts[mine])
-        if not known.any():
-            continue
-        tenth = np.minimum((rankdata(close[mine][known]) - 0.5) / known.sum() * 10, 9.999).astype(int)
-        sums, sizes = np.bincount(tenth, weights=lifts[mine][known], minlength=10), np.bincount(tenth, minlength=10)
-        with np.errstate(invalid="ignore"):
-            table[number] = sums / sizes
-    return table
+    lifts, n = lift(attention, question), int(question.max()) + 1 if len(question) else 0
+    known = np.isfinite(close) & np.isfinite(lifts)
+    lifts, close, question = lifts[known], close[known], question[known]
+    tenth = np.minimum((ranks(close, question) - 0.5) / np.bincount(question)[question] * 10, 9.999).astype(int)
+    cells = 10 * question + tenth
+    with np.errstate(invalid="ignore"):
+        return (np.bincount(cells, weights=lifts, minlength=10 * n) / np.bincount(cells, minlength=10 * n)).reshape(n, 10)

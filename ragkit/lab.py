@@ -6,7 +6,8 @@ import json
 import logging
 import random
 import shutil
-from functools import cached_property
+from collections.abc import Iterable
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,25 +72,37 @@ class Lab:
         self.store = Store(Path(runs) / self.profile.name)
         self.opened: dict[str, Path] = {}
         self.corpora: dict[str, Corpus] = {}
+        self.style_scores = cache(self._style_scores)
 
     @cached_property
     def sets(self) -> dict[str, WorldSet | FileSet]:
         return {s.name: s for s in self.profile.sets}
 
     def varied(self, variation: str, set_name: str) -> Lab:
-        """A lab with one choice taken otherwise, in a folder of its own below this run's.
+        """A lab with one choice taken otherwise."""
+        name = variation.replace(": ", "-").replace(" ", "-")
+        return self.beside(name, varied(self.profile, variation), set_name, ("corpus", "retriever", "answers", "step1", "teacher"))
 
-        It begins with a copy of this lab's stages: only what the choice changes is made anew.
+    def again(self, step1_seed: int, set_name: str) -> Lab:
+        """A lab whose Step 1 is run with another seed: other training worlds, in another order."""
+        changed = self.profile.model_copy(update={"step1_seeds": (step1_seed,)})
+        kinds = ("corpus", "retriever", "answers", "teacher", "tokens", "contextual", "nouns", "loop", "step2")
+        return self.beside(f"step1-seed-{step1_seed}", changed, set_name, kinds)
+
+    def beside(self, name: str, profile: Profile, set_name: str, kinds: tuple[str, ...]) -> Lab:
+        """A lab of a changed profile, in a folder of its own below this run's.
+
+        It begins with a copy of this lab's stages: only what the change touches is made anew.
         """
-        home = self.store.folder / "varied" / variation.replace(": ", "-").replace(" ", "-")
-        for kind in ("corpus", "retriever", "answers", "step1", "teacher"):
+        home = self.store.folder / "varied" / name
+        for kind in kinds:
             made, copy = (folder / "stages" / kind / set_name for folder in (self.store.folder, home))
             if made.is_dir() and not copy.exists():
                 aside = copy.with_name(f"{set_name}.new")
                 shutil.rmtree(aside, ignore_errors=True)
                 shutil.copytree(made, aside)
                 aside.rename(copy)
-        return Lab(varied(self.profile, variation).model_copy(update={"name": home.name}), home.parent)
+        return Lab(profile.model_copy(update={"name": name}), home.parent)
 
     def open(self, name: str, make: Any, settings: Any, upstream: list[str], code: list[Any]) -> Path:
         """A stage's folder; within one session it is checked once."""
@@ -174,14 +187,14 @@ class Lab:
 
     def step1(self, set_name: str) -> Path:
         """The folder of the reader after Step 1, and of those on the way in folders below it."""
-        settings = self.profile.reader
+        settings, seed = self.profile.reader, self.profile.step1_seeds[0]
 
         def make(folder: Path) -> None:
             given = (self.sets[set_name], self.corpus(set_name), self.retriever(set_name), self.vectors(set_name)["distill"])
-            lessons = Lessons(*given, self.profile.k, settings.gold_share, self.profile.seed)
-            make_fine_tuned(Reader.load(settings.model, settings), lessons, self.profile.seed, folder)
+            lessons = Lessons(*given, self.profile.k, settings.gold_share, seed)
+            make_fine_tuned(Reader.load(settings.model, settings), lessons, seed, folder)
 
-        record = {**self.reader_record(), "k": self.profile.k, "seed": self.profile.seed}
+        record = {**self.reader_record(), "k": self.profile.k, "seed": seed}
         self._retriever_folder(set_name)
         return self.open(f"step1/{set_name}", make, record, [f"retriever/{set_name}"], [make_fine_tuned, Lessons])
 
@@ -218,7 +231,7 @@ class Lab:
         """The targets of this run: TARGETS, without the weaker prompt where there is only one."""
         return {name: what for name, what in TARGETS.items() if self.has_clozes or not name.startswith("weaker prompt")}
 
-    def style_scores(self, set_name: str) -> dict[str, float]:
+    def _style_scores(self, set_name: str) -> dict[str, float]:
         """EM of the off-the-shelf reader on dev with a question prompt and, where there are clozes, a cloze prompt."""
         corpus = self.corpus(set_name)
         questions = corpus.questions["dev"][: self.profile.evaluate.answered]
@@ -317,30 +330,30 @@ class Lab:
     def step2_name(set_name: str, target: str, seed: int) -> str:
         return f"step2/{set_name}/{target.replace(' ', '-')}-{seed}"
 
-    def retrieval_rows(self, set_name: str) -> dict[tuple[str, int], NDArray[np.int64]]:
-        """Test rankings by (system, seed): BM25, the initial retriever, and each target's distilled retrievers."""
+    def retrieval_rows(self, set_name: str, targets: Iterable[str] | None = None) -> dict[tuple[str, int], NDArray[np.int64]]:
+        """Test rankings by (system, seed): BM25, the initial retriever, and the distilled retrievers of the targets, by default all."""
         corpus = self.corpus(set_name)
         texts = [passage_text(p) for p in corpus.passages]
         rows = {("BM25", 0): index.bm25([q.text for q in corpus.questions["test"]], texts, min(DEPTH, len(texts)))}
         rows["initial", 0] = self.vectors(set_name)["test"]
-        for target in self.targets:
+        for target in self.targets if targets is None else targets:
             for seed in self.profile.distill.seeds:
                 rows[target, seed] = self.distilled(set_name, target, seed)[0]
         return rows
 
-    def per_question(self, set_name: str) -> pd.DataFrame:
-        """Retrieval of every test question by every system: columns system, seed, question, HR@1, HR@5, HR@20, MRR."""
+    def per_question(self, set_name: str, targets: Iterable[str] | None = None) -> pd.DataFrame:
+        """Retrieval of every test question by every system (see `retrieval_rows`): columns system, seed, question, HR@1, HR@5, HR@20, MRR."""
         questions = self.corpus(set_name).questions["test"]
         golds = [q.gold for q in questions]
         frames = []
-        for (system, seed), ranking in self.retrieval_rows(set_name).items():
+        for (system, seed), ranking in self.retrieval_rows(set_name, targets).items():
             found = ranking.tolist()
             columns = {f"HR@{k}": metrics.hits(found, golds, k) for k in metrics.CUTS} | {"MRR": metrics.reciprocal_ranks(found, golds)}
             frames.append(pd.DataFrame({"set": set_name, "system": system, "seed": seed, "question": range(len(questions)), **columns}))
         return pd.concat(frames, ignore_index=True)
 
-    def answer_rows(self, set_name: str) -> pd.DataFrame:
-        """EM and F1 of test questions: columns system, reader, seed, question, EM, F1.
+    def answer_rows(self, set_name: str, targets: Iterable[str] | None = None) -> pd.DataFrame:
+        """EM and F1 of test questions under every system (see `retrieval_rows`): columns system, reader, seed, question, EM, F1.
 
         Each regime answers with its own reader; BM25 and the controls answer with the fine-tuned one.
         """
@@ -348,7 +361,7 @@ class Lab:
         cases: list[tuple[str, str, int, list[list[Passage]], str]] = []
         for which in READERS:
             cases.append(("closed book", which, 0, [[] for _ in questions], f"retriever/{set_name}"))
-        rankings = self.retrieval_rows(set_name)
+        rankings = self.retrieval_rows(set_name, targets)
         for (system, seed), ranking in rankings.items():
             upstream = self.step2_name(set_name, system, seed) if system in TARGETS else f"retriever/{set_name}"
             readers = READERS if system == "initial" else READERS[:1] if system.startswith(UNTAUGHT) else READERS[1:]

@@ -176,6 +176,7 @@ class Profile(Section):
     judge: bool = True
     seed: int = 0
     threads: Count = 1  # a process; sets are worked on side by side, and results do not depend on the machine's cores
+    step1_seeds: tuple[int, ...] = Field(default=(0,), min_length=1, strict=False)  # claims are judged on every run; notebooks 02 to 08 show the first
     k: Annotated[int, Field(ge=2, le=20)] = 5  # 20 candidates are kept for each question
     sets: tuple[Annotated[WorldSet | FileSet, Field(discriminator="source")], ...] = Field(min_length=1, strict=False)
     retriever: RetrieverSettings = RetrieverSettings()
@@ -189,7 +190,8 @@ class Profile(Section):
 
     @model_validator(mode="after")
     def names_and_seeds_differ(self) -> Profile:
-        for key, values in (("sets.name", [s.name for s in self.sets]), ("distill.seeds", self.distill.seeds)):
+        seeds = (("step1_seeds", self.step1_seeds), ("distill.seeds", self.distill.seeds))
+        for key, values in (("sets.name", [s.name for s in self.sets]), *seeds):
             if twice := [value for value, times in Counter(values).items() if times > 1]:
                 raise ValueError(f"{key}: {twice[0]!r} stands there twice; each needs its own")
         return self

@@ -1,4 +1,4 @@
-"""Sets are worked on side by side: a process each."""
+"""Sets are worked on side by side: a process each, and who is done helps the others."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ def make_sets(profile: str, runs: Path, names: list[str]) -> None:
     """Makes the stages of all sets side by side, a process each; the notebooks then find them made."""
     context = multiprocessing.get_context("spawn")
     errors = context.SimpleQueue()
-    workers = {name: context.Process(target=make_set, args=(profile, runs, name, errors), daemon=True) for name in names}
+    workers = {}
+    for name in names:
+        others = [other for other in names if other != name]
+        workers[name] = context.Process(target=make_set, args=(profile, runs, name, others, errors), daemon=True)
     for worker in workers.values():
         worker.start()
     try:
@@ -50,8 +53,11 @@ def make_sets(profile: str, runs: Path, names: list[str]) -> None:
             worker.join()
 
 
-def make_set(profile: str, runs: Path, name: str, errors: Any) -> None:
-    """The work of one process of `make_sets`: every stage of a set that the notebooks ask for. It ends with its parent, whatever ends that."""
+def make_set(profile: str, runs: Path, name: str, others: list[str], errors: Any) -> None:
+    """The work of one process of `make_sets`: every stage of a set that the notebooks ask for, then what is left of the others' Step 2.
+
+    That is begun from its end, towards the process whose set it is. The process ends with its parent, whatever ends that.
+    """
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()  # type: ignore[union-attr]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends this process
     os.environ["TQDM_DISABLE"] = "1"  # the bars of two processes on one line cannot be read
@@ -72,6 +78,10 @@ def make_set(profile: str, runs: Path, name: str, errors: Any) -> None:
             analysis.hit_gains(target)
         parts(analysis)
         trained(analysis)
+        for other in others:
+            for target in reversed(analysis.targets()):
+                for seed in reversed(lab.profile.distill.seeds):
+                    lab.distilled(other, target, seed)
     except RagkitError as error:
         errors.put(str(error))
         sys.exit(2)

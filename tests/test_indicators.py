@@ -26,7 +26,7 @@ numbers = arrays(np.float64, 12, elements=st.sampled_from([0.0, 0.25, 0.5, 1.0, 
 
 @given(numbers, numbers)
 def test_spearman_is_scipys(x, y):
-    ours = indicators.spearman(x, y)
+    ours = indicators.spearman(x, y)[0]
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         assert np.isnan(ours)
     else:
@@ -56,9 +56,11 @@ def test_a_token_that_comes_again_is_exactly_as_close():
 
 def test_the_closest_share_takes_ties_along():
     close = np.array([0.9, 0.1, 0.5, 0.5, 0.2, 0.5, 0.0, 0.0, 0.0, 0.0])
-    assert indicators.closest(close, 0.2).tolist() == [True, False, True, True, False, True, False, False, False, False]
-    assert indicators.closest(close, 0.01).sum() == 1
-    assert indicators.closest(np.array([]), 0.1).size == 0
+    one = np.zeros(10, dtype=int)
+    assert indicators.closest(close, one, 0.2).tolist() == [True, False, True, True, False, True, False, False, False, False]
+    assert indicators.closest(close, one, 0.01).sum() == 1
+    assert indicators.closest(close, np.repeat([0, 1], 5), 0.2).tolist() == [True, *[False] * 4, True, *[False] * 4]
+    assert indicators.closest(np.array([]), one[:0], 0.1).size == 0
 
 
 def test_an_indicator_by_hand():

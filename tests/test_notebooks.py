@@ -36,6 +36,23 @@ def test_the_smoke_run_ends_with_a_report(smoke):
     assert "not comparable" in (run / "report" / "index.html").read_text()
 
 
+def test_a_second_run_of_step_1_shares_what_does_not_depend_on_it(smoke):
+    first = smoke / "smoke" / "stages"
+    second = smoke / "smoke" / "varied" / "step1-seed-1" / "stages"
+
+    def key(stages, name):
+        return json.loads((stages / name / "stage.json").read_text())["key"]
+
+    for shared in ("retriever/almanac", "teacher/trivia/off-the-shelf", "step2/almanac/off-the-shelf-attention-0", "tokens/trivia/off-the-shelf"):
+        assert key(first, shared) == key(second, shared)
+    for own in ("step1/trivia", "teacher/almanac/fine-tuned", "step2/trivia/step-10-perplexity-0", "tokens/almanac/step-10"):
+        assert key(first, own) != key(second, own)
+    weights = [(stages / "step1" / "almanac" / "model.safetensors").read_bytes() for stages in (first, second)]
+    assert weights[0] != weights[1]
+    ledger = (smoke / "smoke" / "figures" / "09_ledger.csv").read_text()
+    assert all(f"Step 1 with seed {seed}: HR@5" in ledger for seed in (0, 1))
+
+
 def test_the_report_has_no_external_address(smoke):
     for page in (smoke / "smoke" / "report").glob("*.html"):
         text = page.read_text()
