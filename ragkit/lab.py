@@ -32,6 +32,7 @@ from ragkit.stages import (
     make_fine_tuned,
     make_left_out,
     make_nouns,
+    make_refreshed,
     make_retriever,
     make_teacher,
     model_hashes,
@@ -305,13 +306,13 @@ class Lab:
         return lambda chosen, scores: divergence(targets[chosen], scores, theta)
 
     def distilled(self, set_name: str, target: str, seed: int) -> tuple[NDArray[np.int64], list[dict[str, float]]]:
-        """Step 2: the test ranking `[questions, 20]` and the curve over epochs."""
-        upstream = [f"retriever/{set_name}"]
-        if taught := teacher_of(target):
-            which, signal = taught
-            kind, make = ("loop", make_left_out) if signal == "LOOP" else ("teacher", make_teacher)
-            self.look(set_name, which, kind, make)
-            upstream.append(f"{kind}/{set_name}/{which.replace(' ', '-')}")
+        """Step 2: the test ranking `[questions, 20]` and the curve over epochs.
+
+        With `index_refreshes` in the profile the curve is that of the last part, from the last refresh on.
+        """
+        if self.profile.index_refreshes:
+            return self.refreshed(set_name, target, seed).distilled(set_name, target, seed)
+        upstream = self.seen_by(set_name, target)
         record = {
             "distill": self.profile.distill.model_dump(exclude={"seeds"}),
             "attention": self.profile.attention.model_dump(),
@@ -325,6 +326,37 @@ class Lab:
         code = [make_distilled, Lab.loss, Lab.target, Lab.scores]
         folder = self.open(self.step2_name(set_name, target, seed), make_it, record, upstream, code)
         return load_file(folder / "ranking.safetensors")["test"], json.loads((folder / "curve.json").read_text("utf8"))
+
+    def refreshed(self, set_name: str, target: str, seed: int) -> Lab:
+        """A lab in which the first part of Step 2 is done: its retriever goes on from there, with the candidates that it finds now."""
+        left, distilling = self.profile.index_refreshes, self.profile.distill
+        first = distilling.epochs // (left + 1)
+        rest = distilling.model_copy(update={"epochs": distilling.epochs - first})
+        changed = self.profile.model_copy(update={"index_refreshes": left - 1, "distill": rest})
+        self.step1(set_name)
+        other = self.beside(f"refreshed-{target.replace(' ', '-')}-{seed}", changed, set_name, ("corpus", "step1"))
+        other.style_scores = self.style_scores
+        other.opened[f"step1/{set_name}"] = other.store.folder / "stages" / "step1" / set_name  # Step 1 is over: it sees no new candidates
+
+        def make(folder: Path) -> None:
+            made = (self.corpus(set_name), self.retriever(set_name), self.vectors(set_name), self.loss(set_name, target))
+            make_refreshed(*made, distilling.model_copy(update={"epochs": first}), self.profile.k, seed, folder)
+
+        stage = f"retriever/{set_name}"
+        upstream = {name: self.store.key(name) for name in self.seen_by(set_name, target)}
+        record = {"distill": distilling.model_dump(exclude={"seeds"}), "attention": self.profile.attention.model_dump(), "epochs": first, "seed": seed}
+        other.opened[stage] = other.store.stage(stage, make, record, upstream, [make_refreshed, Lab.loss, Lab.target, Lab.scores])
+        return other
+
+    def seen_by(self, set_name: str, target: str) -> list[str]:
+        """The stages that Step 2 for a target depends on, made if they are missing."""
+        if not (taught := teacher_of(target)):
+            self._retriever_folder(set_name)
+            return [f"retriever/{set_name}"]
+        which, signal = taught
+        kind, make = ("loop", make_left_out) if signal == "LOOP" else ("teacher", make_teacher)
+        self.look(set_name, which, kind, make)
+        return [f"retriever/{set_name}", f"{kind}/{set_name}/{which.replace(' ', '-')}"]
 
     @staticmethod
     def step2_name(set_name: str, target: str, seed: int) -> str:

@@ -123,7 +123,7 @@ class IndicatorSettings(Section):
     space: Literal["input", "own", "retriever", "contextual"] = "input"
 
 
-VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
+VARIATIONS: dict[str, dict[str, Any]] = {
     "rows: predicting": {"attention": {"rows": "predicting"}},
     "rows: consuming": {"attention": {"rows": "consuming"}},
     "no value norm": {"attention": {"norm": False}},
@@ -136,6 +136,7 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "reverse KL": {"distill": {"direction": "retriever || target"}},
     "both sides": {"distill": {"side": "both"}},
     "question first": {"reader": {"order": "question first"}},
+    "index refresh": {"index_refreshes": 1},
 }  # one choice each that the paper leaves open, taken otherwise
 
 
@@ -183,23 +184,26 @@ class Profile(Section):
     reader: ReaderSettings = ReaderSettings()
     attention: AttentionSettings = AttentionSettings()
     distill: DistillSettings = DistillSettings()
+    index_refreshes: Annotated[int, Field(ge=0)] = 0  # times within Step 2 that the retriever looks for new candidates and the reader looks at them
     nouns: NounSettings = NounSettings()
     indicators: IndicatorSettings = IndicatorSettings()
     choices: ChoiceSettings = ChoiceSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
 
     @model_validator(mode="after")
-    def names_and_seeds_differ(self) -> Profile:
+    def parts_agree(self) -> Profile:
         seeds = (("step1_seeds", self.step1_seeds), ("distill.seeds", self.distill.seeds))
         for key, values in (("sets.name", [s.name for s in self.sets]), *seeds):
             if twice := [value for value, times in Counter(values).items() if times > 1]:
                 raise ValueError(f"{key}: {twice[0]!r} stands there twice; each needs its own")
+        if self.index_refreshes >= self.distill.epochs:
+            raise ValueError(f"index_refreshes: {self.index_refreshes} parts Step 2 into more pieces than distill.epochs ({self.distill.epochs})")
         return self
 
 
 def varied(profile: Profile, name: str) -> Profile:
     """A profile with one of VARIATIONS made."""
-    changes = {section: getattr(profile, section).model_copy(update=values) for section, values in VARIATIONS[name].items()}
+    changes = {key: getattr(profile, key).model_copy(update=new) if isinstance(new, dict) else new for key, new in VARIATIONS[name].items()}
     return profile.model_copy(update=changes)
 
 

@@ -162,6 +162,27 @@ def make_distilled(
     (folder / "curve.json").write_text(json.dumps(curve), "utf8")
 
 
+def make_refreshed(
+    corpus: Corpus,
+    retriever: Retriever,
+    vectors: dict[str, NDArray[Any]],
+    loss: distill.Loss,
+    settings: DistillSettings,
+    k: int,
+    seed: int,
+    folder: Path,
+) -> None:
+    """A part of Step 2, then an index refresh: what `make_retriever` writes, for the retriever as it is now.
+
+    Only the questions for distillation get new candidates; 'initial' stays what it was.
+    """
+    make_distilled(corpus, retriever, vectors, loss, settings, k, seed, folder)
+    retriever.save(folder / "model")
+    passages = vectors["passages"] if settings.side == "query" else retriever.encode([passage_text(p) for p in corpus.passages])
+    found = index.search(retriever.encode([q.text for q in corpus.questions["distill"]]), passages, min(DEPTH, len(passages)))[0]
+    save_file({**vectors, "passages": passages, "distill": found}, folder / "vectors.safetensors")
+
+
 def make_answers(reader: Reader, questions: list[Question], found: list[list[Passage]], folder: Path) -> None:
     prompts = [reader.prompt(q, passages) for q, passages in zip(questions, found, strict=True)]
     note_trimmed(sum(p.trimmed > 0 for p in prompts), len(prompts), folder)

@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import papermill
 import pytest
+from safetensors.numpy import load_file
 
 from ragkit.course import exercises_of
 
@@ -51,6 +53,19 @@ def test_a_second_run_of_step_1_shares_what_does_not_depend_on_it(smoke):
     assert weights[0] != weights[1]
     ledger = (smoke / "smoke" / "figures" / "09_ledger.csv").read_text()
     assert all(f"Step 1 with seed {seed}: HR@5" in ledger for seed in (0, 1))
+
+
+def test_an_index_refresh_gives_the_reader_new_candidates(smoke):
+    home = smoke / "smoke" / "stages"
+    other = smoke / "smoke" / "varied" / "index-refresh" / "varied" / "refreshed-fine-tuned-attention-0" / "stages"
+    before, after = (load_file(stages / "retriever" / "trivia" / "vectors.safetensors") for stages in (home, other))
+    assert (before["distill"] != after["distill"]).any()
+    assert all((before[part] == after[part]).all() for part in ("passages", "dev", "test"))  # the query side learns; 'initial' stays
+    scores = [load_file(stages / "teacher" / "trivia" / "fine-tuned" / "scores.safetensors")["attention"] for stages in (home, other)]
+    moved = (before["distill"][:, :5] != after["distill"][:, :5]).any(1)
+    assert np.array_equal((scores[0] != scores[1]).any(axis=(1, 2, 3, 4, 5)), moved)
+    assert (other / "step1" / "trivia" / "model.safetensors").read_bytes() == (home / "step1" / "trivia" / "model.safetensors").read_bytes()
+    assert [row["epoch"] for row in json.loads((other / "step2" / "trivia" / "fine-tuned-attention-0" / "curve.json").read_text())] == [0, 0.5, 1]
 
 
 def test_the_report_has_no_external_address(smoke):
