@@ -151,7 +151,7 @@ def publish(run: Path, figures: Path, readme: Path) -> None:
             shutil.copy(path, figures / path.name)
     shutil.copy(run / "manifest.json", figures / "manifest.json")
     ledger = pd.read_csv(run / "figures" / "09_ledger.csv").fillna("")
-    rows = [f"| {row.claim} | {row.statement} | **{row.verdict}** | {row.measured} |" for row in ledger.itertuples()]
-    table = "\n".join(["| | claim | verdict | measured |", "|---|---|---|---|", *rows])
+    rows = [f"| {row.claim} | {row.statement} | **{row.verdict}** | {row.why} |" for row in ledger.itertuples()]
+    table = "\n".join(["| | claim | verdict | set by set |", "|---|---|---|---|", *rows])
     before, rest = readme.read_text("utf8").split("<!-- ledger -->")
     readme.write_text(f"{before}<!-- ledger -->\n{table}\n<!-- /ledger -->{rest.split('<!-- /ledger -->')[1]}", "utf8")

@@ -41,7 +41,7 @@ def ledger(table: pd.DataFrame, links: Mapping[str, str] | None = None) -> HTML:
     for row in table.fillna("").itertuples(index=False):
         colour = VERDICT_COLOURS.get(row.verdict, "#57606a")
         badge = f"<span style='background:{colour};color:#fff;border-radius:1em;padding:.1em .7em;white-space:nowrap'>{html.escape(row.verdict)}</span>"
-        measured = "".join(f"<li>{html.escape(part)}</li>" for part in row.measured.split("; ") if part)
+        measured = "".join(f"<li>{html.escape(part).replace(' | ', '<br>')}</li>" for part in row.measured.split("; ") if part)
         paper = f"<p style='margin:.4em 0'>In the paper: {html.escape(row.paper)}</p>" if row.paper else ""
         why = f"<p style='margin:.4em 0'>Why: {html.escape(row.why)}</p>" if row.why else ""
         cards.append(

@@ -109,7 +109,7 @@ def test_a_run_becomes_the_reference(tmp_path):
     assert {p.name for p in figures.iterdir()} == {"04_gains.svg", "09_ledger.csv", "manifest.json"}
     lines = readme.read_text().splitlines()
     assert (lines[0], lines[-1]) == ("before", "after")
-    assert "| C1 | It helps. | **partly** | almanac: 0.1 |" in lines
+    assert "| C1 | It helps. | **partly** | w |" in lines
     assert "| C3 | More. | **not yet measured** |  |" in lines
     assert "stale" not in lines
     reference.publish(run, figures, readme)  # again: the same page
