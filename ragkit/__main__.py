@@ -276,7 +276,7 @@ def judge_reader(reader: str, questions: str, nouns: str, space: str | None, out
     """Judges a reader of one's own, says the verdict with its reasons, and writes the page."""
     if out.is_dir() or not out.absolute().parent.is_dir():  # before minutes of work
         raise RagkitError(f"The page cannot be written to {out}: it is a folder, or its folder is not there. Choose another place with --out.")
-    from ragkit.judge import judge
+    from ragkit import judge
     from ragkit.judge_page import write_html
 
     judged = judge(reader, questions, nouns, space)

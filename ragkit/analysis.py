@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +24,7 @@ from ragkit.reader import Reader
 TAUGHT_BY = ("attention", "perplexity")  # the signals that every reader teaches by
 BESIDE = ("LOOP", "EMDR2")  # and those that only the two regimes' readers do
 Goal = Literal["answer", "nouns"]  # what closeness is measured to: Indicator 1, Indicator 2
+INDICATORS: dict[Goal, str] = {"answer": "Indicator 1", "nouns": "Indicator 2"}
 SPACES = ("input", "own", "retriever", "contextual")  # where closeness can be measured
 CONTROLS = ("permuted", "overlap")  # the input space with its vectors dealt out anew; 1 for the wanted tokens and 0 for others
 
@@ -157,3 +160,14 @@ class Analysis:
         golds = [q.gold for q in self.lab.corpus(self.set_name).questions["test"]]
         after, before = (metrics.hits(found.tolist(), golds, 5) for found in (ranking, self.lab.vectors(self.set_name)["test"]))
         return after - before
+
+
+def computed(sets: Mapping[str, Analysis]) -> dict[Goal, str]:
+    """The indicators, by their goals, that every set can have; says why where Indicator 2 is not among them."""
+    try:
+        for analysis in sets.values():
+            analysis.nouns()
+    except NounsError as error:
+        sys.stdout.write(f"Indicator 2 is not computed: {error}\n")
+        return {"answer": INDICATORS["answer"]}
+    return INDICATORS

@@ -77,6 +77,23 @@ def specifications(analysis: Analysis, goal: Goal) -> pd.DataFrame:
     return table.assign(**means, **{which: np.nanmean(list(values.values()), axis=1) for which, values in (("fine-tuned", good), ("off-the-shelf", poor))})
 
 
+def by_layer(analysis: Analysis, goal: Goal) -> pd.DataFrame:
+    """Both regimes' indicator under every row type, norm and single layer, and under the mean of all layers, in the profile's space and share.
+
+    Columns: reader, rows, norm (`off`, `on`), layer (from 1, or `mean`), attention, Spearman: means over questions.
+    """
+    settings, rows = analysis.lab.profile.indicators, []
+    for which in READERS:
+        tokens, close = analysis.tokens(which), analysis.closeness(which, goal, settings.space)[0]
+        for (row, row_type), (norm, said) in itertools.product(enumerate(ROWS), enumerate(("off", "on"))):
+            layers = tokens.contribution[:, row, norm].astype(np.float64)
+            for layer, attention in [*enumerate(layers.T, 1), ("mean", layers.mean(1))]:
+                table = indicators.indicator(attention, close, tokens.question, np.zeros(len(close), dtype=bool), settings.share)
+                means = {measure: table[measure].mean() for measure in evidence.COMPARED}
+                rows.append({"reader": which, "rows": row_type, "norm": said, "layer": layer, **means})
+    return pd.DataFrame(rows)
+
+
 def verdict(low: Floats | pd.Series, high: Floats | pd.Series) -> NDArray[np.str_]:
     """'higher', 'lower' or 'unclear' for each interval."""
     return np.where(np.asarray(low) > 0, "higher", np.where(np.asarray(high) < 0, "lower", "unclear"))

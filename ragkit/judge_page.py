@@ -15,7 +15,7 @@ import pandas as pd
 
 from ragkit import plots, report, views
 from ragkit.evidence import LINE
-from ragkit.judge import ABOVE, BELOW, GOALS, SHARE, UNSURE, Check, Example, JudgeError, Judgement
+from ragkit.judging import ABOVE, BELOW, GOALS, SHARE, UNSURE, Check, Example, JudgeError, Judgement
 from ragkit.metrics import Interval
 from ragkit.store import write_whole
 

@@ -4,11 +4,11 @@ The page holds the stored scores of a sample of the questions for distillation, 
 
     {"entropy", "theta", "choices": {axis: [names]}, "start": {axis: index}, "sets": [{
         "name", "of", "examples": [{"question", "answers", "passages": [[title, text]]}],
-        "gold": array, "retr": array, "readers": [{"name", "attention": array}]}]}
+        "gold": array, "retr": array, "readers": [{"name", "attention": array, "indicators": [{"goal", "measure", "means": array}]}]}]}
 
 An array is {"axes": [names], "shape": [sizes], "values": [numbers in C order]}. `examples` belong to the first questions of the
-arrays; `of` says from how many the sample was taken. More values a question, such as an indicator's, are further arrays of a reader,
-with the axes question, rows, norm, layer: the page's `pick` reads any of them by the same choices.
+arrays; `of` says from how many the sample was taken. `means` are over test questions, with the axes rows, norm, layer, where the last
+layer stands for the mean of all (an indicator of averaged attention is no average of indicators); null where undefined.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
@@ -34,7 +35,7 @@ NUMBERS = 400_000  # at most so many scores a reader, or the page grows too heav
 
 def array(axes: list[str], values: NDArray[Any]) -> dict[str, Any]:
     """An array for the page, its numbers rounded to five significant digits."""
-    return {"axes": axes, "shape": list(values.shape), "values": [float(f"{v:.5g}") for v in values.ravel().tolist()]}
+    return {"axes": axes, "shape": list(values.shape), "values": [float(f"{v:.5g}") if np.isfinite(v) else None for v in values.ravel().tolist()]}
 
 
 def sample(n: int, numbers: int) -> NDArray[np.int64]:
@@ -57,6 +58,23 @@ def stored_scores(store: Store, profile: Profile, name: str) -> dict[str, NDArra
     return found
 
 
+def stored_indicators(run: Path, name: str) -> dict[str, list[dict[str, Any]]]:
+    """Each reader's indicators under every choice, from notebook 08's table; empty where that has not been run."""
+    path = run / "figures" / "08_by_layer.csv"
+    if not path.is_file():
+        return {}
+    table = pd.read_csv(path, dtype={"layer": str})
+    table = table[table["set"] == name]
+    found: dict[str, list[dict[str, Any]]] = {}
+    for (reader, goal), part in table.groupby(["reader", "goal"]):
+        layers = part["layer"].nunique()
+        order = pd.MultiIndex.from_product([teacher.ROWS, ("off", "on"), [*map(str, range(1, layers)), "mean"]])
+        for measure in ("attention", "Spearman"):
+            values = part.set_index(["rows", "norm", "layer"])[measure].reindex(order).to_numpy().reshape(len(teacher.ROWS), 2, layers)
+            found.setdefault(str(reader), []).append({"goal": goal, "measure": measure, "means": array(["rows", "norm", "layer"], values)})
+    return found
+
+
 def set_data(run: Path, profile: Profile, name: str) -> dict[str, Any] | None:
     """What the page needs of one question set; None where no reader's scores are stored."""
     stages, scores = run / "stages", stored_scores(Store(run), profile, name)
@@ -76,6 +94,7 @@ def set_data(run: Path, profile: Profile, name: str) -> dict[str, Any] | None:
         {"question": q.text, "answers": list(q.answers), "passages": [[corpus.passages[i].title, corpus.passages[i].text] for i in row]}
         for q, row in zip(questions[:EXAMPLES], candidates, strict=False)
     ]
+    means = stored_indicators(run, name)
     axes = ["question", "rows", "norm", "layer", "pooling", "passage"]
     return {
         "name": name,
@@ -83,7 +102,7 @@ def set_data(run: Path, profile: Profile, name: str) -> dict[str, Any] | None:
         "examples": examples,
         "gold": array(["question", "passage"], gold.astype(int)),
         "retr": array(["question", "passage"], retr),
-        "readers": [{"name": reader, "attention": array(axes, one[chosen])} for reader, one in scores.items()],
+        "readers": [{"name": reader, "attention": array(axes, one[chosen]), "indicators": means.get(reader, [])} for reader, one in scores.items()],
     }
 
 

@@ -20,13 +20,12 @@ from test_fid import make as fid
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ragkit import __main__, corpus, judge_page, metrics
-from ragkit import judge as judging
+from ragkit import __main__, corpus, judge, judge_page, judging, metrics
 from ragkit.asked import read_asked
 from ragkit.attention import record
 from ragkit.corpus import DataError, Passage, Question
 from ragkit.indicators import look_at_tokens
-from ragkit.judge import ABOVE, BELOW, ENOUGH, UNSURE, JudgeError, Look, judge
+from ragkit.judging import ABOVE, BELOW, ENOUGH, UNSURE, JudgeError, Look
 from ragkit.metrics import Interval
 from ragkit.vocabulary import build_tokenizer
 

@@ -1,6 +1,7 @@
 """The sliders' page holds ragkit's own numbers, its formulas give what ragkit gives, and no text can break out of it."""
 
 import html
+import itertools
 import json
 import re
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 from urllib.parse import urlencode
 
 import numpy as np
+import pandas as pd
 import pytest
 from safetensors.numpy import save_file
 
@@ -93,6 +95,40 @@ def test_the_page_holds_the_stored_scores(run):
         texts = [question.text, *(corpus.passages[i].text for i in numbers)]
         query, *vectors = retriever.encode(texts)
         assert np.allclose(retr, np.stack(vectors) @ query, atol=1e-3)
+
+
+def by_layer(set_name):
+    """Notebook 08's table with a number of its own for every choice; no Spearman under the last choice."""
+    choices = itertools.product(("fine-tuned",), ("Indicator 1", "Indicator 2"), teacher.ROWS, ("off", "on"), (*range(1, LAYERS + 1), "mean"))
+    rows = [(*choice, set_name, number / 7, -number / 11) for number, choice in enumerate(choices)]
+    table = pd.DataFrame(rows, columns=["reader", "goal", "rows", "norm", "layer", "set", "attention", "Spearman"])
+    table.loc[table.index[-1], "Spearman"] = np.nan
+    return table.sample(frac=1, random_state=0)  # the order of its lines means nothing
+
+
+@pytest.mark.skipif(not shutil.which("node"), reason="no node to run the page's formulas")
+def test_the_indicators_of_every_choice(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    assert all(reader["indicators"] == [] for reader in sliders.data(run, PROFILE)["sets"][0]["readers"])
+    (tmp_path / "run" / "figures").mkdir()
+    table = by_layer("set")
+    pd.concat([table, by_layer("another")]).to_csv(tmp_path / "run" / "figures" / "08_by_layer.csv", index=False)
+    data = sliders.data(tmp_path / "run", PROFILE)
+    held = {reader["name"]: reader["indicators"] for reader in data["sets"][0]["readers"]}
+    assert held["off-the-shelf"] == []
+    script = re.search(r'<script id="arithmetic">(.*?)</script>', sliders.body(tmp_path / "run", PROFILE), re.DOTALL)[1]
+    picked = [(2, 1, "mean"), (0, 0, 0), (1, 1, 2)]
+    calls = ", ".join(f"indicated(r, {json.dumps(dict(zip(('rows', 'norm', 'layer'), one, strict=True)))})" for one in picked)
+    said = subprocess.run(
+        ["node", "-"], input=f"{script}; const r = {json.dumps({'indicators': held['fine-tuned']})}; console.log(JSON.stringify([{calls}]))",
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    for (row, norm, layer), found in zip(picked, json.loads(said.stdout), strict=True):
+        assert len(found) == 4
+        for one in found:
+            place = {"rows": teacher.ROWS[row], "norm": ("off", "on")[norm], "layer": layer if layer == "mean" else layer + 1, "goal": one["goal"]}
+            expected = table[np.logical_and.reduce([table[key] == value for key, value in place.items()])][one["measure"]].item()
+            assert one["value"] == (pytest.approx(expected, abs=1e-4) if np.isfinite(expected) else None)
 
 
 def test_a_sample_is_spread_and_shrinks_for_deep_readers():

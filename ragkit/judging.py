@@ -1,10 +1,8 @@
 """Is a reader of one's own fit to teach a retriever? Both indicators on a few hundred questions, with a verdict and its reasons.
 
-    from ragkit.judge import judge
-    from ragkit.judge_page import write_html
-    write_html(judge("path/to/reader", "questions.jsonl"), Path("judgement.html"))
-
-The function carries the module's name, so `ragkit.judge` is the module; call `ragkit.judge.judge` or import as above.
+import ragkit
+from ragkit.judge_page import write_html
+write_html(ragkit.judge("path/to/reader", "questions.jsonl"), Path("judgement.html"))
 """
 
 from __future__ import annotations
