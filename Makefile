@@ -28,7 +28,7 @@ test: $(READY)       ## all tests but the slow ones
 slow: $(READY)       ## the tests that take many minutes (real text in full)
 	$(BIN)python -m pytest tests -m slow
 
-bench: $(READY)      ## seconds and memory of attention: plain, ours, eager (about an hour; more on a GPU)
+bench: $(READY)      ## seconds and memory of attention: plain, ours, eager (about half an hour of a quiet machine; more on a GPU)
 	$(BIN)python tests/benchmarks/attention.py runs/bench
 
 lint: $(READY)       ## ruff and mypy
