@@ -135,13 +135,18 @@ def rows_html(rows: Iterable[tuple[str, Any]]) -> str:
 
 
 def stages_html(stages: dict[str, dict[str, Any]]) -> str:
-    """Seconds of every stage, folded by kind, and whether this call made it or found it."""
+    """Seconds and peak memory of every stage (of the process that made it), folded by kind, and whether this call made it or found it."""
     parts = []
     for kind in sorted({name.split("/")[0] for name in stages}):
         alike = {name: stage for name, stage in stages.items() if name.split("/")[0] == kind}
         ran = sum(stage.get("this_call") == "ran" for stage in alike.values())
         table = pd.DataFrame(
-            {"stage": name.partition("/")[2], "seconds": stage["seconds"], "in this call": stage.get("this_call", "not recorded")}
+            {
+                "stage": name.partition("/")[2],
+                "seconds": stage["seconds"],
+                "peak MiB": stage.get("peak_mib") or "not recorded",
+                "in this call": stage.get("this_call", "not recorded"),
+            }
             for name, stage in alike.items()
         )
         total = sum(stage["seconds"] for stage in alike.values())
@@ -153,7 +158,8 @@ def stages_html(stages: dict[str, dict[str, Any]]) -> str:
 def seeds_of(profile: dict[str, Any]) -> list[tuple[str, Any]]:
     """Every seed of a profile with what it draws."""
     worlds = [(f"set {s['name']}", s["seed"]) for s in profile["sets"]]
-    return [("models and Step 1", profile["seed"]), ("Step 2", ", ".join(map(str, profile["distill"]["seeds"]))), *worlds]
+    step1 = ", ".join(map(str, profile.get("step1_seeds", [profile["seed"]])))
+    return [("models", profile["seed"]), ("Step 1", step1), ("Step 2", ", ".join(map(str, profile["distill"]["seeds"]))), *worlds]
 
 
 def manifest_html(manifest: dict[str, Any]) -> str:

@@ -15,7 +15,7 @@ import shutil
 import textwrap
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -58,6 +58,19 @@ def write_whole(path: Path, text: str) -> None:
     aside = path.with_name(f"{path.name}.new")
     aside.write_text(text, "utf8")
     aside.replace(path)
+
+
+def memory_from_now() -> Callable[[], int | None]:
+    """A function that says how much memory (MiB) this process has used at most since this call; None where there is no /proc to ask."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    with suppress(OSError):  # where the peak may not be reset it is that of the whole process
+        reset.write_text("5")
+
+    def peak() -> int | None:
+        lines = status.read_text().splitlines() if status.is_file() else []
+        return next((int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM")), None)
+
+    return peak
 
 
 def without_docstrings(tree: ast.AST) -> str:
@@ -196,13 +209,14 @@ class Store:
             partial = self.folder / "partial" / f"{flat}-{key}"
             for older in set(partial.parent.glob(f"{flat}-{'[0-9a-f]' * len(key)}")) - {partial}:  # killed, and never to be gone on with
                 shutil.rmtree(older)
-            started = time.monotonic()
+            started, peak = time.monotonic(), memory_from_now()
             with room_on_disk(self.folder, f"stage {name}"):
                 partial.mkdir(exist_ok=True)
                 make(partial)
                 seconds = round(time.monotonic() - started, 2)
                 files = contents(partial)
-                write_whole(partial / "stage.json", json.dumps({"key": key, "record": record, "seconds": seconds, "files": files}, indent=1))
+                saved = {"key": key, "record": record, "seconds": seconds, "peak_mib": peak(), "files": files}
+                write_whole(partial / "stage.json", json.dumps(saved, indent=1))
                 if home.exists():
                     shutil.rmtree(home)
                 home.parent.mkdir(parents=True, exist_ok=True)
@@ -235,7 +249,8 @@ class Store:
         for file in sorted((self.folder / "stages").rglob("stage.json")):
             try:
                 saved = json.loads(file.read_text("utf8"))
-                found[str(file.parent.relative_to(self.folder / "stages"))] = {part: saved[part] for part in ("key", "record", "seconds", "files")}
+                parts = {part: saved[part] for part in ("key", "record", "seconds", "files")}
+                found[str(file.parent.relative_to(self.folder / "stages"))] = parts | {"peak_mib": saved.get("peak_mib")}
             except (ValueError, KeyError, TypeError):
                 continue
         return found

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
 
 from ragkit import store
@@ -56,6 +57,19 @@ def test_a_damaged_file_is_found_and_made_anew(tmp_path):
     runs.stage("a", work, {}, {}, [work])
     assert "result.txt is damaged" in runs.status["a"]
     assert (home / "result.txt").read_text() == "done"
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="The peak of a stage alone is measured on Linux only.")
+def test_the_peak_memory_of_each_stage(tmp_path):
+    def wasteful(folder):
+        assert np.ones(30_000_000).sum() == 30_000_000  # 229 MiB, freed before the stage ends
+        work(folder)
+
+    runs = Store(tmp_path)
+    runs.stage("large", wasteful, {}, {}, [work])
+    runs.stage("small", work, {}, {}, [work])
+    peaks = {name: saved["peak_mib"] for name, saved in runs.records().items()}
+    assert peaks["large"] > peaks["small"] + 200
 
 
 def test_a_failed_stage_does_not_count(tmp_path):
