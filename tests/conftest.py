@@ -12,7 +12,6 @@ from ud import read_conllu
 from ragkit.nouns import train_tagger
 
 ROOT = Path(__file__).parent.parent
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # `make test` runs two processes; more threads would get in each other's way
 LONGEST_FIRST = ("smoke", "test_real_text", "test_faults", "test_judge", "test_nouns")
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("unhurried")
