@@ -12,9 +12,11 @@ from textwrap import fill
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from adjustText import adjust_text
 from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 
 PALETTE = sns.color_palette("colorblind")
@@ -223,6 +225,7 @@ def followings(table: pd.DataFrame, measure: str, line: float | None = None) -> 
     """
     sets, signals = list(table["set"].unique()), list(table["signal"].unique())
     figure, axes = column([4.0] * len(sets))
+    names: dict[Axes, list[Text]] = {}
     for axis, name in zip(axes, sets, strict=True):
         for number, signal in enumerate(signals):
             part = table[(table["set"] == name) & (table["signal"] == signal)]
@@ -230,26 +233,19 @@ def followings(table: pd.DataFrame, measure: str, line: float | None = None) -> 
                 part["value"], part["gain"], yerr=[part["gain"] - part["low"], part["high"] - part["gain"]], fmt="os"[number % 2],
                 color=PALETTE[number], lw=1.2, label=signal,
             )  # fmt: skip
-            for place, point in enumerate(part.sort_values("gain").itertuples() if number == 0 else ()):
-                side = 1 if place % 2 else -1  # neighbours' names on either side
-                axis.annotate(
-                    point.reader,
-                    (point.value, point.gain),
-                    (7 * side, 3),
-                    textcoords="offset points",
-                    fontsize=9.5,
-                    color="0.25",
-                    ha="left" if side > 0 else "right",
-                )
+            if number == 0:
+                names[axis] = [axis.text(p.value, p.gain, p.reader.removeprefix("step "), fontsize=9.5, color="0.25") for p in part.itertuples()]
         axis.xaxis.set_major_locator(MaxNLocator(6))
         axis.margins(x=0.2)
         axis.axhline(0, color="0.3", lw=1, ls=":")
         if line is not None:
             axis.axvline(line, color="0.3", lw=1, ls="--")
         axis.set(title=name, ylabel="gain in HR@5")
-    axes[-1].set_xlabel(measure)
+    axes[-1].set_xlabel(f"{measure}\n(a number: a reader after so many steps of Step 1)")
     if len(signals) > 1:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(signals), frameon=False)
+    for axis, texts in names.items():
+        adjust_text(texts, ax=axis, arrowprops={"arrowstyle": "-", "color": "0.6"})
     told = [f"{r.set}, {r.reader}, {r.signal}: {r.value:.2f}, gain {r.gain:+.3f}" for r in table.itertuples(index=False)]
     return figure, f"{measure} of each reader against the gain in HR@5 of the retriever it taught. " + "; ".join(told) + "."
 

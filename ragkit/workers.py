@@ -74,10 +74,10 @@ def make_set(profile: str, runs: Path, name: str, others: list[str], errors: Any
         analysis = Analysis(lab, name)
         for which in lab.readers():
             analysis.tokens(which)
-        for target in analysis.targets():
+        trained(analysis)
+        for target in analysis.targets():  # the longest part comes last: others can help with it
             analysis.hit_gains(target)
         parts(analysis)
-        trained(analysis)
         for other in others:
             for target in reversed(analysis.targets()):
                 for seed in reversed(lab.profile.distill.seeds):
