@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from typing import Literal
 
 import numpy as np
@@ -99,13 +99,22 @@ def contextual_closeness(
         states = reader.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[0].double().cpu().numpy()
         owner = np.array(prompt.owner)
         asked = states[owner == PART["question"]]
-        is_noun = np.array([inside for _, inside in within_spans(reader, question.text, spans)], dtype=bool)
-        if spans and len(asked) != len(is_noun):  # without nouns the question's tokens do not matter
-            raise IndicatorError(f"Question {question.id}: its tokens in the prompt are not those of its text alone; choose another indicators.space.")
         answer = states[prompt.answer_start : -1]  # without the end token
         to_answer.append(closeness(states[owner >= 0], answer))
-        to_nouns.append(closeness(states[owner >= 0], asked[is_noun] if spans else asked[:0]))
+        to_nouns.append(closeness(states[owner >= 0], asked[asked_within_spans(reader, question, list(passages), spans)]))
     return np.concatenate(to_answer), np.concatenate(to_nouns)
+
+
+def asked_within_spans(reader: Reader, question: Question, passages: list[Passage], spans: Sequence[tuple[int, int]]) -> NDArray[np.bool_]:
+    """For each token of the question as it stands in the prompt `[question tokens]`: does it overlap one of the character spans?
+
+    A tokenizer may cut a text otherwise within a prompt than alone, so the places in the prompt count.
+    """
+    pieces = reader.pieces(question, passages)
+    before = sum(len(text) for text, _ in takewhile(lambda piece: piece[1] != PART["question"], pieces))
+    offsets = reader.tokenizer("".join(text for text, _ in pieces), return_offsets_mapping=True)["offset_mapping"]
+    asked = [place for place, who in zip(offsets, reader.tokens(pieces)[1], strict=True) if who == PART["question"]]
+    return np.array([any(start < last + before and end > first + before for first, last in spans) for start, end in asked], dtype=bool)
 
 
 def last_characters(reader: Reader, text: str, ids: NDArray[np.int64]) -> NDArray[np.int64]:

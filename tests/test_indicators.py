@@ -1,5 +1,7 @@
 """Indicators against SciPy and by hand, on whole prompts of tiny readers, with everything that can be undefined."""
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +20,8 @@ from ragkit.analysis import Analysis
 from ragkit.attention import record
 from ragkit.corpus import Passage, Question
 from ragkit.nouns import NounsError
-from ragkit.profile import AttentionSettings, load_profile
+from ragkit.profile import AttentionSettings, ReaderSettings, load_profile
+from ragkit.reader import PART, Reader
 from ragkit.teacher import row_weights
 
 numbers = arrays(np.float64, 12, elements=st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, 3.5]))
@@ -151,6 +154,21 @@ def test_contextual_closeness_has_a_value_for_every_passage_token():
     assert len(to_answer) == len(to_nouns) == len(tokens.ids)
     assert np.isfinite(to_answer).all()
     assert np.isnan(indicators.contextual_closeness(one, [QUESTION], [PASSAGES], [[]])[1]).all()
+
+
+@pytest.mark.skipif("RAGKIT_REAL_DATA" not in os.environ, reason="RAGKIT_REAL_DATA names no folder.")
+def test_the_questions_nouns_are_found_in_a_prompt_that_cuts_them_otherwise():
+    """The small Llama's SentencePiece vocabulary puts other tokens at a text's beginning than in its middle."""
+    llama = str(Path(os.environ["RAGKIT_REAL_DATA"]) / "models" / "stories260k")
+    one = Reader.load(llama, ReaderSettings(model=llama, context=512))
+    text = "who wrote the old song about a river"
+    question, spans = Question("q", text, ("Ulm",), (0,)), [(text.index(word), text.index(word) + len(word)) for word in ("song", "river")]
+    inside = indicators.asked_within_spans(one, question, PASSAGES, spans)
+    prompt = one.prompt(question, PASSAGES)
+    asked = [i for i, who in zip(prompt.ids, prompt.owner, strict=True) if who == PART["question"]]
+    assert "".join(one.tokenizer.convert_ids_to_tokens([i for i, noun in zip(asked, inside, strict=True) if noun])).replace("▁", "") == "songriver"
+    _, to_nouns = indicators.contextual_closeness(one, [question], [PASSAGES], [spans])
+    assert np.isfinite(to_nouns).all()
 
 
 def test_contextual_closeness_to_the_answer_needs_no_noun_finder(tmp_path):
