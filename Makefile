@@ -23,7 +23,7 @@ reproduce: $(READY)  ## run every notebook of PROFILE (default tiny) in order an
 	$(BIN)python -m ragkit reproduce --profile '$(PROFILE)'
 
 test: $(READY)       ## all tests but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)python -m pytest tests -n 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: $(READY)       ## the tests that take many minutes (real text in full)
 	$(BIN)python -m pytest tests -m slow

@@ -12,20 +12,14 @@ from ud import read_conllu
 from ragkit.nouns import train_tagger
 
 ROOT = Path(__file__).parent.parent
-LONGEST_FIRST = ("smoke", "test_real_text", "test_faults", "test_judge", "test_nouns")
+LONGEST_FIRST = ("test_notebooks", "test_real_text", "test_faults", "test_judge", "test_nouns")
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("unhurried")
 
 
 def pytest_collection_modifyitems(items):
-    """Parts the tests for `make test`: those that share a costly fixture stay in one process, the longest groups begin."""
-
-    def group(item):
-        return "smoke" if "smoke" in item.fixturenames else item.path.stem
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=lambda item: LONGEST_FIRST.index(group(item)) if group(item) in LONGEST_FIRST else len(LONGEST_FIRST))
+    """`make test` gives whole files to two processes: the longest begin."""
+    items.sort(key=lambda item: LONGEST_FIRST.index(item.path.stem) if item.path.stem in LONGEST_FIRST else len(LONGEST_FIRST))
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 from nbformat import v4
 
 from ragkit import course
@@ -152,27 +151,3 @@ def test_without_a_finished_run_a_sentence_says_what_to_do(tmp_path, ragkit):
 def test_without_notebooks_a_sentence_says_so(tmp_path):
     with pytest.raises(CourseError, match="no notebooks in"):
         course.write(tmp_path, tmp_path / "smoke", "smoke")
-
-
-def errors_of(path):
-    """The exercises' checks of a notebook, run as it stands where it stands, with the error that each ends in."""
-    notebook = nbformat.read(path, as_version=4)
-    NotebookClient(notebook, allow_errors=True, resources={"metadata": {"path": str(path.parent)}}).execute()
-    checks = [cell for cell in notebook.cells if cell.metadata.get("nbgrader", {}).get("grade")]
-    return [next((o.ename for o in cell.outputs if o.output_type == "error"), None) for cell in checks], notebook
-
-
-def test_the_course_of_the_smoke_run(smoke, ragkit, monkeypatch):
-    """Every exercise of every notebook is tried here; then one notebook is run just as a student opens it."""
-    ended = ragkit("course", "--profile", "smoke", "--runs", str(smoke))
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    folder = smoke / "course"
-    for kind in course.KINDS:
-        assert {path.stem for path in (folder / kind).iterdir()} == set(NOTEBOOKS)
-    assert (folder / "lesson_plan.md").is_file()
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    failed, _ = errors_of(folder / "student" / "00_start_here.ipynb")
-    assert failed == ["AssertionError", "NotImplementedError"]
-    passed, notebook = errors_of(folder / "solution" / "00_start_here.ipynb")
-    assert passed == [None, None]
-    assert "reused   corpus/almanac" in nbformat.writes(notebook)

@@ -1,4 +1,4 @@
-"""The notebooks: clean sources, the whole smoke run, the report, and the faults of a run."""
+"""The notebooks: clean sources, the whole smoke run, its report, its course, and the faults of a run."""
 
 import json
 import re
@@ -8,8 +8,10 @@ import nbformat
 import numpy as np
 import papermill
 import pytest
+from nbclient import NotebookClient
 from safetensors.numpy import load_file
 
+from ragkit import course
 from ragkit.course import exercises_of
 
 ROOT = Path(__file__).parent.parent
@@ -116,3 +118,27 @@ def test_html_in_passages_is_escaped():
     shown = marked_tokens(["<script>", "alert"], [1.0, 0.5], [0, 0], ["<b>x</b>"]).data
     assert "<script>" not in shown
     assert "<b>x</b>" not in shown
+
+
+def errors_of(path):
+    """The exercises' checks of a notebook, run as it stands where it stands, with the error that each ends in."""
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, allow_errors=True, resources={"metadata": {"path": str(path.parent)}}).execute()
+    checks = [cell for cell in notebook.cells if cell.metadata.get("nbgrader", {}).get("grade")]
+    return [next((o.ename for o in cell.outputs if o.output_type == "error"), None) for cell in checks], notebook
+
+
+def test_the_course_of_the_smoke_run(smoke, ragkit, monkeypatch):
+    """Every exercise of every notebook is tried here; then one notebook is run just as a student opens it."""
+    ended = ragkit("course", "--profile", "smoke", "--runs", str(smoke))
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    folder = smoke / "course"
+    for kind in course.KINDS:
+        assert {path.stem for path in (folder / kind).iterdir()} == {path.stem for path in NOTEBOOKS}
+    assert (folder / "lesson_plan.md").is_file()
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    failed, _ = errors_of(folder / "student" / "00_start_here.ipynb")
+    assert failed == ["AssertionError", "NotImplementedError"]
+    passed, notebook = errors_of(folder / "solution" / "00_start_here.ipynb")
+    assert passed == [None, None]
+    assert "reused   corpus/almanac" in nbformat.writes(notebook)
