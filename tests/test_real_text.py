@@ -66,7 +66,6 @@ def write_profile(folder, reader, asked, n_passages, **values):
 name: real
 judge: false
 k: 3
-threads: 2
 sets: [{{source: files, name: nq, passages: p.tsv, questions: q.jsonl, {parts}}}]
 retriever: {{model: {minilm()}}}
 reader: {{model: {reader}, context: 512, steps: {steps}, batch: 8, answer_tokens: 5, checkpoints: 1}}
