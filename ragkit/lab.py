@@ -334,9 +334,13 @@ class Lab:
         rest = distilling.model_copy(update={"epochs": distilling.epochs - first})
         changed = self.profile.model_copy(update={"index_refreshes": left - 1, "distill": rest})
         self.step1(set_name)
-        other = self.beside(f"refreshed-{target.replace(' ', '-')}-{seed}", changed, set_name, ("corpus", "step1"))
+        name, step1 = f"refreshed-{target.replace(' ', '-')}-{seed}", f"step1/{set_name}"
+        other = self.beside(name, changed, set_name, ("corpus", "step1"))
+        if other.store.key(step1) != self.store.key(step1):  # a copy of an earlier Step 1
+            shutil.rmtree(other.store.folder / "stages" / step1)
+            other = self.beside(name, changed, set_name, ("corpus", "step1"))
         other.style_scores = self.style_scores
-        other.opened[f"step1/{set_name}"] = other.store.folder / "stages" / "step1" / set_name  # Step 1 is over: it sees no new candidates
+        other.opened[step1] = other.store.folder / "stages" / step1  # Step 1 is over: it sees no new candidates
 
         def make(folder: Path) -> None:
             made = (self.corpus(set_name), self.retriever(set_name), self.vectors(set_name), self.loss(set_name, target))
