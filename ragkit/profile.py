@@ -61,6 +61,53 @@ class FileSet(Section):
     test: Count = 200
 
 
+class HubTable(Section):
+    """A table of the hub, or of a folder in the hub's layout: parquet or JSONL files, named splits.
+
+    `columns` says which of its columns hold what we ask for, `rows` how many rows each split must have (checked after
+    loading), `licence` goes into the data card. Pin `revision` to a commit, so that a run means the same next year.
+    """
+
+    dataset: Annotated[str, Field(min_length=1)]
+    config: str | None = None
+    revision: str = "main"
+    licence: str = "not stated"
+    columns: dict[str, str] = {}
+    rows: dict[str, Count] = {}
+
+
+class HubSet(Section):
+    """A question set of the hub.
+
+    `distill` and `dev` are drawn from the split `train` by the seed, `test` from the split `heldout`. Passages come from a
+    table (column names `id`, `text`, `title` unless `columns` says otherwise), from a DPR-format TSV (its path), or from
+    the questions' own candidate pools: columns of the question table that hold lists of passages.
+    """
+
+    source: Literal["hub"]
+    name: Name
+    questions: HubTable
+    train: str = "train"
+    heldout: str = "validation"
+    passages: HubTable | str | None = None
+    passage_split: str = "train"
+    pools: tuple[str, ...] = Field(default=(), strict=False)
+    most_passages: Count | None = None  # of the table or file, drawn by the seed; all of them by default
+    seed: int = 0
+    distill: Count = 2000
+    dev: Count = 500
+    test: Count = 500
+
+    @model_validator(mode="after")
+    def passages_come_from_one_place(self) -> HubSet:
+        if (self.passages is None) == (not self.pools):
+            raise ValueError("give either 'passages' (a table, or the path of a DPR-format TSV) or 'pools' (columns of the questions)")
+        return self
+
+
+QuestionSet = WorldSet | FileSet | HubSet
+
+
 class RetrieverSettings(Section):
     """`model` is `embedded` (trained here by random cropping, Contriever's recipe) or a folder or hub name."""
 
@@ -68,9 +115,26 @@ class RetrieverSettings(Section):
     pooling: Literal["mean", "cls"] = "mean"
     normalise: bool = True  # unit vectors; Contriever's own score is the plain dot product: false
     passage_tokens: Count = 256
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the encoding; training keeps float32 weights and computes in this
+    at_once: Count = 128  # texts in one pass: less needs less memory and changes no result
     crop_steps: Count = 800
     crop_batch: Count = 64
     crop_rate: Positive = 1e-3
+
+
+class IndexSettings(Section):
+    """How passages are searched: exactly, or by an approximate index whose best `candidates` are scored again exactly."""
+
+    kind: Literal["exact", "ivfpq", "hnsw"] = "exact"
+    dtype: Literal["float32", "float16"] = "float32"  # of the vectors kept on disk
+    shard: Count = 100_000  # passages encoded, added and written at a time
+    trained_on: Count = 500_000  # vectors that the quantiser of ivfpq learns from
+    lists: Count = 16_384  # cells of ivfpq
+    probes: Count = 64  # cells of ivfpq searched for a query
+    code_bytes: Count = 64  # of a vector in ivfpq
+    links: Count = 32  # of a vector in hnsw
+    effort: Count = 200  # vectors kept in view by hnsw while it builds and searches
+    candidates: Count = 400  # found by the approximate index, then scored exactly
 
 
 class ReaderSettings(Section):
@@ -78,6 +142,10 @@ class ReaderSettings(Section):
 
     model: str = "embedded"
     context: Count = 1024
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the reader's computations; Step 1 keeps float32 weights
+    at_once: Count = 16  # prompts in one pass: less needs less memory and changes no result
+    gradient_checkpointing: bool = False  # Step 1 computes activations twice instead of keeping them
+    lora_rank: Annotated[int, Field(ge=0)] = 0  # of the adapters that Step 1 trains (peft); 0 trains every weight
     answer_tokens: Count = 8
     order: Literal["passages first", "question first"] = "passages first"
     steps: Count = 800
@@ -164,10 +232,20 @@ class NounSettings(Section):
 
 
 class EvaluateSettings(Section):
-    """How much of the test part is used."""
+    """How much of the test part is used, and whether BM25 stands beside it (it needs all passages in memory)."""
 
     answered: Count = 250
+    bm25: bool = True
     bootstrap: Count = 2000
+
+
+class MachineSettings(Section):
+    """What the run computes on. With one process the sets are worked on side by side, else one after another by all."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    processes: Count = 1  # that share encoding, scoring and training (Accelerate): one a GPU
+    kernel: Literal["auto", "flash", "efficient", "math"] = "auto"  # of scaled_dot_product_attention on a GPU
+    shard_reader: bool = False  # Step 1 splits the reader's weights over the processes (FSDP), for one that does not fit
 
 
 class Profile(Section):
@@ -179,8 +257,10 @@ class Profile(Section):
     threads: Count = 1  # a process; sets are worked on side by side, and results do not depend on the machine's cores
     step1_seeds: tuple[int, ...] = Field(default=(0,), min_length=1, strict=False)  # claims are judged on every run; notebooks 02 to 08 show the first
     k: Annotated[int, Field(ge=2, le=20)] = 5  # 20 candidates are kept for each question
-    sets: tuple[Annotated[WorldSet | FileSet, Field(discriminator="source")], ...] = Field(min_length=1, strict=False)
+    sets: tuple[Annotated[QuestionSet, Field(discriminator="source")], ...] = Field(min_length=1, strict=False)
+    machine: MachineSettings = MachineSettings()
     retriever: RetrieverSettings = RetrieverSettings()
+    index: IndexSettings = IndexSettings()
     reader: ReaderSettings = ReaderSettings()
     attention: AttentionSettings = AttentionSettings()
     distill: DistillSettings = DistillSettings()
