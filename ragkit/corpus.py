@@ -176,7 +176,8 @@ def build_hub(settings: HubSet, folder: Path) -> Corpus:
     table, rng = settings.questions, random.Random(f"split {settings.seed}")
     columns = ("question", "answer", *settings.pools, *(("gold",) if "gold" in table.columns else ()))
     rows: dict[str, list[tuple[str, dict[str, Any]]]] = {}
-    for name, parts in ((settings.train, ("distill", "dev")), (settings.heldout, ("test",))):
+    drawn_from = {settings.train: PARTS} if settings.train == settings.heldout else {settings.train: PARTS[:2], settings.heldout: PARTS[2:]}
+    for name, parts in drawn_from.items():
         loaded = hub.load(table, name, "question table", columns)
         sizes = {part: getattr(settings, part) for part in parts}
         for part, places in split(range(len(loaded)), sizes, rng, f"{table.dataset}, split {name}").items():

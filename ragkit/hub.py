@@ -51,8 +51,13 @@ def load(table: HubTable, split: str, what: str, needed: Iterable[str]) -> Datas
     `what` names the table in messages. The number of rows must be that of `table.rows` where the profile states it.
     """
     with fetching(table, what):
-        revision = {} if Path(table.dataset).is_dir() else {"revision": table.revision}
-        found = load_dataset(table.dataset, table.config, split=split, **revision)
+        local = Path(table.dataset).is_dir()
+        if table.files:
+            root = table.dataset if local else f"hf://datasets/{table.dataset}@{table.revision}"
+            kind = "parquet" if table.files.endswith(".parquet") else "json"
+            found = load_dataset(kind, data_files={split: f"{root}/{table.files.format(split=split)}"}, split=split)
+        else:
+            found = load_dataset(table.dataset, table.config, split=split, **({} if local else {"revision": table.revision}))
     if (expected := table.rows.get(split, len(found))) != len(found):
         raise DataError(
             f"The {what} {table.dataset!r}, split {split!r}, has {len(found)} rows; the profile expects {expected}: another revision, or a file is missing."
