@@ -196,7 +196,7 @@ def collect_manifest(lab: Any, notebooks: dict[str, str], began: float, seconds:
     for name, saved in lab.store.records().items():
         home = lab.store.folder / "stages" / name
         made = (home / "stage.json").stat().st_mtime >= began
-        stages[name] = {"key": saved["key"], "seconds": saved["seconds"], "peak_mib": saved["peak_mib"], "this_call": "ran" if made else "reused"}
+        stages[name] = {part: saved[part] for part in ("key", "seconds", "peak_mib", "work")} | {"this_call": "ran" if made else "reused"}
         if "trimmed.json" in saved["files"]:
             counts = json.loads((home / "trimmed.json").read_text("utf8"))
             trimmed |= {name: counts} if counts["trimmed"] else {}

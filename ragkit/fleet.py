@@ -79,7 +79,8 @@ def spread(items: Sequence[Item], prepare: Callable[[Item], Any], work: Callable
     (tokenising) runs one item ahead, while the device computes.
     """
     mine = items[rank() :: size()]
-    made = [work(ready) for ready in tqdm(ahead(mine, prepare), total=len(mine), desc=desc, leave=False, disable=not is_main() or len(mine) < 20)]
+    hidden = {"disable": True} if len(mine) < 20 or not is_main() else {}
+    made = [work(ready) for ready in tqdm(ahead(mine, prepare), total=len(mine), desc=desc, leave=False, **hidden)]
     if size() == 1:
         return made
     every = dict(gather_object(list(zip(range(rank(), len(items), size()), made, strict=True))))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ class RetrieverError(RagkitError):
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """A clear word on a model that cannot be loaded, in place of the libraries' own."""
+    """A clear word on a model that cannot be loaded, in place of the libraries' own; no bar for every load."""
+    transformers.logging.disable_progress_bar()
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:

@@ -49,7 +49,7 @@ def sample(n: int, numbers: int) -> NDArray[np.int64]:
 
 def stored_scores(store: Store, profile: Profile, name: str) -> dict[str, NDArray[np.float32]]:
     """The attention scores of every reader that looked at the set's present candidates; a run that was cut off may hold older ones."""
-    records, home = store.records(), f"retriever/{name}"
+    records, home = store.records(), f"candidates/{name}"
     found = {}
     for stage, saved in records.items():
         if stage.startswith(f"teacher/{name}/") and home in records:

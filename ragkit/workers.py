@@ -20,7 +20,7 @@ from ragkit.profile import load_profile
 def start_logging() -> None:
     """Plain lines on the error stream; libraries speak only when something is wrong."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("papermill", "httpx", "bm25s", "datasets", "faiss", "traitlets"):
+    for noisy in ("papermill", "httpx", "bm25s", "datasets", "faiss", "traitlets", "spacy"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it reports BERT's unused pooling layer at every load
 

@@ -26,6 +26,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from ragkit import fleet
 from ragkit.attention import (
     AttentionError,
     branch,

@@ -152,7 +152,9 @@ def test_passages_are_memory_mapped(tmp_path):
         "before = anonymous()\npassages = Passages(Path(sys.argv[1]))\n"
         "assert passages[199_999].id == '199999' and len(passages[5:9]) == 4\nassert sum(1 for _ in passages) == 200_000\nprint(anonymous() - before)"
     )
-    ended = subprocess.run([sys.executable, "-c", code, str(tmp_path / "many.arrow")], capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": "."})
+    ended = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "many.arrow")], capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": "."}
+    )
     assert ended.returncode == 0, ended.stderr
     assert int(ended.stdout) < 60
 

@@ -20,9 +20,9 @@ def by_hand(one, prompt, rows, norm):
 
 
 def test_a_look_holds_what_each_choice_gives_alone():
-    one = make()
+    one = make(at_once=2)
     questions, found = [QUESTION, OTHER], [PASSAGES, PASSAGES[::-1]]
-    scores = teacher.look(one, questions, found, batch=2)
+    scores = teacher.look(one, questions, found)
     for i, (question, passages) in enumerate(zip(questions, found, strict=True)):
         prompt = one.prompt(question, passages, question.answers[0])
         owner = torch.tensor(prompt.owner)
@@ -37,10 +37,10 @@ def test_a_look_holds_what_each_choice_gives_alone():
 
 
 def test_a_look_runs_the_model_once_a_batch(monkeypatch):
-    one, passes = make(), []
+    one, passes = make(at_once=2), []
     attention = one.attention
     monkeypatch.setattr(one, "attention", lambda *given: passes.append(1) or attention(*given))
-    teacher.look(one, [QUESTION, OTHER, QUESTION], [PASSAGES] * 3, batch=2)
+    teacher.look(one, [QUESTION, OTHER, QUESTION], [PASSAGES] * 3)
     assert len(passes) == 2
 
 
