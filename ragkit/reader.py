@@ -265,7 +265,7 @@ def fine_tune(reader: Reader, draw: Callable[[random.Random], tuple[Question, li
     torch.manual_seed(seed)
     merged = adapted(reader.model, settings.lora_rank) if settings.lora_rank else lambda: reader.model
     if settings.gradient_checkpointing:
-        reader.model.gradient_checkpointing_enable()
+        reader.model.activation_checkpointing_enable()
         reader.model.enable_input_require_grads()
     accelerator = fleet.accelerator(settings.dtype)
     trained = [p for p in reader.model.parameters() if p.requires_grad]

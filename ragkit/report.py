@@ -6,6 +6,7 @@ import html
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -150,9 +151,20 @@ def stages_html(stages: dict[str, dict[str, Any]]) -> str:
             for name, stage in alike.items()
         )
         total = sum(stage["seconds"] for stage in alike.values())
-        summary = f"<b>{html.escape(kind)}</b>: {len(alike)} stages, {total:.0f} seconds to make, {ran} ran in this call"
+        summary = f"<b>{html.escape(kind)}</b>: {len(alike)} stages, {total:.0f} seconds to make, {ran} ran in this call{throughput(alike.values(), total)}"
         parts.append(f"<details><summary>{summary}</summary>{wide(table.to_html(index=False, border=0))}</details>")
     return "".join(parts)
+
+
+def throughput(stages: Iterable[dict[str, Any]], seconds: float) -> str:
+    """What stages did a second, and the share of their time that they waited for data; nothing where it was not counted."""
+    work: Counter[str] = Counter()
+    for stage in stages:
+        work.update(stage.get("work", {}))
+    if not work or not seconds:
+        return ""
+    waited = f"{work.pop('waited', 0.0) / seconds:.1%} of the time waiting for data"
+    return "; " + ", ".join([*(f"{amount / seconds:,.0f} {what} a second" for what, amount in sorted(work.items())), waited])
 
 
 def seeds_of(profile: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -52,7 +52,7 @@ def hub(tmp_path_factory, ewt):
     """Everything that the profile fetches, in the hub's formats: questions, passages, models; and a noun finder."""
     folder = tmp_path_factory.mktemp("hub")
     nq = [(row["question"], row["answer"]) for _, row in read_jsonl(DATA / "nq/NQ-open.dev.jsonl")][:400]
-    trivia = [(row["question"], [row["answer"]["value"], *row["answer"]["aliases"]]) for _, row in read_jsonl(DATA / "triviaqa/trivia-dev.sample.jsonl")][:400]
+    trivia = [(row["question"], row["answers"]) for _, row in read_jsonl(DATA / "triviaqa/trivia-dev.sample.jsonl")][:400]
     write_nq(folder / "nq", nq[:300], nq[300:])
     write_trivia(folder / "trivia", trivia[:300], trivia[300:])
     write_wiki(folder / "wiki", [p for p, _ in zip(read_tsv(DATA / "wiki/psgs_w100.sample.tsv.gz"), range(3000), strict=False)])
