@@ -19,8 +19,8 @@ help:            ## this list
 	.venv/bin/pip install --quiet -e '.[dev]'
 	touch .venv/ready
 
-reproduce: $(READY)  ## run every notebook of PROFILE (default tiny) in order and write the report
-	$(BIN)python -m ragkit reproduce --profile '$(PROFILE)'
+reproduce: $(READY)  ## run every notebook of PROFILE (default tiny) in order and write the report; SET="key=value ..." changes the profile
+	$(BIN)python -m ragkit reproduce --profile '$(PROFILE)' $(foreach change,$(SET),--set '$(change)')
 
 test: $(READY)       ## all tests but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -88,29 +89,36 @@ def spread(items: Sequence[Item], prepare: Callable[[Item], Any], work: Callable
 
 
 def by_length(lengths: Sequence[int], batch: int) -> list[list[int]]:
-    """Places of prompts in batches of like length, so that little is padded; shortest first."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    """Places of texts in batches of like length, so that little is padded; longest first, so that memory runs out at once or never."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[start : start + batch] for start in range(0, len(order), batch)]
 
 
 def ahead(items: Iterable[Item], prepare: Callable[[Item], Made]) -> Iterator[Made]:
-    """`prepare(item)` of each item, made in a thread while the one before is worked on; the time spent waiting is counted."""
+    """`prepare(item)` of each item, on a GPU made in a thread while the one before is worked on; the time spent waiting is counted.
 
-    def take(coming: Any) -> Made:
+    A CPU has nothing to gain: the thread would take its cores from the work.
+    """
+
+    def take(make: Callable[[], Made]) -> Made:
         started = time.perf_counter()
-        ready = coming.result()
+        ready = make()
         done["waited"] += time.perf_counter() - started
         return ready
 
+    if device().type == "cpu":
+        for item in items:
+            yield take(partial(prepare, item))
+        return
     with ThreadPoolExecutor(1) as pool:
         coming = None
         for item in items:
             following = pool.submit(prepare, item)
             if coming is not None:
-                yield take(coming)
+                yield take(coming.result)
             coming = following
         if coming is not None:
-            yield take(coming)
+            yield take(coming.result)
 
 
 def share(batch: Any) -> tuple[Any, float]:

@@ -90,6 +90,7 @@ class Lab:
         self.opened: dict[str, Path] = {}
         self.corpora: dict[str, Corpus] = {}
         self.style_scores = cache(self._style_scores)
+        self.before: Lab | None = None  # the lab before an index refresh, whose looks at the same candidates are kept
 
     @cached_property
     def sets(self) -> dict[str, QuestionSet]:
@@ -315,7 +316,10 @@ class Lab:
         record = {"reader": self.reader_record(), "which": which, "style": self.style(set_name, which), "questions": n, "k": k}
 
         def make_it(folder: Path) -> None:
-            make(self.reader(set_name, which), self.corpus(set_name), self.candidates(set_name)["distill"], n, k, folder)
+            known = {}
+            if self.before is not None and kind == "teacher":
+                known = {"known": (self.before.asked(set_name)[1], self.before.teacher(set_name, which))}
+            make(self.reader(set_name, which), self.corpus(set_name), self.candidates(set_name)["distill"], n, k, folder, **known)
 
         return self.open(f"{kind}/{set_name}/{which.replace(' ', '-')}", make_it, record, self.upstream_of(set_name, which), [make])
 
@@ -393,7 +397,7 @@ class Lab:
                 shutil.rmtree(other.store.folder / "stages" / kind / set_name)
             fleet.wait()
             other = self.beside(name, changed, set_name, ("corpus", *kept))
-        other.style_scores = self.style_scores
+        other.style_scores, other.before = self.style_scores, self
         other.opened |= {f"{kind}/{set_name}": other.store.folder / "stages" / kind / set_name for kind in kept}
 
         def make(folder: Path) -> None:

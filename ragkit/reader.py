@@ -79,7 +79,8 @@ class Reader:
         with loading(path):
             is_encoder_decoder = AutoConfig.from_pretrained(path, **revision).is_encoder_decoder
             kind = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
-            model = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, **revision).to(fleet.device())
+            model: Any = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, **revision)
+            model.to(fleet.device())
             tokenizer = AutoTokenizer.from_pretrained(path, **revision)
         if is_encoder_decoder:
             from ragkit.fid import FidReader  # it builds on this module

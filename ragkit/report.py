@@ -73,6 +73,11 @@ def output_html(output: nbformat.NotebookNode) -> str:
     return f"<pre>{html.escape(re.sub(chr(27) + r'[^m]*m', '', text))}</pre>"
 
 
+def prose_html(markdown: str) -> str:
+    """A page of prose; its tables scroll sideways where they are wide."""
+    return re.sub(r"<table>.*?</table>", lambda found: wide(found[0]), markdown2html_mistune(markdown), flags=re.DOTALL)
+
+
 def wide(table: str) -> str:
     """A table in a box that scrolls sideways, by keyboard too."""
     return f'<div class="wide" role="region" aria-label="table" tabindex="0">{table}</div>'
@@ -254,12 +259,14 @@ def write(run: Path, figures: Path) -> tuple[Path, reference.Comparison]:
         ("Gallery", "gallery.html"),
         ("Sliders", "sliders.html"),
         ("Manifest", "manifest.html"),
+        ("Paper scale", "paper_scale.html"),
     ]
     bodies = {f"{p.stem}.html": (named(p), notebook_html(p)) for p in notebooks} | {
         "index.html": (f"Run {manifest['profile']['name']}", overview_html(run, manifest, notebooks, compared)),
         "gallery.html": ("Gallery", gallery_html(drawn)),
         "sliders.html": ("Sliders", played),
         "manifest.html": ("Manifest", manifest_html(manifest)),
+        "paper_scale.html": ("Paper scale", prose_html(resources.files("ragkit").joinpath("assets/paper_scale.md").read_text("utf8"))),
     }
     for file, (title, body) in bodies.items():
         (folder / file).write_text(page(title, body, pages, file), "utf8")

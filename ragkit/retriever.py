@@ -67,7 +67,7 @@ class Retriever(nn.Module):
         pooled = states[:, 0] if self.settings.pooling == "cls" else (states * mask).sum(1) / mask.sum(1)
         return nn.functional.normalize(pooled, dim=-1) if self.settings.normalise else pooled
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors `[texts, dimensions]` in the order given; encoded in order of length, so that little is padded.
 

@@ -78,9 +78,7 @@ def make_candidates(corpus: Corpus, retriever: Retriever, passages: Index, folde
         write_arrays(folder / "candidates.safetensors", {part: passages.search(queries, depth)[0] for part, queries in encoded.items()})
         fleet.done["questions"] += sum(map(len, encoded.values()))
         sample = encoded["dev"][:RECALL_QUESTIONS]
-        found = (
-            {f"recall@{k}": index.recall(passages, passages.vectors, sample, k) for k in (5, depth) if k <= depth} if passages.settings.kind != "exact" else {}
-        )
+        found = {f"recall@{k}": index.recall(passages, sample, k) for k in (5, depth) if k <= depth} if passages.settings.kind != "exact" else {}
         write_json(folder / "recall.json", found)
 
 
@@ -142,9 +140,19 @@ def make_fine_tuned(reader: Reader, lessons: Lessons, seed: int, folder: Path) -
     write_json(folder / "losses.json", fine_tune(reader, lessons.draw, folder, seed))
 
 
-def make_teacher(reader: Reader, corpus: Corpus, candidates: NDArray[np.int64], n: int, k: int, folder: Path) -> None:
+Known = tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]  # candidates `[questions, k]` and a reader's scores of them
+
+
+def make_teacher(reader: Reader, corpus: Corpus, candidates: NDArray[np.int64], n: int, k: int, folder: Path, known: Known | None = None) -> None:
+    """One look of a reader at every question's candidates; those that it saw before, in the same order, are taken from `known`."""
     questions = corpus.questions["distill"][:n]
-    scores = teacher.look(reader, questions, [[corpus.passages[i] for i in row[:k]] for row in candidates[: len(questions)]])
+    found = candidates[: len(questions), :k]
+    new = np.ones(len(questions), dtype=bool) if known is None else (found != known[0]).any(1)
+    scores = {} if known is None else known[1]
+    if new.any():
+        places = np.flatnonzero(new)
+        seen = teacher.look(reader, [questions[i] for i in places], [[corpus.passages[i] for i in found[place]] for place in places])
+        scores = seen if known is None else teacher.replaced(known[1], seen, places)
     teacher.save(scores, folder)
     note_trimmed(int((scores["trimmed"] > 0).sum()), len(questions), folder)
 

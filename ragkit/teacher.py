@@ -117,6 +117,19 @@ def answer_losses(reader: Reader, prompts: list[Prompt], at_once: int) -> NDArra
     return losses
 
 
+def replaced(scores: dict[str, NDArray[np.float32]], new: dict[str, NDArray[np.float32]], places: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+    """The scores of a look with those of some questions taken from another; answers may be longer in one of them."""
+    longest = max(one["answer_logs"].shape[2] for one in (scores, new))
+
+    def wide(logs: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.pad(logs, ((0, 0), (0, 0), (0, longest - logs.shape[2])), constant_values=np.nan)
+
+    made = {name: wide(value) if name == "answer_logs" else value.copy() for name, value in scores.items()}
+    for name, value in new.items():
+        made[name][places] = wide(value) if name == "answer_logs" else value
+    return made
+
+
 def likelihood(scores: dict[str, NDArray[np.float32]]) -> NDArray[np.float64]:
     """Perplexity distillation's passage scores `[questions, k]`: mean log-probability of the answer's tokens given that passage alone."""
     return np.nanmean(scores["answer_logs"], axis=2).astype(np.float64)
