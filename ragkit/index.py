@@ -89,7 +89,7 @@ def trained(passages: Vectors, settings: IndexSettings, seed: int) -> Any:
     """An empty index; that of `ivfpq` has learnt its cells and codes from a sample drawn by the seed."""
     size = passages.dimensions
     if settings.kind == "hnsw":
-        index: Any = faiss.IndexHNSWSQ(size, faiss.ScalarQuantizer.QT_fp16, settings.links, faiss.METRIC_INNER_PRODUCT)
+        index: Any = faiss.IndexHNSWSQ(size, faiss.ScalarQuantizer.QT_fp16, settings.links, faiss.METRIC_INNER_PRODUCT)  # type: ignore[arg-type]
         index.hnsw.efConstruction = settings.effort
         index.train(next(passages.blocks())[1][:1000])  # half precision learns nothing, but FAISS asks for the call
         return index

@@ -113,7 +113,7 @@ def cut(path):
     [
         (lambda t: {"questions": HubTable(dataset=str(t / "nq"), config="other")}, "no whole|does not hold whole data files"),
         (lambda t: {"questions": HubTable(dataset=str(t / "nq"), rows={"train": 87925})}, "has 20 rows; the profile expects 87925"),
-        (lambda t: {"questions": HubTable(dataset=str(t / "nq"), columns={"question": "query"})}, r"no column 'query' \(our 'question'\); there are question, answer"),
+        (lambda t: {"questions": HubTable(dataset=str(t / "nq"), columns={"question": "query"})}, r"no column 'query' \(our 'question'\); there are question, answer"),  # noqa: E501
         (lambda t: {"heldout": "test"}, "split"),
         (lambda t: {"distill": 30}, "Lower distill, dev or test"),
         (lambda t: {"passages": str(t / "none.tsv")}, "No file"),
