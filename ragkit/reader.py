@@ -221,17 +221,25 @@ def note_trimmed(trimmed: int, prompts: int, folder: Path) -> None:
         log.warning("%d of %d prompts were longer than the reader's context; each lost the same share of all its passages.", trimmed, prompts)
 
 
-def fine_tune(reader: Reader, draw: Callable[[random.Random], tuple[Question, list[Passage]]], folder: Path, seed: int) -> list[float]:
+def fine_tune(
+    reader: Reader,
+    draw: Callable[[random.Random], tuple[Question, list[Passage]]],
+    folder: Path,
+    seed: int,
+    report: Callable[[list[float], float], None] = lambda losses, rate: None,
+) -> list[float]:
     """Step 1: teaches the reader to answer questions; returns the loss of each step.
 
     `draw` gives a question with its passages. The reader as it stands after each of `kept_steps` is kept in
-    `folder/<steps>`. A checkpoint lets a killed run go on with the same steps.
+    `folder/<steps>`. A checkpoint lets a killed run go on with the same steps. `report` is called where it begins and after each
+    step, with the losses so far and the learning rate (see `ragkit.training_log`).
     """
     settings = reader.settings
     torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(reader.model.parameters(), lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)
     history: tuple[list[float], int] = checkpoint.load(folder, reader.model, [optimizer]) or ([], 0)
     losses, trimmed = history
+    report(losses, 0.0)
     reader.model.train()
     for step in tqdm(range(len(losses), settings.steps), desc="Step 1", leave=False):
         rng = random.Random(f"step 1 {seed} {step}")
@@ -249,6 +257,7 @@ def fine_tune(reader: Reader, draw: Callable[[random.Random], tuple[Question, li
         losses.append(float(loss.detach()))
         if step + 1 in settings.kept_steps:
             reader.save(folder / str(step + 1))
+        report(losses, optimizer.param_groups[0]["lr"])
         if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < settings.steps:
             checkpoint.save(folder, reader.model, [optimizer], [losses, trimmed])
     checkpoint.remove(folder)

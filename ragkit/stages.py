@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,8 @@ def training_world(settings: WorldSet, seed: int) -> Corpus:
     return corpora.build_world(fresh, reserved=False)
 
 
-def make_fine_tuned(reader: Reader, lessons: Lessons, seed: int, folder: Path) -> None:
-    losses = fine_tune(reader, lessons.draw, folder, seed)
+def make_fine_tuned(reader: Reader, lessons: Lessons, seed: int, folder: Path, report: Callable[[list[float], float], None]) -> None:
+    losses = fine_tune(reader, lessons.draw, folder, seed, report)
     reader.save(folder)
     (folder / "losses.json").write_text(json.dumps(losses), "utf8")
 
@@ -137,6 +138,7 @@ def make_distilled(
     k: int,
     seed: int,
     folder: Path,
+    report: distill.Report,
 ) -> None:
     """Step 2 for one target and seed: the test rankings, and the curve along the epochs measured on dev."""
     questions = corpus.questions["distill"][: settings.questions]
@@ -157,7 +159,7 @@ def make_distilled(
         return {"hr": float(metrics.hits(find(now, "dev", k).tolist(), [q.gold for q in corpus.questions["dev"]], k).mean())}
 
     torch.manual_seed(seed)
-    curve = distill.train(retriever, [q.text for q in questions], vectors_of, loss, settings, seed, folder, watch)
+    curve = distill.train(retriever, [q.text for q in questions], vectors_of, loss, settings, seed, folder, watch, report)
     save_file({"test": find(retriever, "test", min(DEPTH, len(texts)))}, folder / "ranking.safetensors")
     (folder / "curve.json").write_text(json.dumps(curve), "utf8")
 
@@ -171,12 +173,13 @@ def make_refreshed(
     k: int,
     seed: int,
     folder: Path,
+    report: distill.Report,
 ) -> None:
     """A part of Step 2, then an index refresh: what `make_retriever` writes, for the retriever as it is now.
 
     Only the questions for distillation get new candidates; 'initial' stays what it was.
     """
-    make_distilled(corpus, retriever, vectors, loss, settings, k, seed, folder)
+    make_distilled(corpus, retriever, vectors, loss, settings, k, seed, folder, report)
     retriever.save(folder / "model")
     passages = vectors["passages"] if settings.side == "query" else retriever.encode([passage_text(p) for p in corpus.passages])
     found = index.search(retriever.encode([q.text for q in corpus.questions["distill"]]), passages, min(DEPTH, len(passages)))[0]
