@@ -103,13 +103,13 @@ def judge_step1(rows: Sequence[Row], fall: float, moved: str, count: int) -> tup
     return TOO_EARLY, told
 
 
-def first_verdict(rows: Sequence[Row]) -> tuple[str, str, int]:
-    """What the monitor told first that was not TOO_EARLY, the reason, and how many rows behind the start it took; the last verdict if there was none."""
+def first_verdict(rows: Sequence[Row]) -> tuple[str, int]:
+    """What the monitor told first that was not TOO_EARLY, and how many rows behind the start it took (Step 2: looks); TOO_EARLY if it told nothing."""
     for count in range(1, len(rows) + 1):
-        word, reason = verdict(rows[:count])
+        word, _ = verdict(rows[:count])
         if word != TOO_EARLY:
-            return word, reason, count - 1
-    return *verdict(rows), len(rows) - 1
+            return word, count - 1
+    return TOO_EARLY, len(rows) - 1
 
 
 def follow(run_folder: Path) -> pd.DataFrame:
