@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from ragkit import corpus as corpora
-from ragkit import distill, fleet, index, metrics, nouns, teacher
+from ragkit import distill, fleet, index, metrics, nouns, teacher, training_log
 from ragkit.corpus import Corpus, Question
 from ragkit.index import Index
 from ragkit.passages import Passage
@@ -43,7 +43,7 @@ from ragkit.stages import (
     make_vectors,
     model_hashes,
 )
-from ragkit.store import Store
+from ragkit.store import Store, write_json
 from ragkit.vectors import Vectors
 
 log = logging.getLogger(__name__)
@@ -99,7 +99,7 @@ class Lab:
     def varied(self, variation: str, set_name: str) -> Lab:
         """A lab with one choice taken otherwise."""
         name = variation.replace(": ", "-").replace(" ", "-")
-        return self.beside(name, varied(self.profile, variation), set_name, (*SEARCH, "answers", "step1", "teacher"))
+        return self.beside(name, varied(self.profile, variation), set_name, (*SEARCH, "answers", "step1", "teacher", "nouns"))
 
     def again(self, step1_seed: int, set_name: str) -> Lab:
         """A lab whose Step 1 is run with another seed: other training worlds, in another order."""
@@ -241,11 +241,23 @@ class Lab:
         def make(folder: Path) -> None:
             given = (self.sets[set_name], self.corpus(set_name), self.retriever(set_name), self.candidates(set_name)["distill"])
             lessons = Lessons(*given, self.profile.k, settings.gold_share, seed)
-            make_fine_tuned(Reader.load(settings.model, settings, to_train=True), lessons, seed, folder)
+            reader = Reader.load(settings.model, settings, to_train=True)
+            with training_log.Step1Log(folder, f"Step 1 {set_name}", reader, self.probe(set_name, reader)) as report:
+                make_fine_tuned(reader, lessons, seed, folder, report)
 
         record = {**self.reader_record(), "k": self.profile.k, "seed": seed}
         self.candidates(set_name)
         return self.open(f"step1/{set_name}", make, record, [f"candidates/{set_name}"], [make_fine_tuned, Lessons])
+
+    def probe(self, set_name: str, reader: Reader) -> training_log.Probe:
+        """Measures both indicators on the first dev questions, with closeness in the input embeddings of `reader`, the off-the-shelf one."""
+        few = slice(training_log.QUESTIONS)
+        try:
+            spans = self.noun_spans(set_name, "dev")[few]
+        except nouns.NounsError:
+            spans = None
+        questions, found = self.corpus(set_name).questions["dev"][few], self.found(set_name, "dev")[few]
+        return training_log.Probe(reader, questions, found, spans, self.profile.attention, self.profile.indicators.share)
 
     def upstream_of(self, set_name: str, which: str) -> list[str]:
         """The stages that a look of a reader at the initial candidates depends on, made if they are missing."""
@@ -306,6 +318,21 @@ class Lab:
         """All scores of one reader on the questions for distillation (see `ragkit.teacher.look`)."""
         return teacher.load(self.look(set_name, which, "teacher", make_teacher))
 
+    def indicators_of(self, set_name: str, target: str) -> dict[str, float]:
+        """What `probe` measured of the reader whose attention is the target; empty for other targets, and where attention was read off otherwise."""
+        which, _, signal = target.rpartition(" ")
+        file = self.store.folder / "stages" / "teacher" / set_name / which.replace(" ", "-") / "indicators.json"
+        if signal != "attention" or not file.is_file():  # a stage from before there was a log has none
+            return {}
+        seen = json.loads(file.read_text("utf8"))
+        return seen["indicators"] if seen["attention"] == self.profile.attention.model_dump() else {}
+
+    def step2_log(self, set_name: str, target: str, seed: int, epochs: int, folder: Path) -> training_log.Step2Log:
+        """What a Step 2 reports to."""
+        settings, questions = self.profile.distill, len(self.asked(set_name)[0])
+        title, batches = f"Step 2 {set_name}, {target}, seed {seed}", -(-questions // settings.batch)
+        return training_log.Step2Log(folder, title, epochs, batches, settings.rate, self.indicators_of(set_name, target))
+
     def left_out(self, set_name: str, which: str) -> NDArray[np.float64]:
         """LOOP's scores of one reader on the questions for distillation `[questions, k]`."""
         return load_file(self.look(set_name, which, "loop", make_left_out) / "scores.safetensors")["loop"].astype(np.float64)
@@ -316,10 +343,13 @@ class Lab:
         record = {"reader": self.reader_record(), "which": which, "style": self.style(set_name, which), "questions": n, "k": k}
 
         def make_it(folder: Path) -> None:
-            known = {}
+            reader, known = self.reader(set_name, which), {}
             if self.before is not None and kind == "teacher":
                 known = {"known": (self.before.asked(set_name)[1], self.before.teacher(set_name, which))}
-            make(self.reader(set_name, which), self.corpus(set_name), self.candidates(set_name)["distill"], n, k, folder, **known)
+            make(reader, self.corpus(set_name), self.candidates(set_name)["distill"], n, k, folder, **known)
+            if kind == "teacher":  # for the logs of Step 2, of which a reader's look would take longer than each
+                probe = self.probe(set_name, Reader.load(self.profile.reader.model, self.profile.reader, reader.style))
+                write_json(folder / "indicators.json", {"attention": self.profile.attention.model_dump(), "indicators": probe(reader)})
 
         return self.open(f"{kind}/{set_name}/{which.replace(' ', '-')}", make_it, record, self.upstream_of(set_name, which), [make])
 
@@ -374,7 +404,8 @@ class Lab:
 
         def make_it(folder: Path) -> None:
             made = (self.corpus(set_name), self.retriever(set_name), self.index(set_name), self.candidates(set_name)["distill"], self.loss(set_name, target))
-            make_distilled(*made, self.profile.distill, self.profile.k, seed, folder)
+            with self.step2_log(set_name, target, seed, self.profile.distill.epochs, folder) as report:
+                make_distilled(*made, self.profile.distill, self.profile.k, seed, folder, report)
 
         code = [make_distilled, Lab.loss, Lab.target, Lab.scores]
         folder = self.open(self.step2_name(set_name, target, seed), make_it, record, upstream, code)
@@ -402,7 +433,8 @@ class Lab:
 
         def make(folder: Path) -> None:
             made = (self.corpus(set_name), self.retriever(set_name), self.index(set_name), self.candidates(set_name)["distill"], self.loss(set_name, target))
-            make_refreshed(*made, distilling.model_copy(update={"epochs": first}), self.profile.k, seed, folder)
+            with self.step2_log(set_name, target, seed, first, folder) as report:
+                make_refreshed(*made, distilling.model_copy(update={"epochs": first}), self.profile.k, seed, folder, report)
 
         stage = f"retriever/{set_name}"
         upstream = {name: self.store.key(name) for name in self.seen_by(set_name, target)}

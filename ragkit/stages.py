@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +137,8 @@ def training_world(settings: WorldSet, seed: int) -> Corpus:
     return corpora.build_world(fresh, reserved=False)
 
 
-def make_fine_tuned(reader: Reader, lessons: Lessons, seed: int, folder: Path) -> None:
-    write_json(folder / "losses.json", fine_tune(reader, lessons.draw, folder, seed))
+def make_fine_tuned(reader: Reader, lessons: Lessons, seed: int, folder: Path, report: Callable[[list[float], float], None]) -> None:
+    write_json(folder / "losses.json", fine_tune(reader, lessons.draw, folder, seed, report))
 
 
 Known = tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]  # candidates `[questions, k]` and a reader's scores of them
@@ -173,6 +174,7 @@ def make_distilled(
     k: int,
     seed: int,
     folder: Path,
+    report: distill.Report,
 ) -> None:
     """Step 2 for one target and seed: the test rankings, and the curve along the epochs measured on dev.
 
@@ -199,7 +201,7 @@ def make_distilled(
         return {"hr": float(metrics.hits(found.tolist(), corpus.golds(corpus.questions["dev"], found), k).mean())}
 
     torch.manual_seed(seed)
-    curve = distill.train(retriever, [q.text for q in questions], vectors_of, loss, settings, seed, folder, watch)
+    curve = distill.train(retriever, [q.text for q in questions], vectors_of, loss, settings, seed, folder, watch, report)
     write_arrays(folder / "ranking.safetensors", {"test": find(retriever, "test", depth)})
     write_json(folder / "curve.json", curve)
 
@@ -214,9 +216,10 @@ def make_refreshed(
     k: int,
     seed: int,
     folder: Path,
+    report: distill.Report,
 ) -> None:
     """A part of Step 2, then what `make_retriever` writes, for the retriever as it is now."""
-    make_distilled(corpus, retriever, passages, candidates, loss, settings, k, seed, folder)
+    make_distilled(corpus, retriever, passages, candidates, loss, settings, k, seed, folder, report)
     retriever.save(folder / "model")
 
 
