@@ -92,12 +92,8 @@ def run_notebooks(lab: Any, profile_name: str, runs: Path) -> dict[str, str]:
 
     folder = lab.store.folder / "notebooks"
     folder.mkdir(exist_ok=True)
-    package = sorted((Path(__file__).parent).glob("*.py"))
-    code = {
-        p.stem: file_hash(p)[:16]
-        for p in package
-        if p.stem in ("plots", "views", "claims", "metrics", "measured", "world", "corpus", "analysis", "indicators", "monitor")
-    }
+    used = ("plots", "views", "claims", "metrics", "measured", "world", "corpus", "analysis", "indicators", "monitor")
+    code = {name: file_hash(Path(__file__).parent / f"{name}.py")[:16] for name in used}
     code |= code_of([Lab])
     # A notebook runs in the run's folder: a profile of the user's own must be found from there.
     profile = str(Path(profile_name).resolve()) if Path(profile_name).is_file() else profile_name
