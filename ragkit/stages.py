@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from ragkit.speech import parts_of_speech
 from ragkit.store import input_hash, write_arrays, write_json
 from ragkit.vectors import Vectors
 
+log = logging.getLogger(__name__)
 DEPTH = 20  # passages kept of every ranking
 RECALL_QUESTIONS = 200  # of dev, searched exactly too, to see what an approximate index misses
 TRAINING_WORLDS, TRAINING_ENTITIES, TRAINING_QUESTIONS = 8, 48, 576
@@ -55,15 +57,17 @@ def make_retriever(corpus: Corpus, world_name: str | None, settings: RetrieverSe
 
 def make_vectors(corpus: Corpus, retriever: Retriever, settings: IndexSettings, folder: Path) -> None:
     """The passages' vectors, shard by shard; a killed stage goes on with the first shard that is missing."""
+    done = fleet.agreed(vectors.shards(folder) if fleet.is_main() else None)
     for number, start in enumerate(range(0, len(corpus.passages), settings.shard)):
-        whole = fleet.agreed(number in vectors.shards(folder) if fleet.is_main() else False)
-        if not whole:
-            texts = [passage_text(p) for p in corpus.passages[start : start + settings.shard]]
-            made = retriever.encode(texts).astype(settings.dtype)
-            fleet.done["passages"] += len(texts) if fleet.is_main() else 0
-            if fleet.is_main():
-                vectors.write_shard(folder, number, made)
-            fleet.wait()
+        if number in done:
+            continue
+        texts = [passage_text(p) for p in corpus.passages[start : start + settings.shard]]
+        made = retriever.encode(texts).astype(settings.dtype)
+        if fleet.is_main():
+            fleet.done["passages"] += len(texts)
+            vectors.write_shard(folder, number, made)
+            log.info("vectors: %d of %d passages", start + len(texts), len(corpus.passages))
+    fleet.wait()
 
 
 def make_index(passages: Vectors, settings: IndexSettings, seed: int, folder: Path) -> None:
@@ -79,8 +83,8 @@ def make_candidates(corpus: Corpus, retriever: Retriever, passages: Index, folde
         write_arrays(folder / "candidates.safetensors", {part: passages.search(queries, depth)[0] for part, queries in encoded.items()})
         fleet.done["questions"] += sum(map(len, encoded.values()))
         sample = encoded["dev"][:RECALL_QUESTIONS]
-        found = {f"recall@{k}": index.recall(passages, sample, k) for k in (5, depth) if k <= depth} if passages.settings.kind != "exact" else {}
-        write_json(folder / "recall.json", found)
+        cuts = [] if passages.settings.kind == "exact" else [k for k in (5, depth) if k <= depth]
+        write_json(folder / "recall.json", {f"recall@{k}": index.recall(passages, passages.vectors, sample, k) for k in cuts})
 
 
 class Lessons:
