@@ -7,7 +7,6 @@ neither can tell is said to be unknown, and stops the plan where it cannot do wi
 from __future__ import annotations
 
 import gzip
-import random
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -181,8 +180,10 @@ def retriever_config(settings: RetrieverSettings) -> Any:
     """The configuration of a retriever; the embedded one has none on disk."""
     if settings.model != "embedded":
         return model_config(settings.model, "retriever.model")
-    sizes = {"hidden_size": EMBEDDED_HIDDEN, "num_hidden_layers": EMBEDDED_LAYERS, "num_attention_heads": 4, "intermediate_size": 2 * EMBEDDED_HIDDEN}
-    return BertConfig(vocab_size=len(build_tokenizer()), max_position_embeddings=settings.passage_tokens, **sizes)
+    return BertConfig(
+        vocab_size=len(build_tokenizer()), hidden_size=EMBEDDED_HIDDEN, num_hidden_layers=EMBEDDED_LAYERS, num_attention_heads=4,
+        intermediate_size=2 * EMBEDDED_HIDDEN, max_position_embeddings=settings.passage_tokens,
+    )  # fmt: skip
 
 
 def model_config(name: str, key: str) -> Any:
@@ -217,7 +218,7 @@ def shape_of(config: Any, head: bool) -> Shape:
     """What a configuration makes; `head` counts the output layer too, which a retriever has not."""
     model, text = bare_model(config, head), config.get_text_config(decoder=True)
     block = blocks_of(model, config)[0]
-    linear = [module.weight.shape for module in block.modules() if getattr(getattr(module, "weight", None), "dim", int)() == 2]
+    linear = [list(weight.shape) for weight in block.parameters() if weight.dim() == 2]
     inner = next((value for key in ("intermediate_size", "ffn_hidden_size", "n_inner", "ffn_dim") if (value := getattr(text, key, None))), None)
     hidden, heads = text.hidden_size, text.num_attention_heads
     size = getattr(text, "head_dim", None) or hidden // heads
@@ -226,7 +227,7 @@ def shape_of(config: Any, head: bool) -> Shape:
         parameters=sum(p.numel() for p in model.parameters()), layers=text.num_hidden_layers, hidden=hidden, heads=heads, kv_heads=kv_heads, size=size,
         widened=inner or 4 * hidden,
         gated=any(name.endswith("gate_proj") for name, _ in block.named_modules()), biased=bool(getattr(text, "alibi", False)),
-        vocabulary=text.vocab_size, linear_sides=sum(sum(sides) for sides in linear),
+        vocabulary=text.vocab_size, linear_sides=sum(map(sum, linear)),
     )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from ragkit.sizes import SetSize
 from ragkit.stages import TRAINING_QUESTIONS, TRAINING_WORLDS
 
 CASES = ("gold among the passages", "the same, permuted", "no passages", "same kind of fact, other entities")  # the premises'; the last in worlds only
+NOTEBOOKS = 10  # 00 to 09
 Units = dict[str, float]
 
 
@@ -95,8 +96,7 @@ class SetWork:
     def read(self, kind: str, which: str, home: str = "") -> Stage:
         """A reader's look at the questions for distillation."""
         n, k = min(self.profile.distill.questions, self.size.questions["distill"]), self.profile.k
-        units = {"prompts recorded": n, "prompts of one passage scored": n * k} if kind == "teacher" else {"prompts without one passage scored": n * k}
-        return self.stage(kind, which, units, home)
+        return self.stage(kind, which, {"questions looked at": n} if kind == "teacher" else {"passages left out": n * k}, home)
 
     def answered(self, what: str, part: str = "test", closed: bool = False, home: str = "") -> Stage:
         n = min(self.profile.evaluate.answered, self.size.questions[part])
@@ -121,6 +121,7 @@ class SetWork:
         size, asked = self.size, sum(self.size.questions.values())
         units: Units = {"crop steps": self.profile.retriever.crop_steps if self.profile.retriever.model == "embedded" else 0}
         units |= {"passages encoded": size.passages, "passages indexed": size.passages, "questions encoded": asked, "searches": asked}
+        units["vectors learnt from"] = min(size.passages, self.profile.index.trained_on) if self.profile.index.kind == "ivfpq" else 0
         return self.stage("retriever", "", units)
 
     def distilled(self, profile: Profile, target: str, seed: int, home: str = "") -> Iterator[Stage]:
@@ -217,3 +218,14 @@ class SetWork:
         every += [stage for name in self.profile.choices.variations for stage in self.variation(name)]
         every += [stage for seed in self.profile.step1_seeds[1:] for stage in self.further_run(seed)]
         return list({(stage.home, stage.name): stage for stage in every}.values())
+
+
+def notebooks(profile: Profile) -> Stage:
+    """The notebooks' own work, once the stages are made: to start, indicators of every reader, bootstrap intervals.
+
+    About how often each is computed was counted in notebooks 05 to 09: twice for both regimes' readers under every single choice in 08, in the four
+    spaces in 09, for every reader once in 06, 07 and, in each run of Step 1, in 09.
+    """
+    readers, sets, runs = len(taught(profile)) + len(UNTAUGHT), len(profile.sets), len(profile.step1_seeds)
+    tables = 2 * (2 + runs) * readers + 16 * runs + 80
+    return Stage("", "notebooks", "", "", {"notebooks started": NOTEBOOKS, "indicators": sets * tables, "intervals": sets * (250 + 50 * runs)})

@@ -1,0 +1,101 @@
+"""What helps where a plan does not fit: settings that lessen a need, each tried on the plan itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ragkit.plan import Ground, Needs, Plan
+from ragkit.profile import Profile
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A setting that lessens what some kinds of stage need; `turn` gives the profile with it, or None where it is turned already."""
+
+    said: str
+    kinds: tuple[str, ...]
+    turn: Callable[[Profile], Profile | None]
+
+
+READING = ("teacher", "loop", "tokens", "contextual", "answers")
+
+
+def setting(section: str, key: str, value: Any) -> Callable[[Profile], Profile | None]:
+    """Turns one key to a value."""
+
+    def turn(profile: Profile) -> Profile | None:
+        part = getattr(profile, section)
+        return None if getattr(part, key) == value else profile.model_copy(update={section: part.model_copy(update={key: value})})
+
+    return turn
+
+
+def less(section: str, key: str, share: int = 4) -> Callable[[Profile], Profile | None]:
+    """Turns one key to a fraction of what it is."""
+
+    def turn(profile: Profile) -> Profile | None:
+        now = getattr(getattr(profile, section), key)
+        return setting(section, key, max(1, now // share))(profile)
+
+    return turn
+
+
+def sharded(profile: Profile) -> Profile | None:
+    if profile.machine.shard_reader or profile.machine.device == "cpu":
+        return None
+    machine = profile.machine.model_copy(update={"shard_reader": True, "processes": max(4, profile.machine.processes)})
+    return profile.model_copy(update={"machine": machine})
+
+
+KNOBS = (
+    Knob("reader.gradient_checkpointing: true", ("step1",), setting("reader", "gradient_checkpointing", True)),
+    Knob("a quarter of reader.at_once", ("step1", *READING), less("reader", "at_once")),
+    Knob("reader.dtype: bfloat16", READING, setting("reader", "dtype", "bfloat16")),
+    Knob("reader.lora_rank: 16", ("step1",), setting("reader", "lora_rank", 16)),
+    Knob("machine.shard_reader: true, with four processes or more", ("step1",), sharded),
+    Knob("a quarter of retriever.at_once", ("retriever", "step2"), less("retriever", "at_once")),
+    Knob("a quarter of distill.batch", ("step2",), less("distill", "batch")),
+    Knob("index.kind: ivfpq", ("retriever", "step2"), setting("index", "kind", "ivfpq")),
+    Knob("half of index.code_bytes", ("retriever", "step2"), less("index", "code_bytes", 2)),
+)
+
+
+def most_of(needs: list[Needs], kind: str) -> tuple[float, float]:
+    """The largest device and host memory among the stages of a kind."""
+    return tuple(max((getattr(need, part) for need in needs if need.stage.kind == kind), default=0.0) for part in ("device", "host"))  # type: ignore[return-value]
+
+
+def advice(ground: Ground, plan: Plan, kind: str) -> Iterator[str]:
+    """For a kind of stage that does not fit: each knob that lessens what it needs, by how much, and whether that is enough."""
+    before = sum(most_of(plan.needs, kind))
+    for knob in KNOBS:
+        if kind not in knob.kinds or (changed := knob.turn(plan.profile)) is None:
+            continue
+        needs = ground.changed(changed).needs({})
+        other = replace(plan, profile=changed, needs=needs)
+        after = sum(most_of(needs, kind))
+        if after < 0.97 * before:
+            enough = all(other.fits(need) for need in needs if need.stage.kind == kind)
+            yield f"{knob.said}: {after / 1e9:.1f} GB" + (", which fits" if enough else "")
+
+
+def disk_advice(ground: Ground, plan: Plan) -> Iterator[str]:
+    """Where the disk does not suffice: the knobs for the largest things on it."""
+    profile, room = plan.profile, plan.machine.free_disk
+    largest = max(plan.needs, key=lambda need: need.disk).stage.kind
+    options: list[tuple[str, Profile | None]] = []
+    if largest == "retriever":
+        options.append(("index.dtype: float16", setting("index", "dtype", "float16")(profile)))
+    if largest == "step1":
+        options.append(("reader.checkpoints: 1", setting("reader", "checkpoints", 1)(profile)))
+    for said, changed in options:
+        if changed:
+            after = plan.disk - sum(need.disk for need in plan.needs) + sum(need.disk for need in ground.changed(changed).needs({}))
+            yield f"{said}: {after / 1e9:.0f} GB" + (", which fits" if after <= room else "")
+    if largest in ("retriever", "corpus"):
+        passages = sum(size.passages for size in ground.sizes.values())
+        a_passage = sum(need.disk for need in plan.needs if need.stage.kind in ("retriever", "corpus")) / passages
+        left = passages - (plan.disk - room) / a_passage
+        yield f"most_passages: {max(0, left) / len(ground.sizes) / 1e6:.1f} million a set, which fits" if left > 0 else "another disk (--runs)"
