@@ -19,11 +19,11 @@ help:            ## this list
 	.venv/bin/pip install --quiet -e '.[dev]'
 	touch .venv/ready
 
-plan: $(READY)       ## what a run of PROFILE would fetch, need and take, before it is begun (about a minute)
-	$(BIN)python -m ragkit plan --profile '$(PROFILE)'
+plan: $(READY)       ## what a run of PROFILE would fetch, need and take, before it is begun (about a minute); SET as in reproduce
+	$(BIN)python -m ragkit plan --profile '$(PROFILE)' $(foreach change,$(SET),--set '$(change)')
 
-reproduce: $(READY)  ## run every notebook of PROFILE (default tiny) in order and write the report
-	$(BIN)python -m ragkit reproduce --profile '$(PROFILE)'
+reproduce: $(READY)  ## run every notebook of PROFILE (default tiny) in order and write the report; SET="key=value ..." changes the profile
+	$(BIN)python -m ragkit reproduce --profile '$(PROFILE)' $(foreach change,$(SET),--set '$(change)')
 
 test: $(READY)       ## all tests but the slow ones
 	OMP_NUM_THREADS=1 $(BIN)python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder

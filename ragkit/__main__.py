@@ -54,20 +54,23 @@ def doctor() -> None:
         raise RagkitError("Something above is not as it should be; lines marked BAD say what.")
 
 
-def reproduce(profile_name: str, runs: Path) -> None:
+def reproduce(profile_name: str, runs: Path, changes: list[str]) -> None:
     """Runs the notebooks in order through papermill, each a remembered stage, then writes manifest and report.
 
     Ends by saying where the run differs from the reference in `figures/`.
     """
-    from ragkit.profile import load_profile
+    from ragkit.profile import load_profile, save_profile
 
-    profile = load_profile(profile_name)  # before the slow imports: a slip is named at once
+    profile = load_profile(profile_name, changes)  # before the slow imports: a slip is named at once
     from ragkit import report
     from ragkit.lab import Lab
     from ragkit.store import room_on_disk, write_whole
 
     lab = Lab(profile, runs)
     began, started = time.time(), time.monotonic()
+    if changes:  # the notebooks and the processes beside this one read the profile as it was changed
+        profile_name = str(lab.store.folder / "profile.yaml")
+        save_profile(profile, Path(profile_name))
     with lab.store.only_run(), room_on_disk(lab.store.folder, "notebooks and report"):
         status = run_notebooks(lab, profile_name, runs)
         manifest = collect_manifest(lab, status, began, time.monotonic() - started)
@@ -193,7 +196,7 @@ def collect_manifest(lab: Any, notebooks: dict[str, str], began: float, seconds:
     for name, saved in lab.store.records().items():
         home = lab.store.folder / "stages" / name
         made = (home / "stage.json").stat().st_mtime >= began
-        stages[name] = {"key": saved["key"], "seconds": saved["seconds"], "peak_mib": saved["peak_mib"], "this_call": "ran" if made else "reused"}
+        stages[name] = {part: saved[part] for part in ("key", "seconds", "peak_mib", "work")} | {"this_call": "ran" if made else "reused"}
         if "trimmed.json" in saved["files"]:
             counts = json.loads((home / "trimmed.json").read_text("utf8"))
             trimmed |= {name: counts} if counts["trimmed"] else {}
@@ -242,11 +245,11 @@ def finished_run(profile_name: str, runs: Path) -> Path:
     return run
 
 
-def plan_run(profile_name: str, runs: Path) -> None:
+def plan_run(profile_name: str, runs: Path, changes: list[str]) -> None:
     """Says what a run of a profile would fetch, need and take, and keeps the plan in the run's folder."""
     from ragkit.profile import load_profile
 
-    profile = load_profile(profile_name)  # before the slow imports: a slip is named at once
+    profile = load_profile(profile_name, changes)  # before the slow imports: a slip is named at once
     os.environ["TQDM_DISABLE"] = "1"  # a hundred small measurements need no bar
     from ragkit import plan, plan_text
 
@@ -307,6 +310,8 @@ def command_line() -> argparse.ArgumentParser:
         command = commands.add_parser(name)
         command.add_argument("--profile", default="tiny", help="a shipped profile or a path to a YAML file")
         command.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept")
+        if name in ("plan", "reproduce"):
+            command.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE", help="change a value of the profile for this run")
     judged = commands.add_parser("judge", help="is a reader of your own fit to teach a retriever?")
     judged.add_argument("reader", help="a folder, a hub name, or 'embedded'")
     judged.add_argument("questions", help="JSONL with question, answer and passages, a few hundred lines")
@@ -324,9 +329,9 @@ def main() -> int:
         if arguments.command == "doctor":
             doctor()
         elif arguments.command == "plan":
-            plan_run(arguments.profile, arguments.runs)
+            plan_run(arguments.profile, arguments.runs, arguments.changes)
         elif arguments.command == "reproduce":
-            reproduce(arguments.profile, arguments.runs)
+            reproduce(arguments.profile, arguments.runs, arguments.changes)
         elif arguments.command == "report":
             rewrite_report(arguments.profile, arguments.runs)
         elif arguments.command == "reference":

@@ -19,7 +19,7 @@ class Knob:
     turn: Callable[[Profile], Profile | None]
 
 
-READING = ("teacher", "loop", "tokens", "contextual", "answers")
+READING = ("teacher", "loop", "tokens", "contextual", "answers", "notebooks")
 
 
 def setting(section: str, key: str, value: Any) -> Callable[[Profile], Profile | None]:
@@ -52,13 +52,15 @@ def sharded(profile: Profile) -> Profile | None:
 KNOBS = (
     Knob("reader.gradient_checkpointing: true", ("step1",), setting("reader", "gradient_checkpointing", True)),
     Knob("a quarter of reader.at_once", ("step1", *READING), less("reader", "at_once")),
-    Knob("reader.dtype: bfloat16", READING, setting("reader", "dtype", "bfloat16")),
+    Knob("reader.dtype: bfloat16", ("step1", *READING), setting("reader", "dtype", "bfloat16")),
     Knob("reader.lora_rank: 16", ("step1",), setting("reader", "lora_rank", 16)),
     Knob("machine.shard_reader: true, with four processes or more", ("step1",), sharded),
-    Knob("a quarter of retriever.at_once", ("retriever", "step2"), less("retriever", "at_once")),
+    Knob("a quarter of retriever.at_once", ("vectors", "candidates", "step2"), less("retriever", "at_once")),
     Knob("a quarter of distill.batch", ("step2",), less("distill", "batch")),
-    Knob("index.kind: ivfpq", ("retriever", "step2"), setting("index", "kind", "ivfpq")),
-    Knob("half of index.code_bytes", ("retriever", "step2"), less("index", "code_bytes", 2)),
+    Knob("a quarter of index.shard", ("vectors",), less("index", "shard")),
+    Knob("index.kind: ivfpq", ("index", "candidates", "step2"), setting("index", "kind", "ivfpq")),
+    Knob("half of index.code_bytes", ("index", "candidates", "step2"), less("index", "code_bytes", 2)),
+    Knob("evaluate.bm25: false", ("answers", "notebooks"), setting("evaluate", "bm25", False)),
 )
 
 
@@ -82,20 +84,21 @@ def advice(ground: Ground, plan: Plan, kind: str) -> Iterator[str]:
 
 
 def disk_advice(ground: Ground, plan: Plan) -> Iterator[str]:
-    """Where the disk does not suffice: the knobs for the largest things on it."""
+    """Where the disk does not suffice: settings that need less of it, and how many passages would fit."""
     profile, room = plan.profile, plan.machine.free_disk
-    largest = max(plan.needs, key=lambda need: need.disk).stage.kind
-    options: list[tuple[str, Profile | None]] = []
-    if largest == "retriever":
-        options.append(("index.dtype: float16", setting("index", "dtype", "float16")(profile)))
-    if largest == "step1":
-        options.append(("reader.checkpoints: 1", setting("reader", "checkpoints", 1)(profile)))
-    for said, changed in options:
-        if changed:
+    shrinking = {
+        "index.dtype: float16": setting("index", "dtype", "float16"),
+        "index.kind: ivfpq": setting("index", "kind", "ivfpq") if profile.index.kind == "hnsw" else None,
+        "reader.checkpoints: 1": setting("reader", "checkpoints", 1),
+    }
+    for said, turn in shrinking.items():
+        if turn and (changed := turn(profile)):
             after = plan.disk - sum(need.disk for need in plan.needs) + sum(need.disk for need in ground.changed(changed).needs({}))
-            yield f"{said}: {after / 1e9:.0f} GB" + (", which fits" if after <= room else "")
-    if largest in ("retriever", "corpus"):
-        passages = sum(size.passages for size in ground.sizes.values())
-        a_passage = sum(need.disk for need in plan.needs if need.stage.kind in ("retriever", "corpus")) / passages
-        left = passages - (plan.disk - room) / a_passage
-        yield f"most_passages: {max(0, left) / len(ground.sizes) / 1e6:.1f} million a set, which fits" if left > 0 else "another disk (--runs)"
+            if after < 0.97 * plan.disk:
+                yield f"{said}: {after / 1e9:.0f} GB" + (", which fits" if after <= room else "")
+    passages = sum(size.passages for size in ground.sizes.values())
+    growing = sum(need.disk for need in plan.needs if need.stage.kind in ("corpus", "vectors", "index"))
+    left = passages * (1 - (plan.disk - room) / growing)
+    if left > 0:
+        yield f"most_passages: {left / len(ground.sizes) / 1e6:.1f} million in each set, which fits"
+    yield f"another disk with {plan.disk / 1e9:.0f} GB free, by --runs"

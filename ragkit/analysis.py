@@ -12,14 +12,16 @@ import numpy as np
 import pandas as pd
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from ragkit import indicators, metrics, speech
-from ragkit.corpus import Passage, Question
+from ragkit.corpus import Question
 from ragkit.indicators import Floats, IndicatorError, Tokens
 from ragkit.lab import READERS, Lab
 from ragkit.nouns import NounsError
+from ragkit.passages import Passage
 from ragkit.reader import Reader
+from ragkit.store import write_arrays
 
 TAUGHT_BY = ("attention", "perplexity")  # the signals that every reader teaches by
 BESIDE = ("LOOP", "EMDR2")  # and those that only the two regimes' readers do
@@ -31,12 +33,12 @@ CONTROLS = ("permuted", "overlap")  # the input space with its vectors dealt out
 
 def make_tokens(reader: Reader, questions: list[Question], found: list[list[Passage]], folder: Path) -> None:
     tokens = indicators.look_at_tokens(reader, questions, found)
-    save_file({name: np.ascontiguousarray(value) for name, value in vars(tokens).items()}, folder / "tokens.safetensors")
+    write_arrays(folder / "tokens.safetensors", vars(tokens))
 
 
 def make_contextual(reader: Reader, questions: list[Question], found: list[list[Passage]], nouns: list[list[tuple[int, int]]], folder: Path) -> None:
     to_answer, to_nouns = indicators.contextual_closeness(reader, questions, found, nouns)
-    save_file({"answer": to_answer, "nouns": to_nouns}, folder / "closeness.safetensors")
+    write_arrays(folder / "closeness.safetensors", {"answer": to_answer, "nouns": to_nouns})
 
 
 class Analysis:
@@ -60,8 +62,8 @@ class Analysis:
 
     def gold_found(self) -> NDArray[np.bool_]:
         """Whether the candidates hold a gold passage `[questions]`."""
-        ranking = self.lab.vectors(self.set_name)["test"][: len(self.questions)].tolist()
-        return metrics.hits(ranking, [q.gold for q in self.questions], self.lab.profile.k) > 0
+        ranking = self.lab.candidates(self.set_name)["test"][: len(self.questions)]
+        return metrics.hits(ranking.tolist(), self.lab.corpus(self.set_name).golds(self.questions, ranking), self.lab.profile.k) > 0
 
     def record(self, which: str) -> dict[str, Any]:
         return {"reader": self.lab.reader_record(), "which": which, "questions": len(self.questions), "k": self.lab.profile.k}
@@ -127,7 +129,7 @@ class Analysis:
                 raise IndicatorError("The contextual space needs a decoder-only reader; choose another indicators.space.")
             make_contextual(reader, self.questions, self.found, nouns, folder)
 
-        folder = self.lab.open(f"contextual/{self.set_name}", make, record, [f"retriever/{self.set_name}"], [make_contextual])
+        folder = self.lab.open(f"contextual/{self.set_name}", make, record, [f"candidates/{self.set_name}"], [make_contextual])
         return load_file(folder / "closeness.safetensors")[goal].astype(np.float64)
 
     def _indicator(self, which: str, goal: Goal, space: str | None = None) -> pd.DataFrame:
@@ -157,8 +159,9 @@ class Analysis:
 
     def gain_of(self, ranking: NDArray[np.int64]) -> Floats:
         """Gain in HR@5 of a test ranking over the initial retriever `[questions]`."""
-        golds = [q.gold for q in self.lab.corpus(self.set_name).questions["test"]]
-        after, before = (metrics.hits(found.tolist(), golds, 5) for found in (ranking, self.lab.vectors(self.set_name)["test"]))
+        corpus = self.lab.corpus(self.set_name)
+        rankings = (ranking, self.lab.candidates(self.set_name)["test"])
+        after, before = (metrics.hits(found.tolist(), corpus.golds(corpus.questions["test"], found), 5) for found in rankings)
         return after - before
 
 

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ragkit.corpus import DataError, Passage, Question, read_jsonl
+from ragkit.corpus import Question, text_and_answers
+from ragkit.files import DataError, read_jsonl
 from ragkit.metrics import holds_answer
+from ragkit.passages import Passage
 
 FEWEST, MOST = 2, 20  # passages of a question
 Asked = tuple[Question, list[Passage]]
@@ -34,14 +36,8 @@ def read_asked(questions: str | Path | Sequence[dict[str, Any]]) -> list[Asked]:
 def one_asked(row: dict[str, Any], where: str, name: str) -> Asked:
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected an object with 'question', 'answer' and 'passages'.")
-    text, answers, passages = row.get("question"), row.get("answer", row.get("answers")), row.get("passages", row.get("ctxs"))
-    if isinstance(answers, dict):
-        answers = [answers.get("value"), *(answers.get("aliases") or [])]
-    answers = [answers] if isinstance(answers, str) else answers
-    if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{where}: 'question' is missing or empty.")
-    if not isinstance(answers, list) or not (kept := tuple(dict.fromkeys(a.strip() for a in answers if isinstance(a, str) and a.strip()))):
-        raise DataError(f"{where}: no answers. 'answer' must be a text, or a list with at least one.")
+    text, answers = text_and_answers(row, where)
+    passages = row.get("passages", row.get("ctxs"))
     if not isinstance(passages, list) or not FEWEST <= len(passages) <= MOST:
         raise DataError(f"{where}: 'passages' must be a list of {FEWEST} to {MOST} objects with 'title' and 'text'.")
     for place, passage in enumerate(passages):
@@ -51,7 +47,7 @@ def one_asked(row: dict[str, Any], where: str, name: str) -> Asked:
     if not isinstance(gold, list) or not all(type(place) is int and 0 <= place < len(passages) for place in gold):
         raise DataError(f"{where}: 'gold' must be a list of places of passages, 0 to {len(passages) - 1}.")
     made = [Passage(f"{name}.{place}", str(one.get("title") or ""), one["text"].strip()) for place, one in enumerate(passages)]
-    return Question(name, text.strip(), kept, tuple(gold)), made
+    return Question(name, text, answers, tuple(gold)), made
 
 
 def holding(question: Question, passages: list[Passage]) -> set[int]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,9 +212,3 @@ def passage_scores(tokens: Tensor, owner: Tensor, k: int, pooling: str = "sum") 
     own = (owner[:, None] == torch.arange(k, device=owner.device)).to(tokens)
     sums = tokens @ own
     return sums / own.sum(0).clamp(min=1) if pooling == "mean" else sums
-
-
-def by_length(lengths: Sequence[int], batch: int) -> list[list[int]]:
-    """Places of prompts in batches of like length, so that little is padded; shortest first."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    return [order[start : start + batch] for start in range(0, len(order), batch)]

@@ -22,12 +22,14 @@ from typing import Any
 
 import faiss
 import numpy as np
+import psutil
 import torch
 
 from ragkit import corpus as corpora
-from ragkit import indicators, metrics, nouns, stages, teacher
-from ragkit.corpus import Passage, Question
+from ragkit import fleet, indicators, metrics, nouns, stages, teacher
+from ragkit.corpus import Question
 from ragkit.memory import WIDTH, Lengths
+from ragkit.passages import Passage
 from ragkit.profile import IndexSettings, Profile, QuestionSet, RetrieverSettings, WorldSet
 from ragkit.reader import Reader
 from ragkit.retriever import passage_text, train_by_cropping
@@ -121,31 +123,32 @@ def embedded_retriever_costs(profile: Profile, questions: list[Question], passag
 
 
 def search_costs(index: IndexSettings, n: int, d: int, a_byte_written: float) -> Costs:
-    """Seconds of adding a vector and of a search among n of them. Random vectors do: the work does not hang on what they say."""
+    """Seconds of writing, reading and indexing a vector and of a search among n of them.
+
+    Random vectors do: the work does not hang on what they say. Vectors that fill more than half of the memory come from the disk every time.
+    """
     rng = np.random.default_rng(0)
-    few, depth = min(n, SEARCHED), min(n, 20)
+    few, depth, width = min(n, SEARCHED), min(n, 20), WIDTH[index.dtype]
     vectors = rng.standard_normal((few, d), dtype=np.float32)
-    written = d * WIDTH[index.dtype] * a_byte_written
-    if index.kind == "exact":
-        flat = faiss.IndexFlatIP(d)
-        flat.add(vectors)
-        return {"passages indexed": written, "searches": fastest(lambda: flat.search(vectors[:64], depth)) / 64 * n / few}
+    asked = vectors[:64]
+    exact = fastest(lambda: faiss.knn(asked, vectors, depth, metric=faiss.METRIC_INNER_PRODUCT)) / len(asked) * n / few
+    in_memory = n * d * width < psutil.virtual_memory().total / 2
+    read = fastest(lambda: vectors.astype(np.float16).astype(np.float32)) / few if in_memory else d * width * a_byte_written
+    costs = {"vectors written": d * width * a_byte_written, "exact searches": exact, "vectors read": read}
     if index.kind == "hnsw":
         graph = faiss.IndexHNSWFlat(d, index.links, faiss.METRIC_INNER_PRODUCT)
         graph.hnsw.efConstruction = graph.hnsw.efSearch = index.effort
         added = seconds(lambda: graph.add(vectors[:LINKED])) / min(few, LINKED)
         deeper = math.log(max(n, 10)) / math.log(min(few, LINKED))  # a greedy walk through n vectors is about log n long
-        return {"passages indexed": written + added * deeper, "searches": fastest(lambda: graph.search(vectors[:64], depth)) / 64 * deeper}
-    lists = faiss.IndexFlatIP(d)
-    lists.add(rng.standard_normal((index.lists, d), dtype=np.float32))
-    assigned = fastest(lambda: lists.search(vectors[:256], 1)) / 256
-    a_table = assigned * 256 / index.lists  # a code book of 256 entries is as a quantiser with as many cells
-    scanned = index.probes * (n / index.lists * index.code_bytes * CODE_LOOKED_UP + a_table)
-    return {
-        "passages indexed": written + assigned + a_table,
-        "vectors learnt from": ROUNDS * assigned,
-        "searches": assigned + scanned + index.candidates * FETCHED,
-    }
+        costs |= {"vectors indexed": read + added * deeper, "searches": fastest(lambda: graph.search(asked, depth)) / len(asked) * deeper}
+    if index.kind == "ivfpq":
+        lists = rng.standard_normal((index.lists, d), dtype=np.float32)
+        assigned = fastest(lambda: faiss.knn(vectors[:256], lists, 1, metric=faiss.METRIC_INNER_PRODUCT)) / min(few, 256)
+        a_table = assigned * 256 / index.lists  # a code book of 256 entries is as a quantiser with as many cells
+        scanned = index.probes * (n / index.lists * index.code_bytes * CODE_LOOKED_UP + a_table)
+        again = index.candidates * (FETCHED if not in_memory else read)
+        costs |= {"vectors indexed": read + assigned + a_table, "vectors learnt from": ROUNDS * assigned, "searches": assigned + scanned + again}
+    return costs
 
 
 def written_byte(folder: Path) -> float:
@@ -216,16 +219,18 @@ def cut_token(reader: Reader, questions: list[Question], found: list[list[Passag
 
 def calibrate(profile: Profile, sizes: dict[str, SetSize], reader: Shape, retriever: Shape, device: str, folder: Path) -> dict[str, Costs]:
     """Seconds of a unit of work, by set and unit; `folder` stands on the disk that the run will write to."""
-    torch.set_num_threads(profile.threads)
+    fleet.start(profile.machine.model_copy(update={"device": device}), profile.threads)
     faiss.omp_set_num_threads(profile.threads)
     a_byte = written_byte(folder)
     stacks: dict[str, Stack] = {}
+    in_place_of_gpu = device != profile.machine.device  # 16-bit numbers are a GPU's: here they would be slower than float32
     if profile.reader.model != "embedded":
-        config = reader_config(profile.reader)
-        stacks["reader"] = Stack(config, reader, device, profile.reader.dtype, mixed=False)
-        stacks["training"] = Stack(config, reader, device, profile.reader.dtype, mixed=True)
+        config, dtype = reader_config(profile.reader), "float32" if in_place_of_gpu else profile.reader.dtype
+        stacks["reader"] = Stack(config, reader, device, dtype, mixed=False)
+        stacks["training"] = Stack(config, reader, device, dtype, mixed=True)
     if profile.retriever.model != "embedded":
-        stacks["retriever"] = Stack(retriever_config(profile.retriever), retriever, device, profile.retriever.dtype, mixed=True)
+        dtype = "float32" if in_place_of_gpu else profile.retriever.dtype
+        stacks["retriever"] = Stack(retriever_config(profile.retriever), retriever, device, dtype, mixed=True)
     costs: dict[str, Costs] = {}
     for settings in profile.sets:
         log.info("measuring for set %s", settings.name)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ragkit import RagkitError
+from ragkit import RagkitError, fleet
 
 log = logging.getLogger(__name__)
 FILE = "checkpoint.safetensors"
@@ -31,8 +31,11 @@ def weights(module: nn.Module) -> dict[str, Tensor]:
 def save(folder: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], history: Any) -> None:
     """Writes everything the loop needs to go on: weights, optimizers' states, torch's random state, `history` (JSON).
 
-    The file is written aside and renamed, so a kill at any moment leaves the old checkpoint or the new one.
+    The file is written aside and renamed, so a kill at any moment leaves the old checkpoint or the new one. The main process
+    writes it, and all load it.
     """
+    if not fleet.is_main():
+        return
     tensors = {name: tensor.detach().contiguous() for name, tensor in weights(module).items()}
     tensors["random"] = torch.get_rng_state()
     plain: list[dict[str, Any]] = []
@@ -84,6 +87,7 @@ def load(folder: Path, module: nn.Module, optimizers: Sequence[torch.optim.Optim
 
 
 def remove(folder: Path) -> None:
-    """Takes the checkpoint away once the result itself is written."""
+    """Takes the checkpoint away at the end of the loop."""
+    fleet.wait()
     for name in (FILE, f"{FILE}.new"):
         (folder / name).unlink(missing_ok=True)

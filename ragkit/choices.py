@@ -118,7 +118,7 @@ def trained(analysis: Analysis) -> pd.DataFrame:
     """
     lab, name = analysis.lab, analysis.set_name
     asked, candidates = lab.asked(name)
-    gold = distill.oracle_scores(candidates.tolist(), [q.gold for q in asked]) > 0
+    gold = distill.oracle_scores(candidates.tolist(), lab.corpus(name).golds(asked, candidates)) > 0
     some = gold.any(1) & ~gold.all(1)
     rows = []
     for variation in ("as it is", *lab.profile.choices.variations):

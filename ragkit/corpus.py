@@ -1,38 +1,26 @@
-"""Passages and questions: from the embedded worlds, or from DPR-style TSV and JSONL files."""
+"""Question sets: passages, and questions in three parts; from the embedded worlds, from files, or from the hub."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import json
-import logging
 import random
-import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from ragkit import RagkitError, world
-from ragkit.profile import FileSet, WorldSet
+import numpy as np
+from numpy.typing import NDArray
+
+from ragkit import hub, world
+from ragkit.files import DataError, read_jsonl, write_jsonl
+from ragkit.metrics import holds_answer
+from ragkit.passages import Passage, Passages, read_tsv, write_passages
+from ragkit.profile import FileSet, HubSet, HubTable, QuestionSet, WorldSet
 from ragkit.store import input_hash
 
-log = logging.getLogger(__name__)
 PARTS = ("distill", "dev", "test")
-
-
-class DataError(RagkitError):
-    """A data file cannot be used; the message names file and line."""
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A piece of text that can be retrieved; its place in the corpus is its index."""
-
-    id: str
-    title: str
-    text: str
+PASSAGES = "passages.arrow"
+GOLD_KEYS = ("gold_id", "gold_passage_id", "psg_id")  # of a question's gold passage in files
 
 
 @dataclass(frozen=True)
@@ -55,131 +43,115 @@ class Question:
 
 @dataclass(frozen=True)
 class Corpus:
-    """A question set: passages, and questions in three parts."""
+    """A question set: passages, in memory or on disk, and questions in three parts."""
 
     name: str
-    passages: list[Passage]
+    passages: Sequence[Passage]
     questions: dict[str, list[Question]]
 
     def save(self, folder: Path) -> None:
-        """Writes passages.jsonl and one file of questions a part."""
-        write_jsonl(folder / "passages.jsonl", map(asdict, self.passages))
+        """Writes one file of passages, unless they lie there, and one file of questions a part."""
+        if not isinstance(self.passages, Passages):
+            write_passages(folder / PASSAGES, self.passages)
         for part, questions in self.questions.items():
             write_jsonl(folder / f"{part}.jsonl", map(asdict, questions))
 
     @classmethod
     def load(cls, name: str, folder: Path) -> Corpus:
-        passages = [Passage(**row) for _, row in read_jsonl(folder / "passages.jsonl")]
         parts = {part: [question_from(row) for _, row in read_jsonl(folder / f"{part}.jsonl")] for part in PARTS}
-        return cls(name, passages, parts)
+        return cls(name, Passages(folder / PASSAGES), parts)
+
+    def golds(self, questions: Sequence[Question], ranking: NDArray[np.int64]) -> list[tuple[int, ...]]:
+        """The passages that count as found for each question: the gold ones.
+
+        Where no gold passage is known (NQ-open, TriviaQA): those of its row of the ranking `[questions, k]` whose text holds
+        an answer, which is how DPR, FiD and Contriever count hits.
+        """
+        return [self.gold(question, row) for question, row in zip(questions, ranking.tolist(), strict=True)]
+
+    def gold(self, question: Question, found: Sequence[int]) -> tuple[int, ...]:
+        """See `golds`."""
+        return question.gold or tuple(place for place in found if holds_answer(self.passages[place].text, question.answers))
 
 
 def question_from(row: dict[str, Any]) -> Question:
     return Question(**{**row, "answers": tuple(row["answers"]), "gold": tuple(row["gold"])})
 
 
-def write_jsonl(path: Path, rows: Any) -> None:
-    with open(path, "w", encoding="utf8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+def text_and_answers(row: dict[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
+    """The question and its answers, without repeats: a text, a list, or TriviaQA's object with `value` and `aliases`."""
+    text, answers = row.get("question"), row.get("answer", row.get("answers"))
+    if isinstance(answers, dict):
+        answers = [answers.get("value"), *(answers.get("aliases") or [])]
+    answers = [answers] if isinstance(answers, str) else answers
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{where}: 'question' is missing or empty.")
+    if not isinstance(answers, list) or not (kept := tuple(dict.fromkeys(a.strip() for a in answers if isinstance(a, str) and a.strip()))):
+        raise DataError(f"{where}: no answers. 'answer' must be a text, or a list with at least one.")
+    return text.strip(), kept
 
 
-@contextmanager
-def open_text(path: Path) -> Iterator[TextIO]:
-    """A text file, gzipped or not; one that is missing, cut short or no UTF-8 text is an error that names it."""
-    if not path.is_file():
-        raise DataError(f"No file {path}. Check the path in the profile; relative paths start from the profile's folder.")
-    try:
-        with gzip.open(path, "rt", encoding="utf8", newline="") if path.suffix == ".gz" else open(path, encoding="utf8", newline="") as file:
-            yield file
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is damaged or no gzip file ({error}). Fetch it again, or unpack it and drop the .gz.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from None
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of each line; a malformed line is an error that names file and line."""
-    with open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number}: not valid JSON ({error}). Mend or remove the line.") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{path}, line {number}: expected an object with 'question' and 'answer'.")
-            yield number, row
-
-
-def read_passages(path: Path) -> list[Passage]:
-    """Passages of a DPR-format TSV (`id`, `text`, `title`, with that header), plain or gzipped.
-
-    A passage without text is left out, and the log says how many were: real files hold a few.
-    """
-    passages: dict[str, Passage] = {}
-    empty: list[int] = []
-    with open_text(path) as file:
-        rows = csv.reader(file, delimiter="\t")
-        try:
-            header = next(rows, None)
-            if header != ["id", "text", "title"]:
-                raise DataError(f"{path}, line 1: expected the header id, text, title (tab-separated), found {header}.")
-            for row in rows:
-                if len(row) != 3:
-                    raise DataError(f"{path}, line {rows.line_num}: expected 3 tab-separated fields, found {len(row)}.")
-                if row[0] in passages:
-                    raise DataError(f"{path}, line {rows.line_num}: a second passage with the id {row[0]!r}. Give each its own.")
-                if not row[1].strip():
-                    empty.append(rows.line_num)
-                    continue
-                passages[row[0]] = Passage(row[0], row[2], row[1])
-        except csv.Error as error:
-            raise DataError(f"{path}, line {rows.line_num}: not a tab-separated row ({error}). A quote that is never closed does this.") from None
-    if empty:
-        log.warning("%s: %d passages without text were left out (the first at line %d).", path, len(empty), empty[0])
-    if not passages:
-        raise DataError(f"{path}: no passages.")
-    return list(passages.values())
-
-
-def read_questions(path: Path, passages: list[Passage]) -> list[Question]:
-    """Questions of NQ-open or DPR/TriviaQA JSONL.
-
-    Answers stand under `answer` or `answers`, a list or TriviaQA's object with `value` and `aliases`; a gold passage's
-    id, where the file has one, under `gold_id`, `gold_passage_id` or `psg_id`.
-    """
-    place = {p.id: i for i, p in enumerate(passages)}
+def read_questions(path: Path, passages: Sequence[Passage]) -> list[Question]:
+    """Questions of NQ-open or DPR/TriviaQA JSONL (see `text_and_answers`); a gold passage's id, where the file has one, under GOLD_KEYS."""
+    rows = [(number, row, next((str(row[key]) for key in GOLD_KEYS if key in row), None)) for number, row in read_jsonl(path)]
+    wanted = {gold for _, _, gold in rows if gold is not None}
+    place = {p.id: i for i, p in enumerate(passages) if p.id in wanted} if wanted else {}
     questions = []
-    for number, row in read_jsonl(path):
-        text, answers = row.get("question"), row.get("answer", row.get("answers"))
-        if isinstance(answers, dict):
-            answers = [answers.get("value"), *answers.get("aliases", [])]
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{path}, line {number}: 'question' is missing or empty.")
-        if not isinstance(answers, list) or not (kept := tuple(dict.fromkeys(a for a in answers if isinstance(a, str) and a.strip()))):
-            raise DataError(f"{path}, line {number}: no answers ('answer' must be a list with at least one text).")
-        gold_id = next((str(row[key]) for key in ("gold_id", "gold_passage_id", "psg_id") if key in row), None)
-        if gold_id is not None and gold_id not in place:
-            raise DataError(f"{path}, line {number}: gold passage {gold_id!r} is not among the passages.")
-        questions.append(Question(f"{path.name}:{number}", text.strip(), kept, (place[gold_id],) if gold_id else ()))
+    for number, row, gold in rows:
+        text, answers = text_and_answers(row, f"{path}, line {number}")
+        if gold is not None and gold not in place:
+            raise DataError(f"{path}, line {number}: gold passage {gold!r} is not among the passages.")
+        questions.append(Question(f"{path.name}:{number}", text, answers, (place[gold],) if gold is not None else ()))
     return questions
 
 
-def build(settings: WorldSet | FileSet) -> Corpus:
-    """The question set that a profile describes."""
-    return build_world(settings) if isinstance(settings, WorldSet) else build_files(settings)
+def build(settings: QuestionSet, folder: Path) -> None:
+    """Writes the question set that a profile describes; its passages go to disk as they come."""
+    made = (
+        build_world(settings)
+        if isinstance(settings, WorldSet)
+        else build_files(settings, folder)
+        if isinstance(settings, FileSet)
+        else build_hub(settings, folder)
+    )
+    made.save(folder)
 
 
-def input_hashes(settings: WorldSet | FileSet) -> dict[str, str]:
-    """The files that a question set is read from, by hash, so that an edited file is read again."""
+def input_hashes(settings: QuestionSet) -> dict[str, str]:
+    """The files that a question set is read from, by hash, so that an edited file is read again; a hub's table is told by its revision."""
     if isinstance(settings, WorldSet):
         return {}
-    return {name: input_hash(Path(name)) for name in (settings.passages, settings.questions) if Path(name).is_file()}
+    named = (settings.passages, settings.questions)
+    places = [Path(one.dataset if isinstance(one, HubTable) else one) for one in named if one is not None]
+    files = [file for place in places for file in (sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place])]
+    return {str(file): input_hash(file) for file in files if file.is_file()}
 
 
-def split(items: list[Any], sizes: dict[str, int], rng: random.Random, what: str) -> dict[str, list[Any]]:
+def card(settings: QuestionSet) -> list[dict[str, str]]:
+    """Where a set's questions and passages come from: rows of what, source, revision, licence."""
+
+    def row(what: str, source: str, revision: str, licence: str) -> dict[str, str]:
+        return {"set": settings.name, "what": what, "source": source, "revision": revision, "licence": licence}
+
+    def of_table(what: str, table: HubTable) -> dict[str, str]:
+        return row(what, table.dataset + (f" ({table.config})" if table.config else ""), table.revision, table.licence)
+
+    if isinstance(settings, WorldSet):
+        return [row("questions and passages", f"embedded world {settings.world!r}", f"seed {settings.seed}", "Apache-2.0")]
+    hashes = input_hashes(settings)
+
+    def of_file(what: str, path: str) -> dict[str, str]:
+        return row(what, Path(path).name, f"sha256 {hashes.get(path, 'unknown')[:12]}", "as its source says")
+
+    if isinstance(settings, FileSet):
+        return [of_file("questions", settings.questions), of_file("passages", settings.passages)]
+    if settings.passages is None:
+        return [of_table("questions", settings.questions), of_table(f"passages ({', '.join(settings.pools)})", settings.questions)]
+    passages = of_file("passages", settings.passages) if isinstance(settings.passages, str) else of_table("passages", settings.passages)
+    return [of_table("questions", settings.questions), passages]
+
+
+def split(items: Sequence[Any], sizes: dict[str, int], rng: random.Random, what: str) -> dict[str, list[Any]]:
     """Disjoint random parts of the given sizes."""
     if sum(sizes.values()) > len(items):
         raise DataError(f"{what}: {sum(sizes.values())} questions asked for, {len(items)} there. Lower distill, dev or test.")
@@ -191,12 +163,63 @@ def split(items: list[Any], sizes: dict[str, int], rng: random.Random, what: str
     return parts
 
 
-def build_files(settings: FileSet) -> Corpus:
+def build_files(settings: FileSet, folder: Path) -> Corpus:
     """A question set read from local files, its parts drawn by the seed."""
-    passages = read_passages(Path(settings.passages))
+    passages = write_passages(folder / PASSAGES, read_tsv(Path(settings.passages)))
     questions = read_questions(Path(settings.questions), passages)
     sizes = {part: getattr(settings, part) for part in PARTS}
     return Corpus(settings.name, passages, split(questions, sizes, random.Random(f"split {settings.seed}"), settings.questions))
+
+
+def build_hub(settings: HubSet, folder: Path) -> Corpus:
+    """A question set of the hub: distill and dev carved from one split by the seed, test drawn from another."""
+    table, rng = settings.questions, random.Random(f"split {settings.seed}")
+    columns = ("question", "answer", *settings.pools, *(("gold",) if "gold" in table.columns else ()))
+    rows: dict[str, list[tuple[str, dict[str, Any]]]] = {}
+    drawn_from = {settings.train: PARTS} if settings.train == settings.heldout else {settings.train: PARTS[:2], settings.heldout: PARTS[2:]}
+    for name, parts in drawn_from.items():
+        loaded = hub.load(table, name, "question table", columns)
+        sizes = {part: getattr(settings, part) for part in parts}
+        for part, places in split(range(len(loaded)), sizes, rng, f"{table.dataset}, split {name}").items():
+            rows[part] = [(f"{name}:{place}", row) for place, row in zip(places, loaded.select(places), strict=True)]
+    if settings.pools:
+        pooled, golds = pools(settings, rows)
+        passages = write_passages(folder / PASSAGES, pooled)
+    else:
+        passages, golds = write_passages(folder / PASSAGES, hub_passages(settings)), {}
+    questions = {
+        part: [Question(name, *text_and_answers(row, f"{table.dataset}, row {name}"), golds.get(name, ())) for name, row in rows[part]] for part in PARTS
+    }
+    return Corpus(settings.name, passages, questions)
+
+
+def pools(settings: HubSet, rows: dict[str, list[tuple[str, dict[str, Any]]]]) -> tuple[list[Passage], dict[str, tuple[int, ...]]]:
+    """The passages of all pools, each once, and the places of each question's gold ones where a column holds these."""
+    places: dict[str, int] = {}
+    passages: list[Passage] = []
+    golds: dict[str, tuple[int, ...]] = {}
+    columns = [*settings.pools, *(["gold"] if "gold" in settings.questions.columns else [])]
+    for name, row in (one for part in rows.values() for one in part):
+        for column in columns:
+            found = hub.pool(row[column], f"{settings.questions.dataset}, row {name}, column {column}")
+            for passage in found:
+                if passage.id not in places:
+                    places[passage.id] = len(passages)
+                    passages.append(passage)
+            if column == "gold":
+                golds[name] = tuple(sorted({places[passage.id] for passage in found}))
+    return passages, golds
+
+
+def hub_passages(settings: HubSet) -> Iterator[Passage]:
+    """The passages of a table or a TSV, all or `most_passages` of them, never all in memory."""
+    if isinstance(settings.passages, str):
+        path = Path(settings.passages)
+        chosen = None if settings.most_passages is None else set(hub.drawn(sum(1 for _ in read_tsv(path)), settings.most_passages, settings.seed))
+        return (passage for place, passage in enumerate(read_tsv(path)) if chosen is None or place in chosen)
+    assert settings.passages is not None
+    table = hub.load(settings.passages, settings.passage_split, "passage table", ("id", "title", "text"))
+    return hub.passages_of(table if settings.most_passages is None else table.select(hub.drawn(len(table), settings.most_passages, settings.seed)))
 
 
 def build_world(settings: WorldSet, reserved: bool = True) -> Corpus:

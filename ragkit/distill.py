@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import BatchEncoding
 
-from ragkit import RagkitError, checkpoint
+from ragkit import RagkitError, checkpoint, fleet
 from ragkit.metrics import holds_answer
+from ragkit.passages import Passage
 from ragkit.profile import DistillSettings
 from ragkit.retriever import Retriever
 
@@ -67,14 +69,14 @@ def uniform(n: int, k: int) -> Floats:
     return np.full((n, k), 1 / k)
 
 
-def oracle_scores(candidates: list[list[int]], golds: list[tuple[int, ...]]) -> Floats:
+def oracle_scores(candidates: Sequence[Sequence[int]], golds: Sequence[Sequence[int]]) -> Floats:
     """1 for gold passages, 0 for others: a teacher that knows all."""
     return np.array([[float(passage in gold) for passage in row] for row, gold in zip(candidates, golds, strict=True)])
 
 
-def answer_string_scores(candidates: list[list[int]], texts: list[str], answers: list[tuple[str, ...]]) -> Floats:
+def answer_string_scores(candidates: Sequence[Sequence[int]], passages: Sequence[Passage], answers: Sequence[Sequence[str]]) -> Floats:
     """1 for passages that contain an answer as text: what string matching alone would teach."""
-    return np.array([[float(holds_answer(texts[p], golds)) for p in row] for row, golds in zip(candidates, answers, strict=True)])
+    return np.array([[float(holds_answer(passages[p].text, golds)) for p in row] for row, golds in zip(candidates, answers, strict=True)])
 
 
 def shuffled(targets: Floats, seed: int) -> Floats:
@@ -108,10 +110,23 @@ def emdr2_loss(logs: Tensor, scores: Tensor, temperature: float) -> Tensor:
 Loss = Callable[[Tensor, Tensor], Tensor]  # of the questions chosen `[batch]` and the retriever's scores `[batch, k]`
 
 
+class Lesson(nn.Module):
+    """A retriever as a module whose forward pass is its loss: what Accelerate wraps, so that gradients are shared and precision is mixed."""
+
+    def __init__(self, retriever: Retriever, vectors_of: Callable[[Retriever, Tensor], Tensor], loss_of: Loss) -> None:
+        super().__init__()
+        self.retriever, self.vectors_of, self.loss_of = retriever, vectors_of, loss_of
+
+    def forward(self, tokens: BatchEncoding, chosen: Tensor) -> Tensor:
+        """The loss of the questions chosen `[batch]`, given as tokens."""
+        scores = torch.einsum("qd,qkd->qk", self.retriever(tokens).float(), self.vectors_of(self.retriever, chosen).float())
+        return self.loss_of(chosen, scores)
+
+
 def train(
     retriever: Retriever,
     texts: list[str],
-    vectors_of: Callable[[Tensor], Tensor],
+    vectors_of: Callable[[Retriever, Tensor], Tensor],
     loss_of: Loss,
     settings: DistillSettings,
     seed: int,
@@ -123,26 +138,34 @@ def train(
     `vectors_of` gives the candidates' vectors `[batch, k, d]` of the questions chosen `[batch]`: stored ones train the query
     side only, and the index stays valid; fresh ones train both. Returns a row for the start and for each LOOKS-th of an epoch:
     mean loss, and what `watch` says. The state after each is kept in `folder` until the end, so a killed run goes
-    on with the same steps.
+    on with the same steps. The processes of a run share each batch.
     """
-    optimizer = torch.optim.AdamW(retriever.parameters(), lr=settings.rate, weight_decay=0.01)
+    accelerator = fleet.accelerator(retriever.settings.dtype)
+    lesson, optimizer = accelerator.prepare(
+        Lesson(retriever, vectors_of, loss_of), torch.optim.AdamW(retriever.parameters(), lr=settings.rate, weight_decay=0.01)
+    )
     epochs = (torch.randperm(len(texts), generator=torch.Generator().manual_seed(1000 * seed + epoch)) for epoch in range(settings.epochs))
     batches = [chosen for order in epochs for chosen in order.split(settings.batch)]
     ends = np.linspace(0, len(batches), LOOKS * settings.epochs + 1).round().astype(int)
+
+    def tokens_of(batch: Tensor) -> BatchEncoding:
+        return retriever.tokens([texts[i] for i in fleet.share(batch)[0]])
+
     curve: list[dict[str, float]] = checkpoint.load(folder, retriever, [optimizer]) or [{"epoch": 0, "loss": float("nan"), **watch(retriever)}]
     for look in tqdm(range(len(curve) - 1, len(ends) - 1), desc="Step 2", leave=False):
         losses = []
         retriever.train()
-        for chosen in batches[ends[look] : ends[look + 1]]:
-            queries = retriever([texts[i] for i in chosen])
-            loss = loss_of(chosen, torch.einsum("qd,qkd->qk", queries, vectors_of(chosen)))
-            if not torch.isfinite(loss):
+        part = batches[ends[look] : ends[look + 1]]
+        for (chosen, weight), tokens in zip(map(fleet.share, part), fleet.ahead(part, tokens_of), strict=True):
+            loss = lesson(tokens, chosen) * weight
+            accelerator.backward(loss)
+            losses.append(fleet.mean_over_processes(float(loss.detach())))
+            if not math.isfinite(losses[-1]):
                 raise DistillError(f"Step 2: the loss is not a number in epoch {look // LOOKS + 1}. Lower distill.rate.")
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(retriever.parameters(), 1.0)
+            accelerator.clip_grad_norm_(retriever.parameters(), 1.0)
             optimizer.step()
-            losses.append(float(loss.detach()))
+            optimizer.zero_grad()
+        fleet.done["questions"] += sum(map(len, part)) if fleet.is_main() else 0
         retriever.eval()
         curve.append({"epoch": (look + 1) / LOOKS, "loss": float(np.mean(losses)) if losses else float("nan"), **watch(retriever)})
         if look + 2 < len(ends):

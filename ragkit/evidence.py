@@ -73,6 +73,8 @@ def most_attention(analysis: Analysis, goal: Goal) -> Part:
     profile = analysis.lab.profile
     tokens, close = analysis.tokens("fine-tuned"), analysis.closeness("fine-tuned", goal, profile.indicators.space)[0]
     table = indicators.deciles(tokens.attention(profile.attention), close, tokens.question)[analysis.gold_found()]
+    if np.isnan(table).all(0).any():  # as where no gold passage was retrieved for any question
+        return Part("undecided", f"{len(table)} questions whose gold passage was retrieved: too few to fill every tenth")
     top, lead = lead_of_closest(table, profile.evaluate.bootstrap)
     return Part(claims.most(top, lead), f"lift of the closest tenth {top}, lead over the next {lead}")
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
-from ragkit.attention import by_length, observe_cross, pooled
-from ragkit.corpus import Passage, Question
+from ragkit import fleet
+from ragkit.attention import observe_cross, pooled
+from ragkit.corpus import Question
+from ragkit.passages import Passage
 from ragkit.profile import ReaderSettings
 from ragkit.reader import PART, Prompt, Reader, ReaderError
 
@@ -76,6 +77,7 @@ class FidReader(Reader):
         blocks = [block for p in prompts for block in torch.tensor(p.ids[: p.answer_start]).split(list(p.blocks))]  # type: ignore[attr-defined]
         ids = pad_sequence(blocks, batch_first=True, padding_value=self.pad)
         mask = pad_sequence([torch.ones_like(block) for block in blocks], batch_first=True)
+        fleet.done["tokens"] += sum(map(len, blocks))
         encoder = self.model.get_encoder()
         flat = encoder(input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device)).last_hidden_state[mask.bool()]
         each = flat.split([p.answer_start for p in prompts])
@@ -87,19 +89,15 @@ class FidReader(Reader):
         return pad_sequence(read, batch_first=True, padding_value=self.pad).to(self.model.device)
 
     @torch.no_grad()
-    def answer(self, prompts: list[Prompt], batch: int = 32) -> list[str]:
-        """Greedy answers, in order; what follows the first line break or full stop is cut."""
-        answers = [""] * len(prompts)
-        for chosen in tqdm(by_length([len(p.ids) for p in prompts], batch), desc="answer", leave=False):
-            states, mask = self.states([prompts[i] for i in chosen])
-            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())  # its own would have the encoder's number of layers
-            out = self.model.generate(
-                encoder_outputs=BaseModelOutput(last_hidden_state=states), attention_mask=mask, decoder_start_token_id=self.start, past_key_values=cache,
-                max_new_tokens=self.settings.answer_tokens, do_sample=False, num_beams=1, pad_token_id=self.pad, eos_token_id=self.end,
-            )  # fmt: skip
-            for i, row in zip(chosen, out[:, 1:], strict=True):
-                answers[i] = self.text_of(row)
-        return answers
+    def generated(self, prompts: list[Prompt]) -> list[str]:
+        """The answers to one batch of prompts."""
+        states, mask = self.states(prompts)
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())  # its own would have the encoder's number of layers
+        out = self.model.generate(
+            encoder_outputs=BaseModelOutput(last_hidden_state=states), attention_mask=mask, decoder_start_token_id=self.start, past_key_values=cache,
+            max_new_tokens=self.settings.answer_tokens, do_sample=False, num_beams=1, pad_token_id=self.pad, eos_token_id=self.end,
+        )  # fmt: skip
+        return [self.text_of(row) for row in out[:, 1:]]
 
     def token_losses(self, prompts: list[Prompt]) -> Tensor:
         """Negative log-likelihood (nats) of the tokens of each prompt's answer `[prompts, answer tokens]`, with gradients; NaN behind its end."""

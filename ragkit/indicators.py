@@ -17,14 +17,13 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from ragkit import RagkitError
-from ragkit.attention import by_length
-from ragkit.corpus import Passage, Question
+from ragkit import RagkitError, fleet
+from ragkit.corpus import Question
+from ragkit.passages import Passage
 from ragkit.profile import AttentionSettings
-from ragkit.reader import PART, Reader
+from ragkit.reader import PART, Prompt, Reader
 from ragkit.teacher import ROWS, over_layers, token_contributions
 
 Floats = NDArray[np.float64]
@@ -57,21 +56,26 @@ class Tokens:
         return over_layers(self.contribution[:, ROWS.index(settings.rows), int(settings.norm)], settings.layers)
 
 
-def look_at_tokens(reader: Reader, questions: Sequence[Question], found: Sequence[Sequence[Passage]], batch: int = 16) -> Tokens:
+def look_at_tokens(reader: Reader, questions: Sequence[Question], found: Sequence[Sequence[Passage]]) -> Tokens:
     """One pass over every question's prompt with its answer; keeps what falls on each passage token."""
     prompts = [reader.prompt(q, list(passages), q.answers[0]) for q, passages in zip(questions, found, strict=True)]
-    seen: dict[int, NDArray[np.float32]] = {}
-    mass = np.zeros((len(prompts), len(ROWS), len(PLACES)), dtype=np.float32)
-    for chosen in tqdm(by_length([len(p.ids) for p in prompts], batch), desc="tokens", leave=False):
-        contributions = token_contributions(reader, [prompts[i] for i in chosen]).cpu()  # [norm, layers, rows, prompts, tokens]
-        for place, i in enumerate(chosen):
-            owner = np.array(prompts[i].owner)
+
+    def look(batch: list[Prompt]) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """Of each prompt: contributions of its passage tokens `[tokens, rows, norm, layers]`, and its `mass`."""
+        contributions, result = token_contributions(reader, batch).cpu().float(), []  # [norm, layers, rows, prompts, tokens]
+        for place, prompt in enumerate(batch):
+            owner = np.array(prompt.owner)
             each = contributions[:, :, :, place, : len(owner)].permute(3, 2, 0, 1).numpy()
-            seen[i] = each[owner >= 0]
             plain = each[:, :, 0].mean(2)  # [tokens, rows]
             first = np.arange(len(owner)) == 0
             parts = [owner >= 0, owner == PART["title"], owner == PART["question"], owner == PART["other"], owner == PART["answer"]]
-            mass[i] = np.stack([plain[part & ~first].sum(0) for part in parts] + [plain[0]], axis=1) / plain.sum(0)[:, None]
+            result.append((each[owner >= 0], np.stack([plain[part & ~first].sum(0) for part in parts] + [plain[0]], axis=1) / plain.sum(0)[:, None]))
+        return result
+
+    batches = fleet.by_length([len(p.ids) for p in prompts], reader.settings.at_once)
+    parts = fleet.spread(batches, lambda chosen: [prompts[i] for i in chosen], look, "tokens")
+    seen = dict(zip((i for chosen in batches for i in chosen), (one for part in parts for one in part), strict=True))
+    fleet.done["questions"] += len(prompts) if fleet.is_main() else 0
     owners = [np.array(p.owner) for p in prompts]
     inside = [owner >= 0 for owner in owners]
     return Tokens(
@@ -79,8 +83,8 @@ def look_at_tokens(reader: Reader, questions: Sequence[Question], found: Sequenc
         owner=np.concatenate([owner[mine] for owner, mine in zip(owners, inside, strict=True)]),
         question=np.repeat(np.arange(len(prompts)), [int(mine.sum()) for mine in inside]),
         from_end=np.concatenate([(p.answer_start - np.arange(len(p.ids)))[mine] for p, mine in zip(prompts, inside, strict=True)]),
-        contribution=np.concatenate([seen[i] for i in range(len(prompts))]),
-        mass=mass,
+        contribution=np.concatenate([seen[i][0] for i in range(len(prompts))]),
+        mass=np.stack([seen[i][1] for i in range(len(prompts))]).astype(np.float32),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import random
 import shutil
 from collections.abc import Iterable
@@ -18,29 +19,36 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from ragkit import corpus as corpora
-from ragkit import distill, index, metrics, nouns, teacher
-from ragkit.corpus import Corpus, Passage, Question
-from ragkit.profile import FileSet, Profile, WorldSet, load_profile, varied
+from ragkit import distill, fleet, index, metrics, nouns, teacher
+from ragkit.corpus import Corpus, Question
+from ragkit.index import Index
+from ragkit.passages import Passage
+from ragkit.profile import Profile, QuestionSet, WorldSet, load_profile, varied
 from ragkit.reader import Reader, embedded_reader
 from ragkit.retriever import Retriever, passage_text
 from ragkit.stages import (
     DEPTH,
     Lessons,
     make_answers,
+    make_candidates,
     make_corpus,
     make_distilled,
     make_fine_tuned,
+    make_index,
     make_left_out,
     make_nouns,
     make_refreshed,
     make_retriever,
     make_teacher,
+    make_vectors,
     model_hashes,
 )
 from ragkit.store import Store
+from ragkit.vectors import Vectors
 
 log = logging.getLogger(__name__)
 
+SEARCH = ("corpus", "retriever", "vectors", "index", "candidates")  # the stages from the question set to the initial candidates
 READERS = ("off-the-shelf", "fine-tuned")
 UNTAUGHT = ("off-the-shelf", "weaker prompt")  # readers before Step 1: one model, asked in two ways
 SIGNALS = ("attention", "perplexity", "LOOP", "EMDR2")  # what a reader can teach by: a target is named 'reader signal'
@@ -56,6 +64,14 @@ TARGETS = {
 }
 
 
+def linked(source: str, copy: str) -> None:
+    """A second name for a file of a stage, which is never changed in place; a copy where the disk knows no links."""
+    try:
+        os.link(source, copy)
+    except OSError:
+        shutil.copy2(source, copy)
+
+
 def teacher_of(target: str) -> tuple[str, str] | None:
     """The reader and the signal of a target; None for a control that needs no reader."""
     if target == "shuffled":
@@ -69,40 +85,42 @@ class Lab:
 
     def __init__(self, profile: str | Profile = "tiny", runs: Path | str = "runs") -> None:
         self.profile = profile if isinstance(profile, Profile) else load_profile(profile)
-        torch.set_num_threads(self.profile.threads)
+        fleet.start(self.profile.machine, self.profile.threads)
         self.store = Store(Path(runs) / self.profile.name)
         self.opened: dict[str, Path] = {}
         self.corpora: dict[str, Corpus] = {}
         self.style_scores = cache(self._style_scores)
+        self.before: Lab | None = None  # the lab before an index refresh, whose looks at the same candidates are kept
 
     @cached_property
-    def sets(self) -> dict[str, WorldSet | FileSet]:
+    def sets(self) -> dict[str, QuestionSet]:
         return {s.name: s for s in self.profile.sets}
 
     def varied(self, variation: str, set_name: str) -> Lab:
         """A lab with one choice taken otherwise."""
         name = variation.replace(": ", "-").replace(" ", "-")
-        return self.beside(name, varied(self.profile, variation), set_name, ("corpus", "retriever", "answers", "step1", "teacher"))
+        return self.beside(name, varied(self.profile, variation), set_name, (*SEARCH, "answers", "step1", "teacher"))
 
     def again(self, step1_seed: int, set_name: str) -> Lab:
         """A lab whose Step 1 is run with another seed: other training worlds, in another order."""
         changed = self.profile.model_copy(update={"step1_seeds": (step1_seed,)})
-        kinds = ("corpus", "retriever", "answers", "teacher", "tokens", "contextual", "nouns", "loop", "step2")
+        kinds = (*SEARCH, "answers", "teacher", "tokens", "contextual", "nouns", "loop", "step2")
         return self.beside(f"step1-seed-{step1_seed}", changed, set_name, kinds)
 
     def beside(self, name: str, profile: Profile, set_name: str, kinds: tuple[str, ...]) -> Lab:
         """A lab of a changed profile, in a folder of its own below this run's.
 
-        It begins with a copy of this lab's stages: only what the change touches is made anew.
+        It begins with this lab's stages (the very files, where the disk can link them): only what the change touches is made anew.
         """
         home = self.store.folder / "varied" / name
         for kind in kinds:
             made, copy = (folder / "stages" / kind / set_name for folder in (self.store.folder, home))
-            if made.is_dir() and not copy.exists():
+            if fleet.is_main() and made.is_dir() and not copy.exists():
                 aside = copy.with_name(f"{set_name}.new")
                 shutil.rmtree(aside, ignore_errors=True)
-                shutil.copytree(made, aside)
+                shutil.copytree(made, aside, copy_function=linked)
                 aside.rename(copy)
+        fleet.wait()
         return Lab(profile.model_copy(update={"name": name}), home.parent)
 
     def open(self, name: str, make: Any, settings: Any, upstream: list[str], code: list[Any]) -> Path:
@@ -125,7 +143,7 @@ class Lab:
     def _retriever_folder(self, set_name: str) -> Path:
         corpus, settings, seed = self.corpus(set_name), self.profile.retriever, self.profile.seed
         world_name = getattr(self.sets[set_name], "world", None)
-        record = {**settings.model_dump(), "seed": seed, "weights": model_hashes(settings.model)}
+        record = {**settings.model_dump(exclude={"at_once"}), "seed": seed, "weights": model_hashes(settings.model)}
         return self.open(
             f"retriever/{set_name}",
             lambda f: make_retriever(corpus, world_name, settings, seed, f),
@@ -138,9 +156,39 @@ class Lab:
         """The initial retriever."""
         return Retriever.load(str(self._retriever_folder(set_name) / "model"), self.profile.retriever)
 
-    def vectors(self, set_name: str) -> dict[str, NDArray[Any]]:
-        """`passages` `[passages, d]`, and the initial candidates of each part `[questions, 20]`."""
-        return load_file(self._retriever_folder(set_name) / "vectors.safetensors")
+    def vectors(self, set_name: str) -> Vectors:
+        """The initial retriever's vectors of all passages."""
+        folder, settings = self._retriever_folder(set_name), self.profile.index
+
+        def make(place: Path) -> None:
+            make_vectors(self.corpus(set_name), Retriever.load(str(folder / "model"), self.profile.retriever), settings, place)
+
+        return Vectors(self.open(f"vectors/{set_name}", make, settings.model_dump(include={"dtype", "shard"}), [f"retriever/{set_name}"], [make_vectors]))
+
+    def index(self, set_name: str) -> Index:
+        """What searches them."""
+        vectors, settings = self.vectors(set_name), self.profile.index
+        record = settings.model_dump(exclude={"dtype", "shard", "probes", "candidates"}) if settings.kind != "exact" else {"kind": "exact"}
+        seed = self.profile.seed
+        folder = self.open(
+            f"index/{set_name}", lambda f: make_index(vectors, settings, seed, f), record | {"seed": seed}, [f"vectors/{set_name}"], [make_index]
+        )
+        return index.open_index(vectors, settings, folder)
+
+    def candidates(self, set_name: str) -> dict[str, NDArray[np.int64]]:
+        """The first 20 passages of each question, by part `[questions, 20]`, as the initial retriever finds them."""
+        passages, record = self.index(set_name), self.profile.index.model_dump(include={"kind", "probes", "candidates"})
+
+        def make(folder: Path) -> None:
+            make_candidates(self.corpus(set_name), self.retriever(set_name), passages, folder)
+
+        folder = self.open(f"candidates/{set_name}", make, record, [f"retriever/{set_name}", f"index/{set_name}"], [make_candidates])
+        return load_file(folder / "candidates.safetensors")
+
+    def recall(self, set_name: str) -> dict[str, float]:
+        """How many of the exact first passages an approximate index finds; empty for the exact one."""
+        self.candidates(set_name)
+        return json.loads((self.store.folder / "stages" / "candidates" / set_name / "recall.json").read_text("utf8"))
 
     def _nouns_folder(self, set_name: str) -> Path:
         corpus, settings, model, seed = self.corpus(set_name), self.sets[set_name], self.profile.nouns.model, self.profile.seed
@@ -163,7 +211,7 @@ class Lab:
     def found(self, set_name: str, part: str, ranking: NDArray[np.int64] | None = None) -> list[list[Passage]]:
         """The k passages of each question of a part, by the initial retriever or a ranking."""
         corpus = self.corpus(set_name)
-        rows = self.vectors(set_name)[part] if ranking is None else ranking
+        rows = self.candidates(set_name)[part] if ranking is None else ranking
         return [[corpus.passages[i] for i in row[: self.profile.k]] for row in rows]
 
     def readers(self) -> list[str]:
@@ -191,26 +239,29 @@ class Lab:
         settings, seed = self.profile.reader, self.profile.step1_seeds[0]
 
         def make(folder: Path) -> None:
-            given = (self.sets[set_name], self.corpus(set_name), self.retriever(set_name), self.vectors(set_name)["distill"])
+            given = (self.sets[set_name], self.corpus(set_name), self.retriever(set_name), self.candidates(set_name)["distill"])
             lessons = Lessons(*given, self.profile.k, settings.gold_share, seed)
-            make_fine_tuned(Reader.load(settings.model, settings), lessons, seed, folder)
+            make_fine_tuned(Reader.load(settings.model, settings, to_train=True), lessons, seed, folder)
 
         record = {**self.reader_record(), "k": self.profile.k, "seed": seed}
-        self._retriever_folder(set_name)
-        return self.open(f"step1/{set_name}", make, record, [f"retriever/{set_name}"], [make_fine_tuned, Lessons])
+        self.candidates(set_name)
+        return self.open(f"step1/{set_name}", make, record, [f"candidates/{set_name}"], [make_fine_tuned, Lessons])
 
     def upstream_of(self, set_name: str, which: str) -> list[str]:
         """The stages that a look of a reader at the initial candidates depends on, made if they are missing."""
-        self._retriever_folder(set_name)
+        self.candidates(set_name)
         if which in UNTAUGHT:
-            return [f"retriever/{set_name}"]
+            return [f"candidates/{set_name}"]
         self.step1(set_name)
-        return [f"retriever/{set_name}", f"step1/{set_name}"]
+        return [f"candidates/{set_name}", f"step1/{set_name}"]
 
     def reader_record(self) -> dict[str, Any]:
-        """What a stage that uses the reader depends on: its settings, and its weights where they lie in a local folder."""
+        """What a stage that uses the reader depends on: its settings that change a result, and its weights where they lie in a local folder."""
         settings = self.profile.reader
-        return {**settings.model_dump(), "weights": model_hashes(str(embedded_reader()) if settings.model == "embedded" else settings.model)}
+        return {
+            **settings.model_dump(exclude={"at_once", "gradient_checkpointing"}),
+            "weights": model_hashes(str(embedded_reader()) if settings.model == "embedded" else settings.model),
+        }
 
     def inputs(self) -> dict[str, Any]:
         """Hashes of everything a run reads from outside its own folder."""
@@ -239,7 +290,7 @@ class Lab:
         result = {}
         for style in ("question", "cloze") if self.has_clozes else ("question",):
             reader = Reader.load(self.profile.reader.model, self.profile.reader, style)
-            answers = self.answers(set_name, f"off-the-shelf-{style}-dev", reader, questions, self.found(set_name, "dev"), f"retriever/{set_name}")
+            answers = self.answers(set_name, f"off-the-shelf-{style}-dev", reader, questions, self.found(set_name, "dev"), f"candidates/{set_name}")
             result[style] = float(np.mean([metrics.exact_match(a, q.answers) for a, q in zip(answers, questions, strict=True)]))
         return result
 
@@ -265,14 +316,17 @@ class Lab:
         record = {"reader": self.reader_record(), "which": which, "style": self.style(set_name, which), "questions": n, "k": k}
 
         def make_it(folder: Path) -> None:
-            make(self.reader(set_name, which), self.corpus(set_name), self.vectors(set_name)["distill"], n, k, folder)
+            known = {}
+            if self.before is not None and kind == "teacher":
+                known = {"known": (self.before.asked(set_name)[1], self.before.teacher(set_name, which))}
+            make(self.reader(set_name, which), self.corpus(set_name), self.candidates(set_name)["distill"], n, k, folder, **known)
 
         return self.open(f"{kind}/{set_name}/{which.replace(' ', '-')}", make_it, record, self.upstream_of(set_name, which), [make])
 
     def asked(self, set_name: str) -> tuple[list[Question], NDArray[np.int64]]:
         """The questions for distillation and their candidates `[questions, k]`."""
         questions = self.corpus(set_name).questions["distill"][: self.profile.distill.questions]
-        return questions, self.vectors(set_name)["distill"][: len(questions), : self.profile.k]
+        return questions, self.candidates(set_name)["distill"][: len(questions), : self.profile.k]
 
     def scores(self, set_name: str, target: str) -> NDArray[np.float64]:
         """What a target is made of `[questions, k]`: a reader's scores, or a control's."""
@@ -284,9 +338,8 @@ class Lab:
             seen = self.teacher(set_name, which)
             return teacher.attention_scores(seen, self.profile.attention) if signal == "attention" else teacher.likelihood(seen)
         if target == "answer string":
-            texts = [p.text for p in self.corpus(set_name).passages]
-            return distill.answer_string_scores(candidates.tolist(), texts, [q.answers for q in questions])
-        return distill.oracle_scores(candidates.tolist(), [q.gold for q in questions])
+            return distill.answer_string_scores(candidates.tolist(), self.corpus(set_name).passages, [q.answers for q in questions])
+        return distill.oracle_scores(candidates.tolist(), self.corpus(set_name).golds(questions, candidates))
 
     def target(self, set_name: str, name: str) -> NDArray[np.float64]:
         """A target's distributions over the candidates of the questions for distillation `[questions, k]`."""
@@ -320,7 +373,7 @@ class Lab:
         }
 
         def make_it(folder: Path) -> None:
-            made = (self.corpus(set_name), self.retriever(set_name), self.vectors(set_name), self.loss(set_name, target))
+            made = (self.corpus(set_name), self.retriever(set_name), self.index(set_name), self.candidates(set_name)["distill"], self.loss(set_name, target))
             make_distilled(*made, self.profile.distill, self.profile.k, seed, folder)
 
         code = [make_distilled, Lab.loss, Lab.target, Lab.scores]
@@ -333,17 +386,22 @@ class Lab:
         first = distilling.epochs // (left + 1)
         rest = distilling.model_copy(update={"epochs": distilling.epochs - first})
         changed = self.profile.model_copy(update={"index_refreshes": left - 1, "distill": rest})
+        # Step 1 is over: it sees no new candidates. The passages' vectors change only if their side is trained
+        kept = ["step1", *(["vectors", "index"] if distilling.side == "query" else [])]
         self.step1(set_name)
-        name, step1 = f"refreshed-{target.replace(' ', '-')}-{seed}", f"step1/{set_name}"
-        other = self.beside(name, changed, set_name, ("corpus", "step1"))
-        if other.store.key(step1) != self.store.key(step1):  # a copy of an earlier Step 1
-            shutil.rmtree(other.store.folder / "stages" / step1)
-            other = self.beside(name, changed, set_name, ("corpus", "step1"))
-        other.style_scores = self.style_scores
-        other.opened[step1] = other.store.folder / "stages" / step1  # Step 1 is over: it sees no new candidates
+        self.index(set_name)
+        name = f"refreshed-{target.replace(' ', '-')}-{seed}"
+        other = self.beside(name, changed, set_name, ("corpus", *kept))
+        if stale := [kind for kind in kept if other.store.key(f"{kind}/{set_name}") != self.store.key(f"{kind}/{set_name}")]:
+            for kind in stale if fleet.is_main() else []:  # copies of earlier ones
+                shutil.rmtree(other.store.folder / "stages" / kind / set_name)
+            fleet.wait()
+            other = self.beside(name, changed, set_name, ("corpus", *kept))
+        other.style_scores, other.before = self.style_scores, self
+        other.opened |= {f"{kind}/{set_name}": other.store.folder / "stages" / kind / set_name for kind in kept}
 
         def make(folder: Path) -> None:
-            made = (self.corpus(set_name), self.retriever(set_name), self.vectors(set_name), self.loss(set_name, target))
+            made = (self.corpus(set_name), self.retriever(set_name), self.index(set_name), self.candidates(set_name)["distill"], self.loss(set_name, target))
             make_refreshed(*made, distilling.model_copy(update={"epochs": first}), self.profile.k, seed, folder)
 
         stage = f"retriever/{set_name}"
@@ -355,23 +413,25 @@ class Lab:
     def seen_by(self, set_name: str, target: str) -> list[str]:
         """The stages that Step 2 for a target depends on, made if they are missing."""
         if not (taught := teacher_of(target)):
-            self._retriever_folder(set_name)
-            return [f"retriever/{set_name}"]
+            self.candidates(set_name)
+            return [f"candidates/{set_name}"]
         which, signal = taught
         kind, make = ("loop", make_left_out) if signal == "LOOP" else ("teacher", make_teacher)
         self.look(set_name, which, kind, make)
-        return [f"retriever/{set_name}", f"{kind}/{set_name}/{which.replace(' ', '-')}"]
+        return [f"candidates/{set_name}", f"{kind}/{set_name}/{which.replace(' ', '-')}"]
 
     @staticmethod
     def step2_name(set_name: str, target: str, seed: int) -> str:
         return f"step2/{set_name}/{target.replace(' ', '-')}-{seed}"
 
     def retrieval_rows(self, set_name: str, targets: Iterable[str] | None = None) -> dict[tuple[str, int], NDArray[np.int64]]:
-        """Test rankings by (system, seed): BM25, the initial retriever, and the distilled retrievers of the targets, by default all."""
-        corpus = self.corpus(set_name)
-        texts = [passage_text(p) for p in corpus.passages]
-        rows = {("BM25", 0): index.bm25([q.text for q in corpus.questions["test"]], texts, min(DEPTH, len(texts)))}
-        rows["initial", 0] = self.vectors(set_name)["test"]
+        """Test rankings by (system, seed): BM25 if the profile has it, the initial retriever, the distilled ones of the targets (default: all)."""
+        rows = {}
+        if self.profile.evaluate.bm25:
+            corpus = self.corpus(set_name)
+            texts = [passage_text(p) for p in corpus.passages]
+            rows["BM25", 0] = index.bm25([q.text for q in corpus.questions["test"]], texts, min(DEPTH, len(texts)))
+        rows["initial", 0] = self.candidates(set_name)["test"]
         for target in self.targets if targets is None else targets:
             for seed in self.profile.distill.seeds:
                 rows[target, seed] = self.distilled(set_name, target, seed)[0]
@@ -379,11 +439,10 @@ class Lab:
 
     def per_question(self, set_name: str, targets: Iterable[str] | None = None) -> pd.DataFrame:
         """Retrieval of every test question by every system (see `retrieval_rows`): columns system, seed, question, HR@1, HR@5, HR@20, MRR."""
-        questions = self.corpus(set_name).questions["test"]
-        golds = [q.gold for q in questions]
-        frames = []
+        corpus = self.corpus(set_name)
+        questions, frames = corpus.questions["test"], []
         for (system, seed), ranking in self.retrieval_rows(set_name, targets).items():
-            found = ranking.tolist()
+            found, golds = ranking.tolist(), corpus.golds(questions, ranking)
             columns = {f"HR@{k}": metrics.hits(found, golds, k) for k in metrics.CUTS} | {"MRR": metrics.reciprocal_ranks(found, golds)}
             frames.append(pd.DataFrame({"set": set_name, "system": system, "seed": seed, "question": range(len(questions)), **columns}))
         return pd.concat(frames, ignore_index=True)
@@ -396,10 +455,10 @@ class Lab:
         questions = self.corpus(set_name).questions["test"][: self.profile.evaluate.answered]
         cases: list[tuple[str, str, int, list[list[Passage]], str]] = []
         for which in READERS:
-            cases.append(("closed book", which, 0, [[] for _ in questions], f"retriever/{set_name}"))
+            cases.append(("closed book", which, 0, [[] for _ in questions], f"candidates/{set_name}"))
         rankings = self.retrieval_rows(set_name, targets)
         for (system, seed), ranking in rankings.items():
-            upstream = self.step2_name(set_name, system, seed) if system in TARGETS else f"retriever/{set_name}"
+            upstream = self.step2_name(set_name, system, seed) if system in TARGETS else f"candidates/{set_name}"
             readers = READERS if system == "initial" else READERS[:1] if system.startswith(UNTAUGHT) else READERS[1:]
             for which in readers:
                 cases.append((system, which, seed, self.found(set_name, "test", ranking), upstream))
@@ -417,13 +476,15 @@ class Lab:
         """The premises on dev: can this reader read, and is there room for the retriever to improve?"""
         corpus, found = self.corpus(set_name), self.found(set_name, "dev")
         dev = corpus.questions["dev"]
-        initial = metrics.hits(self.vectors(set_name)["dev"].tolist(), [q.gold for q in dev], self.profile.k)
+        ranking = self.candidates(set_name)["dev"]
+        golds = corpus.golds(dev, ranking)
+        initial = metrics.hits(ranking.tolist(), golds, self.profile.k)
         rows: list[tuple[str, float]] = [(f"initial HR@{self.profile.k}", float(initial.mean()))]
         questions = dev[: self.profile.evaluate.answered]
         rng = random.Random(self.profile.seed)
         with_gold, same_kind, permuted = [], [], []
-        for q, passages in zip(questions, found[: len(questions)], strict=True):
-            gold = corpus.passages[q.gold[0]] if q.gold else passages[0]
+        for q, passages, places in zip(questions, found[: len(questions)], golds[: len(questions)], strict=True):
+            gold = corpus.passages[places[0]] if places else passages[0]
             rest = [p for p in passages if p.id != gold.id][: self.profile.k - 1]
             with_gold.append(rng.sample([gold, *rest], len(rest) + 1))
             permuted.append(rng.sample(with_gold[-1], len(with_gold[-1])))
@@ -440,7 +501,7 @@ class Lab:
             if questions[0].relation:
                 cases["same kind of fact, other entities"] = same_kind
             for case, given in cases.items():
-                upstream = f"step1/{set_name}" if which == "fine-tuned" else f"retriever/{set_name}"
+                upstream = f"step1/{set_name}" if which == "fine-tuned" else f"candidates/{set_name}"
                 answers = self.answers(set_name, f"premise-{which}-{case}".replace(",", "").replace(" ", "-"), reader, questions, given, upstream)
                 results[case] = float(np.mean([metrics.exact_match(a, q.answers) for a, q in zip(answers, questions, strict=True)]))
             rows += [(f"{which}: EM, {case}", value) for case, value in results.items()]

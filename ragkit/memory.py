@@ -11,12 +11,14 @@ from dataclasses import dataclass
 
 from ragkit.profile import IndexSettings, Profile
 from ragkit.sizes import SetSize, Shape
+from ragkit.vectors import BLOCK
 from ragkit.work import Stage
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
 TRAINED = 16  # of a weight in training: itself, its gradient, and AdamW's two means, all in float32
 LONGEST = 1.3  # of the longest prompts, in mean lengths
-PROCESS = 0.6e9  # Python with its libraries, or a GPU's context
+PROCESS, CONTEXT = 0.7e9, 0.6e9  # Python with its libraries; what a GPU keeps for a process
+POSTING = 30  # bytes of a word of a passage while BM25 is made
 TEMPLATE_TOKENS = 12  # of a prompt: 'question:', 'answer:', line ends
 TITLE_TOKENS = 6  # of a passage, with its line end
 
@@ -101,7 +103,7 @@ class Memory:
     def peak(self, stage: Stage) -> tuple[float, float]:
         """Bytes on the device that computes, and beside them in the host's memory, at the stage's highest point."""
         device = self.of_device(stage)
-        return (device + PROCESS if device else 0.0), self.of_host(stage)
+        return device + (CONTEXT if device and self.profile.machine.device == "cuda" else 0.0), PROCESS + self.held(stage)
 
     def of_device(self, stage: Stage) -> float:
         settings, lengths, k = self.profile.reader, self.lengths, self.profile.k
@@ -155,8 +157,11 @@ class Memory:
         if stage.kind == "corpus":
             return size.bytes_on_disk
         if stage.kind == "retriever":
-            written = stage.units.get("passages indexed", 0) * d * WIDTH[profile.index.dtype]
-            return self.retriever.parameters * 4 + written + (index_bytes(profile.index, size.passages, d) if written and profile.index.kind != "exact" else 0)
+            return self.retriever.parameters * 4
+        if stage.kind == "vectors":
+            return size.passages * d * WIDTH[profile.index.dtype]
+        if stage.kind == "index":
+            return index_bytes(profile.index, size.passages, d)
         if stage.kind == "step1":
             return (len(profile.reader.kept_steps) + 1) * self.reader.parameters * 4
         layers = self.reader.layers
@@ -166,24 +171,26 @@ class Memory:
             return stage.units["prompts recorded"] * self.lengths.prompt(k) * (3 * 2 * layers * 4 + 32)
         return 0.0
 
-    def of_host(self, stage: Stage) -> float:
-        """The process itself, and in stages that search the index, in those that build it the vectors that it learns from."""
+    def held(self, stage: Stage) -> float:
+        """What a stage holds in the host's memory: vectors block by block, the index where one is searched or built, BM25 with all passages."""
         index, n, d = self.profile.index, self.size.passages, self.retriever.hidden
-        held = index_bytes(index, n, d) if stage.units.get("searches") else 0.0
-        if stage.units.get("passages indexed"):
-            held = max(held, index_bytes(index, n, d) + building_bytes(index, n, d))
-        return PROCESS + held
+        block = min(n, BLOCK) * d * 4.0
+        if stage.kind == "vectors":
+            return min(n, index.shard) * (d * 4 + self.size.bytes_on_disk / n)
+        if stage.units.get("vectors indexed"):
+            return index_bytes(index, n, d) + block + (min(n, index.trained_on) * d * 4 if index.kind == "ivfpq" else 0)
+        if stage.kind == "answers" and self.profile.evaluate.bm25:
+            return self.size.bytes_on_disk + n * self.size.passage_words * POSTING
+        found = index_bytes(index, n, d) if stage.units.get("searches") else 0.0
+        again = n * d * 4.0 if stage.units.get("passages encoded") and stage.kind != "step1" else 0.0  # both sides: all new vectors at once
+        return max(found + again, block if stage.units.get("vectors read") else 0.0)
 
 
 def index_bytes(index: IndexSettings, n: float, d: int) -> float:
-    """Memory of an index over n vectors of d dimensions: the vectors; or codes with numbers and lists; or vectors with links (FAISS's own guide)."""
+    """Bytes of an index over n vectors of d dimensions, on disk and in memory, as FAISS's guide has them; an exact search needs none.
+
+    IVF-PQ: a code and a number of each vector, and the cells' centres. HNSW: the vectors in 16 bits and twice `links` neighbours of each.
+    """
     if index.kind == "exact":
-        return n * d * 4
-    if index.kind == "ivfpq":
-        return n * (index.code_bytes + 8) + index.lists * d * 4
-    return n * (d * 4 + index.links * 2 * 4)
-
-
-def building_bytes(index: IndexSettings, n: float, d: int) -> float:
-    """Memory beside an index while it is built: a shard, and what its quantiser learns from."""
-    return min(n, index.shard) * d * 4 + (min(n, index.trained_on) * d * 4 if index.kind == "ivfpq" else 0)
+        return 0.0
+    return n * (index.code_bytes + 8) + index.lists * d * 4 if index.kind == "ivfpq" else n * (d * 2 + index.links * 2 * 4)

@@ -22,7 +22,10 @@ from ragkit.sizes import Download, SetSize, Shape, downloads, reader_config, ret
 from ragkit.work import SetWork, Stage, notebooks
 
 FILE = "plan.json"
-ALONE = ("passages prepared", "passages indexed", "vectors learnt from", "searches", "taggers trained", "questions tagged")  # done by one process
+ALONE = (  # done by one process
+    "passages prepared", "vectors written", "vectors read", "vectors indexed", "vectors learnt from", "searches", "exact searches",
+    "taggers trained", "questions tagged",
+)  # fmt: skip
 HELPED = "step2"  # the stages in which the processes of two sets help each other
 
 
@@ -130,8 +133,10 @@ class Ground:
             for stage in SetWork(self.profile, settings, size).stages():
                 device, host = memory.peak(stage)
                 found.append(Needs(stage, seconds_of(stage, mine, self.profile.machine.processes), device, host, memory.left_on_disk(stage)))
-        last = notebooks(self.profile)
-        return [*found, Needs(last, seconds_of(last, costs.get(self.profile.sets[0].name, {}), 1), 0.0, max(need.host + need.device for need in found), 0.0)]
+        last, first = notebooks(self.profile), self.profile.sets[0].name
+        seconds = seconds_of(last, costs.get(first, {}), 1)
+        looking = max((need for need in found if need.stage.kind in ("tokens", "answers")), key=lambda need: need.device + need.host)
+        return [*found, Needs(last, seconds, looking.device, looking.host, 0.0)]
 
 
 def seconds_of(stage: Stage, costs: Costs, processes: int) -> float:

@@ -6,14 +6,18 @@ import textwrap
 from collections.abc import Iterator
 
 from ragkit.advice import advice, disk_advice
+from ragkit.arithmetic import SHARE_OF_PEAK, Operations
 from ragkit.hardware import USABLE
 from ragkit.plan import Ground, Needs, Plan
-from ragkit.sizes import SetSize
+from ragkit.sizes import SetSize, known
 
 WIDE = 100
 KINDS = {
     "corpus": "passages and questions",
-    "retriever": "the first retriever, vectors, search",
+    "retriever": "the first retriever",
+    "vectors": "a vector of every passage",
+    "index": "what searches them",
+    "candidates": "the first passages of every question",
     "nouns": "nouns of the questions",
     "step1": "Step 1: the reader learns to answer",
     "teacher": "a reader looks at all questions",
@@ -98,6 +102,22 @@ def row(plan: Plan, kind: str, what: str, needs: list[Needs]) -> str:
     return f"  {kind:10} {what:37} {len(needs):>6} {time:>9} {gigabytes(device):>7} {gigabytes(host):>7} {disk:>7}  {said}"
 
 
+def gpu_lines(ground: Ground, plan: Plan) -> Iterator[str]:
+    """What GPUs that are not here would need, by arithmetic: the operations of all models over a share of their peak, and all else as it is here."""
+    operations = {name: Operations(ground.profile, size, ground.reader, ground.retriever).by_unit() for name, size in ground.sizes.items()}
+    computed, beside = 0.0, 0.0
+    for need in plan.needs:
+        mine = operations.get(need.stage.set_name, {})
+        computed += sum(amount * mine.get(unit, 0) for unit, amount in need.stage.units.items())
+        costs = plan.costs.get(need.stage.set_name or plan.profile.sets[0].name, {})
+        beside += sum(amount * costs.get(unit, 0) for unit, amount in need.stage.units.items() if unit not in mine)
+    largest = max(need.device for need in plan.needs) / USABLE
+    yield f"On a GPU, by arithmetic alone ({SHARE_OF_PEAK:.0%} of its peak, {computed / 1e15:,.0f} PFLOP; {duration(beside)} beside the models as here):"
+    for name, card in known()["gpus"].items():
+        took = computed / plan.profile.machine.processes / (card["tflops"] * 1e12 * SHARE_OF_PEAK) + beside
+        yield f"  {name:20} {duration(took):>10}   memory {'suffices' if largest <= card['gb'] * 1e9 else 'does NOT suffice'}"
+
+
 def units_lines(plan: Plan) -> Iterator[str]:
     """What the time was reckoned from: all units of work, and what one cost here."""
     total: dict[str, float] = {}
@@ -130,6 +150,8 @@ def text(ground: Ground, plan: Plan) -> str:
         lines.append(f"Memory: {'does NOT suffice for ' + ', '.join(k for k in KINDS if k in short) if short else 'suffices'} ({usable} GB usable).")
     helping = [("disk", [*disk_advice(ground, plan)])] if not room else []
     helping += [(kind, [*advice(ground, plan, kind)]) for kind in KINDS if kind in short]
+    if profile.machine.device == "cuda" and machine.device == "cpu":
+        lines += ["", *gpu_lines(ground, plan)]
     if helping:
         lines += ["", "What would help (one setting of the profile at a time):"]
         lines += [f"  {kind:10} {one}" for kind, found in helping for one in found or ["nothing that this plan knows: fewer passages, or a smaller model"]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,6 +17,7 @@ from ragkit import RagkitError
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 class ProfileError(RagkitError):
@@ -70,6 +72,7 @@ class HubTable(Section):
 
     dataset: Annotated[str, Field(min_length=1)]
     config: str | None = None
+    files: str | None = None  # read these files of it (a pattern; {split} stands for the split), as where it holds a loading script
     revision: str = "main"
     licence: str = "not stated"
     columns: dict[str, str] = {}
@@ -79,7 +82,8 @@ class HubTable(Section):
 class HubSet(Section):
     """A question set of the hub.
 
-    `distill` and `dev` are drawn from the split `train` by the seed, `test` from the split `heldout`. Passages come from a
+    `distill` and `dev` are drawn from the split `train` by the seed, `test` from the split `heldout` (which may be the same: no question
+    is drawn twice). Passages come from a
     table (column names `id`, `text`, `title` unless `columns` says otherwise), from a DPR-format TSV (its path), or from
     the questions' own candidate pools: columns of the question table that hold lists of passages.
     """
@@ -112,10 +116,11 @@ class RetrieverSettings(Section):
     """`model` is `embedded` (trained here by random cropping, Contriever's recipe) or a folder or hub name."""
 
     model: str = "embedded"
+    revision: str = "main"  # of a hub model: pin a commit, so that a run means the same next year
     pooling: Literal["mean", "cls"] = "mean"
     normalise: bool = True  # unit vectors; Contriever's own score is the plain dot product: false
     passage_tokens: Count = 256
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the encoding; training keeps float32 weights and computes in this
+    dtype: Precision = "float32"  # of the encoding; training keeps float32 weights and computes in this
     at_once: Count = 128  # texts in one pass: less needs less memory and changes no result
     crop_steps: Count = 800
     crop_batch: Count = 64
@@ -141,8 +146,9 @@ class ReaderSettings(Section):
     """`model` is `embedded`, a folder or a hub name; the rest is Step 1, the fine-tuning on questions."""
 
     model: str = "embedded"
+    revision: str = "main"  # of a hub model
     context: Count = 1024
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the reader's computations; Step 1 keeps float32 weights
+    dtype: Precision = "float32"  # of the reader's computations; Step 1 keeps float32 weights
     at_once: Count = 16  # prompts in one pass: less needs less memory and changes no result
     gradient_checkpointing: bool = False  # Step 1 computes activations twice instead of keeping them
     lora_rank: Annotated[int, Field(ge=0)] = 0  # of the adapters that Step 1 trains (peft); 0 trains every weight
@@ -278,6 +284,8 @@ class Profile(Section):
                 raise ValueError(f"{key}: {twice[0]!r} stands there twice; each needs its own")
         if self.index_refreshes >= self.distill.epochs:
             raise ValueError(f"index_refreshes: {self.index_refreshes} parts Step 2 into more pieces than distill.epochs ({self.distill.epochs})")
+        if self.machine.processes > min(self.reader.batch, self.distill.batch):
+            raise ValueError(f"machine.processes: {self.machine.processes} cannot share a batch of fewer (reader.batch, distill.batch)")
         return self
 
 
@@ -294,13 +302,13 @@ def shipped() -> list[str]:
 
 def known_keys() -> set[str]:
     """Every key a profile may hold, at any depth."""
-    sections: list[type[BaseModel]] = [Profile, WorldSet, FileSet, RetrieverSettings, ReaderSettings, AttentionSettings, DistillSettings]
-    sections += [NounSettings, IndicatorSettings, ChoiceSettings, EvaluateSettings]
+    sections: list[type[BaseModel]] = [Profile, WorldSet, FileSet, HubSet, HubTable, MachineSettings, RetrieverSettings, IndexSettings, ReaderSettings]
+    sections += [AttentionSettings, DistillSettings, NounSettings, IndicatorSettings, ChoiceSettings, EvaluateSettings]
     return {key for section in sections for key in section.model_fields}
 
 
-def load_profile(name_or_path: str) -> Profile:
-    """Reads and validates a profile: one of `shipped()` or a path to a YAML file.
+def load_profile(name_or_path: str, changes: Sequence[str] = ()) -> Profile:
+    """Reads and validates a profile: one of `shipped()` or a path to a YAML file, with `changes` such as `reader.batch=4` made.
 
     Relative paths in a file of the user's own start from that file's folder. Raises ProfileError naming the file, the
     key, and for unknown keys the nearest valid one.
@@ -324,11 +332,37 @@ def load_profile(name_or_path: str) -> Profile:
         raise ProfileError(
             f"Profile {name_or_path}: expected keys with values, such as 'name: mine', found {'nothing' if values is None else type(values).__name__}."
         )
+    for change in changes:
+        put(values, change)
     try:
         profile = Profile.model_validate(values)
     except ValidationError as error:
         raise ProfileError(f"Profile {name_or_path}:\n" + "\n".join(explain(e["loc"], e["msg"], e["type"]) for e in error.errors())) from None
-    return profile if name_or_path in shipped() else with_whole_paths(profile, Path(name_or_path).resolve().parent)
+    if name_or_path in shipped():
+        return with_whole_paths(profile, Path.cwd()) if changes else profile
+    return with_whole_paths(profile, Path(name_or_path).resolve().parent)
+
+
+def put(values: dict[str, Any], change: str) -> None:
+    """Sets one value of a profile that is not validated yet: `reader.model=path`, `sets.0.distill=20`; the value is read as YAML."""
+    key, equals, text = change.partition("=")
+    *path, last = key.strip().split(".")
+    if not equals or not last:
+        raise ProfileError(f"{change!r} is no change of a profile: write key=value, such as reader.batch=4.")
+    place: Any = values
+    try:
+        for part in path:
+            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
+        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(text)
+    except (ValueError, IndexError, TypeError, AttributeError, yaml.YAMLError):
+        raise ProfileError(
+            f"{change!r}: the profile has no place {key.strip()!r}, or the value is no YAML. Sets are counted from 0: sets.0.distill=20."
+        ) from None
+
+
+def save_profile(profile: Profile, path: Path) -> None:
+    """Writes a profile as YAML; `load_profile` reads the same again."""
+    path.write_text(yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf8")
 
 
 def with_whole_paths(profile: Profile, folder: Path) -> Profile:
@@ -337,9 +371,15 @@ def with_whole_paths(profile: Profile, folder: Path) -> Profile:
     def model(name: str) -> str:
         return str(folder / name) if name != "embedded" and (folder / name).is_dir() else name
 
-    def files(one: WorldSet | FileSet) -> WorldSet | FileSet:
+    def table(one: HubTable) -> HubTable:
+        return one.model_copy(update={"dataset": model(one.dataset)})
+
+    def files(one: QuestionSet) -> QuestionSet:
         if isinstance(one, WorldSet):
             return one
+        if isinstance(one, HubSet):
+            passages = one.passages if one.passages is None else table(one.passages) if isinstance(one.passages, HubTable) else str(folder / one.passages)
+            return one.model_copy(update={"questions": table(one.questions), "passages": passages})
         return one.model_copy(update={"passages": str(folder / one.passages), "questions": str(folder / one.questions)})
 
     return profile.model_copy(

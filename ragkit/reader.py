@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import logging
 import math
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from accelerate import Accelerator
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ragkit import RagkitError, checkpoint, world
+from ragkit import RagkitError, checkpoint, fleet, world
 from ragkit.attention import observe, pooled
-from ragkit.corpus import Passage, Question
+from ragkit.corpus import Question
+from ragkit.passages import Passage
 from ragkit.profile import ReaderSettings
 from ragkit.retriever import loading
-from ragkit.store import input_hash
+from ragkit.store import input_hash, write_json
 
 log = logging.getLogger(__name__)
 CHECKPOINT_EVERY = 50  # steps of Step 1
@@ -63,18 +66,22 @@ class Reader:
         self.pad = self.end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     @classmethod
-    def load(cls, name: str, settings: ReaderSettings, style: str = "question") -> Reader:
-        """From a folder or hub name, in float32, on the fused attention path if it has one; `embedded` is the one that ships.
+    def load(cls, name: str, settings: ReaderSettings, style: str = "question", to_train: bool = False) -> Reader:
+        """From a folder or hub name, on the run's device and the fused attention path if it has one; `embedded` is the one that ships.
 
-        An encoder-decoder becomes a `ragkit.fid.FidReader`.
+        In `settings.dtype`; with float32 weights if it is `to_train`. An encoder-decoder becomes a `ragkit.fid.FidReader`.
         """
         path = str(embedded_reader()) if name == "embedded" else name
+        revision = {} if Path(path).is_dir() else {"revision": settings.revision}
+        dtype = torch.float32 if to_train else getattr(torch, settings.dtype)
         if name == "embedded":
             check_whole(embedded_reader())
         with loading(path):
-            is_encoder_decoder = AutoConfig.from_pretrained(path).is_encoder_decoder
+            is_encoder_decoder = AutoConfig.from_pretrained(path, **revision).is_encoder_decoder
             kind = AutoModelForSeq2SeqLM if is_encoder_decoder else AutoModelForCausalLM
-            model, tokenizer = kind.from_pretrained(path, dtype=torch.float32, use_safetensors=True), AutoTokenizer.from_pretrained(path)
+            model: Any = kind.from_pretrained(path, dtype=dtype, use_safetensors=True, **revision)
+            model.to(fleet.device())
+            tokenizer = AutoTokenizer.from_pretrained(path, **revision)
         if is_encoder_decoder:
             from ragkit.fid import FidReader  # it builds on this module
 
@@ -82,8 +89,10 @@ class Reader:
         return cls(model, tokenizer, settings, style)
 
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+        """Writes model and tokenizer in Hugging Face's format."""
+        if fleet.is_main():
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
     def pieces(self, question: Question, passages: list[Passage]) -> list[tuple[str, int]]:
         """The prompt as texts with their owners."""
@@ -145,30 +154,36 @@ class Reader:
         return [ids[i] for i in chosen], [owner[i] for i in chosen]
 
     def batch(self, prompts: list[Prompt], left: bool = False) -> tuple[Tensor, Tensor]:
-        """Padded ids and mask `[prompts, tokens]`."""
+        """Padded ids and mask `[prompts, tokens]`, on the model's device."""
+        fleet.done["tokens"] += sum(len(p.ids) for p in prompts)
         longest = max(len(p.ids) for p in prompts)
         ids = torch.full((len(prompts), longest), self.pad)
         mask = torch.zeros_like(ids)
         for i, prompt in enumerate(prompts):
             place = slice(longest - len(prompt.ids), longest) if left else slice(0, len(prompt.ids))
             ids[i, place], mask[i, place] = torch.tensor(prompt.ids), 1
-        return ids, mask
+        return ids.to(self.model.device), mask.to(self.model.device)
+
+    def answer(self, prompts: list[Prompt]) -> list[str]:
+        """Greedy answers, in order; what follows the first line break or full stop is cut. The processes of a run share the prompts."""
+        answers = [""] * len(prompts)
+        batches = fleet.by_length([len(p.ids) for p in prompts], 2 * self.settings.at_once)
+        made = fleet.spread(batches, lambda chosen: [prompts[i] for i in chosen], self.generated, "answer")
+        for chosen, texts in zip(batches, made, strict=True):
+            for i, text in zip(chosen, texts, strict=True):
+                answers[i] = text
+        fleet.done["questions"] += len(prompts) if fleet.is_main() else 0
+        return answers
 
     @torch.no_grad()
-    def answer(self, prompts: list[Prompt], batch: int = 32) -> list[str]:
-        """Greedy answers, in order; what follows the first line break or full stop is cut."""
-        answers: list[str] = [""] * len(prompts)
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].ids))
-        for start in tqdm(range(0, len(order), batch), desc="answer", leave=False):
-            chosen = order[start : start + batch]
-            ids, mask = self.batch([prompts[i] for i in chosen], left=True)
-            out = self.model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=self.settings.answer_tokens, do_sample=False,
-                pad_token_id=self.pad, eos_token_id=self.end,
-            )  # fmt: skip
-            for i, row in zip(chosen, out[:, ids.shape[1] :], strict=True):
-                answers[i] = self.text_of(row)
-        return answers
+    def generated(self, prompts: list[Prompt]) -> list[str]:
+        """The answers to one batch of prompts."""
+        ids, mask = self.batch(prompts, left=True)
+        out = self.model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=self.settings.answer_tokens, do_sample=False,
+            pad_token_id=self.pad, eos_token_id=self.end,
+        )  # fmt: skip
+        return [self.text_of(row) for row in out[:, ids.shape[1] :]]
 
     def text_of(self, row: Tensor) -> str:
         """The answer that new tokens `[tokens]` spell."""
@@ -178,8 +193,8 @@ class Reader:
     def token_losses(self, prompts: list[Prompt]) -> Tensor:
         """Negative log-likelihood (nats) of the tokens of each prompt's answer `[prompts, answer tokens]`, with gradients; NaN behind its end."""
         ids, mask = self.batch(prompts)
-        rows = torch.arange(ids.shape[1] - 1)[None]
-        starts = torch.tensor([p.answer_start for p in prompts])[:, None]
+        rows = torch.arange(ids.shape[1] - 1, device=ids.device)[None]
+        starts = torch.tensor([p.answer_start for p in prompts], device=ids.device)[:, None]
         is_answer = (rows + 1 >= starts) & mask[:, 1:].bool()
         states = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
         logits = self.model.get_output_embeddings()(states[is_answer])  # the head only where an answer token is predicted
@@ -216,42 +231,91 @@ def check_whole(folder: Path) -> None:
 
 def note_trimmed(trimmed: int, prompts: int, folder: Path) -> None:
     """Keeps in a stage's folder how many of its prompts were too long for the reader, and says so; the report repeats it."""
-    (folder / "trimmed.json").write_text(json.dumps({"trimmed": trimmed, "prompts": prompts}), "utf8")
-    if trimmed:
+    write_json(folder / "trimmed.json", {"trimmed": trimmed, "prompts": prompts})
+    if trimmed and fleet.is_main():
         log.warning("%d of %d prompts were longer than the reader's context; each lost the same share of all its passages.", trimmed, prompts)
+
+
+class Lesson(nn.Module):
+    """A reader as a module whose forward pass is its loss: what Accelerate wraps, so that gradients are shared and precision is mixed."""
+
+    def __init__(self, reader: Reader) -> None:
+        super().__init__()
+        self.model, self.reader = reader.model, reader
+
+    def forward(self, prompts: list[Prompt]) -> Tensor:
+        """Sum of the prompts' losses."""
+        return self.reader.losses(prompts).sum()
+
+
+def adapted(model: PreTrainedModel, rank: int) -> Callable[[], PreTrainedModel]:
+    """Freezes a model but for adapters of the given rank in its linear layers (LoRA, Hu et al. 2021); returns what makes a merged copy."""
+    from peft import LoraConfig, get_peft_model
+
+    whole: Any = get_peft_model(model, LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear"))
+    return lambda: copy.deepcopy(whole).merge_and_unload()
 
 
 def fine_tune(reader: Reader, draw: Callable[[random.Random], tuple[Question, list[Passage]]], folder: Path, seed: int) -> list[float]:
     """Step 1: teaches the reader to answer questions; returns the loss of each step.
 
-    `draw` gives a question with its passages. The reader as it stands after each of `kept_steps` is kept in
-    `folder/<steps>`. A checkpoint lets a killed run go on with the same steps.
+    `draw` gives a question with its passages. The reader as it stands after each of `kept_steps` is kept in `folder/<steps>`.
+    A checkpoint lets a killed run go on with the same steps. The processes of a run share each batch, `at_once` prompts in a pass.
     """
     settings = reader.settings
     torch.manual_seed(seed)
-    optimizer = torch.optim.AdamW(reader.model.parameters(), lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    merged = adapted(reader.model, settings.lora_rank) if settings.lora_rank else lambda: reader.model
+    if settings.gradient_checkpointing:
+        reader.model.activation_checkpointing_enable()
+        reader.model.enable_input_require_grads()
+    accelerator = fleet.accelerator(settings.dtype)
+    trained = [p for p in reader.model.parameters() if p.requires_grad]
+    lesson, optimizer = accelerator.prepare(Lesson(reader), torch.optim.AdamW(trained, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01))
     history: tuple[list[float], int] = checkpoint.load(folder, reader.model, [optimizer]) or ([], 0)
     losses, trimmed = history
-    reader.model.train()
-    for step in tqdm(range(len(losses), settings.steps), desc="Step 1", leave=False):
+
+    def prompts_of(step: int) -> list[Prompt]:
         rng = random.Random(f"step 1 {seed} {step}")
-        prompts = [reader.prompt(q, found, q.answers[0]) for q, found in (draw(rng) for _ in range(settings.batch))]
+        return [reader.prompt(q, found, q.answers[0]) for q, found in (draw(rng) for _ in range(settings.batch))]
+
+    def keep(place: Path) -> None:
+        if fleet.is_main():
+            type(reader)(merged(), reader.tokenizer, settings, reader.style).save(place)
+            reader.model.train()
+
+    reader.model.train()
+    steps = range(len(losses), settings.steps)
+    for step, prompts in zip(steps, fleet.ahead(steps, prompts_of), strict=True):
         trimmed += sum(p.trimmed > 0 for p in prompts)
         for group in optimizer.param_groups:
             group["lr"] = settings.rate * min(1.0, (step + 1) / 30, (settings.steps - step) / (0.3 * settings.steps))
-        loss = reader.losses(prompts).mean()
-        if not torch.isfinite(loss):
+        loss = learn(lesson, accelerator, prompts, settings.at_once)
+        if not math.isfinite(loss):
             raise ReaderError(f"Step 1: the loss is not a number at step {step}. Lower reader.rate.")
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(reader.model.parameters(), 1.0)
+        accelerator.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        losses.append(float(loss.detach()))
+        optimizer.zero_grad()
+        fleet.done["questions"] += len(prompts) if fleet.is_main() else 0
+        losses.append(loss)
         if step + 1 in settings.kept_steps:
-            reader.save(folder / str(step + 1))
+            keep(folder / str(step + 1))
         if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < settings.steps:
             checkpoint.save(folder, reader.model, [optimizer], [losses, trimmed])
+    keep(folder)
     checkpoint.remove(folder)
     note_trimmed(trimmed, settings.steps * settings.batch, folder)
     reader.model.eval()
     return losses
+
+
+def learn(lesson: nn.Module, accelerator: Accelerator, prompts: list[Prompt], at_once: int) -> float:
+    """The mean loss of a batch of prompts, its gradients added up pass by pass."""
+    mine, weight = fleet.share(prompts)
+    total = 0.0
+    for start in range(0, len(mine), at_once):
+        part = mine[start : start + at_once]
+        with accelerator.no_sync(lesson) if start + at_once < len(mine) else nullcontext():
+            loss = lesson(part) * weight / len(mine)
+            accelerator.backward(loss)
+        total += float(loss.detach())
+    return fleet.mean_over_processes(total)

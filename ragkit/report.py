@@ -6,6 +6,7 @@ import html
 import json
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
@@ -70,6 +71,11 @@ def output_html(output: nbformat.NotebookNode) -> str:
         return f'<img alt="figure" src="data:image/png;base64,{data["image/png"].strip()}">'
     text = data.get("text/plain") or output.get("text") or "\n".join(output.get("traceback", []))
     return f"<pre>{html.escape(re.sub(chr(27) + r'[^m]*m', '', text))}</pre>"
+
+
+def prose_html(markdown: str) -> str:
+    """A page of prose; its tables scroll sideways where they are wide."""
+    return re.sub(r"<table>.*?</table>", lambda found: wide(found[0]), markdown2html_mistune(markdown), flags=re.DOTALL)
 
 
 def wide(table: str) -> str:
@@ -150,9 +156,20 @@ def stages_html(stages: dict[str, dict[str, Any]]) -> str:
             for name, stage in alike.items()
         )
         total = sum(stage["seconds"] for stage in alike.values())
-        summary = f"<b>{html.escape(kind)}</b>: {len(alike)} stages, {total:.0f} seconds to make, {ran} ran in this call"
+        summary = f"<b>{html.escape(kind)}</b>: {len(alike)} stages, {total:.0f} seconds to make, {ran} ran in this call{throughput(alike.values(), total)}"
         parts.append(f"<details><summary>{summary}</summary>{wide(table.to_html(index=False, border=0))}</details>")
     return "".join(parts)
+
+
+def throughput(stages: Iterable[dict[str, Any]], seconds: float) -> str:
+    """What stages did a second, and the share of their time that they waited for data; nothing where it was not counted."""
+    work: Counter[str] = Counter()
+    for stage in stages:
+        work.update(stage.get("work", {}))
+    if not work or not seconds:
+        return ""
+    waited = f"{work.pop('waited', 0.0) / seconds:.1%} of the time waiting for data"
+    return "; " + ", ".join([*(f"{amount / seconds:,.0f} {what} a second" for what, amount in sorted(work.items())), waited])
 
 
 def seeds_of(profile: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -242,12 +259,14 @@ def write(run: Path, figures: Path) -> tuple[Path, reference.Comparison]:
         ("Gallery", "gallery.html"),
         ("Sliders", "sliders.html"),
         ("Manifest", "manifest.html"),
+        ("Paper scale", "paper_scale.html"),
     ]
     bodies = {f"{p.stem}.html": (named(p), notebook_html(p)) for p in notebooks} | {
         "index.html": (f"Run {manifest['profile']['name']}", overview_html(run, manifest, notebooks, compared)),
         "gallery.html": ("Gallery", gallery_html(drawn)),
         "sliders.html": ("Sliders", played),
         "manifest.html": ("Manifest", manifest_html(manifest)),
+        "paper_scale.html": ("Paper scale", prose_html(resources.files("ragkit").joinpath("assets/paper_scale.md").read_text("utf8"))),
     }
     for file, (title, body) in bodies.items():
         (folder / file).write_text(page(title, body, pages, file), "utf8")

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
+from transformers import AutoModel, AutoTokenizer, BatchEncoding, BertConfig, BertModel, PreTrainedTokenizerBase
 
-from ragkit import RagkitError
-from ragkit.corpus import Passage
+from ragkit import RagkitError, fleet
+from ragkit.passages import Passage
 from ragkit.profile import RetrieverSettings
 from ragkit.vocabulary import build_tokenizer
 
@@ -31,11 +32,14 @@ class RetrieverError(RagkitError):
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """A clear word on a model that cannot be loaded, in place of the libraries' own."""
+    """A clear word on a model that cannot be loaded, in place of the libraries' own; no bar for every load."""
+    transformers.logging.disable_progress_bar()
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
-        if Path(name).is_dir():
+        if "gated" in str(error).lower():
+            why = "it is gated: accept its terms on its page at the hub and log in (`hf auth login`), or give a local folder in the profile"
+        elif Path(name).is_dir():
             why = "its folder does not hold a whole model with safetensors weights and a tokenizer. Save or fetch it again"
         else:
             why = "it is no folder here, and the hub did not give it (no network, a wrong name, or a gated model). Give a local folder in the profile"
@@ -49,36 +53,52 @@ class Retriever(nn.Module):
         super().__init__()
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
 
-    def forward(self, texts: list[str]) -> Tensor:
-        """Vectors `[texts, dimensions]`, with gradients."""
-        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=self.settings.passage_tokens, return_tensors="pt")
+    def tokens(self, texts: Sequence[str]) -> BatchEncoding:
+        """The texts as ids and mask `[texts, tokens]`, cut at `passage_tokens`."""
+        return self.tokenizer(list(texts), padding=True, truncation=True, max_length=self.settings.passage_tokens, return_tensors="pt")
+
+    def forward(self, texts: Sequence[str] | BatchEncoding) -> Tensor:
+        """Vectors `[texts, dimensions]` of texts or their tokens, with gradients."""
+        batch = texts if isinstance(texts, BatchEncoding) else self.tokens(texts)
+        fleet.done["tokens"] += int(batch["attention_mask"].sum())
+        batch = batch.to(fleet.device())
         states = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
         mask = batch["attention_mask"][:, :, None].to(states.dtype)
         pooled = states[:, 0] if self.settings.pooling == "cls" else (states * mask).sum(1) / mask.sum(1)
         return nn.functional.normalize(pooled, dim=-1) if self.settings.normalise else pooled
 
-    @torch.no_grad()
-    def encode(self, texts: list[str], batch: int = 128) -> NDArray[np.float32]:
-        """Vectors `[texts, dimensions]` in the order given; encoded in order of length, so that little is padded."""
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Vectors `[texts, dimensions]` in the order given; encoded in order of length, so that little is padded.
+
+        The processes of a run share the texts, and each gets all vectors.
+        """
         self.eval()
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-        vectors: list[Tensor] = [torch.empty(0)] * len(texts)
-        for start in tqdm(range(0, len(order), batch), desc="encode", leave=False, disable=len(order) < 20 * batch):
-            chosen = order[start : start + batch]
-            for i, vector in zip(chosen, self([texts[i] for i in chosen]), strict=True):
-                vectors[i] = vector
-        return torch.stack(vectors).float().numpy()
+        batches = fleet.by_length([len(text) for text in texts], self.settings.at_once)
+
+        def vectors_of(tokens: BatchEncoding) -> NDArray[np.float32]:
+            with torch.autocast(fleet.device().type, getattr(torch, self.settings.dtype), enabled=self.settings.dtype != "float32"):
+                return self(tokens).float().cpu().numpy()
+
+        made = fleet.spread(batches, lambda chosen: self.tokens([texts[i] for i in chosen]), vectors_of, "encode")
+        vectors = np.empty((len(texts), made[0].shape[1]), dtype=np.float32)
+        for chosen, part in zip(batches, made, strict=True):
+            vectors[chosen] = part
+        return vectors
 
     def save(self, folder: Path) -> None:
-        self.model.save_pretrained(folder)  # type: ignore[operator]
-        self.tokenizer.save_pretrained(folder)
+        """Writes model and tokenizer in Hugging Face's format."""
+        if fleet.is_main():
+            self.model.save_pretrained(folder)  # type: ignore[operator]
+            self.tokenizer.save_pretrained(folder)
 
     @classmethod
     def load(cls, name: str, settings: RetrieverSettings) -> Retriever:
-        """From a folder or a hub name (safetensors only, no remote code), in float32."""
+        """From a folder or a hub name (safetensors only, no remote code), with float32 weights, on the run's device."""
+        revision = {} if Path(name).is_dir() else {"revision": settings.revision}
         with loading(name):
-            model = AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
-            tokenizer = AutoTokenizer.from_pretrained(name)
+            model = AutoModel.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **revision).to(fleet.device())
+            tokenizer = AutoTokenizer.from_pretrained(name, **revision)
         limit = getattr(model.config, "max_position_embeddings", settings.passage_tokens)
         if settings.passage_tokens > limit:
             raise RetrieverError(f"{name} has {limit} positions. Lower retriever.passage_tokens from {settings.passage_tokens} to that or less.")
@@ -98,7 +118,7 @@ def crop(passage: Passage, rng: random.Random) -> str:
     return " ".join(title + words[start : start + length])
 
 
-def train_by_cropping(passages: list[Passage], settings: RetrieverSettings, seed: int) -> Retriever:
+def train_by_cropping(passages: Sequence[Passage], settings: RetrieverSettings, seed: int) -> Retriever:
     """The initial retriever: no labels, two random crops of one passage attract, crops of other passages repel.
 
     Contriever's recipe (Izacard et al. 2022), with in-batch negatives.
@@ -111,14 +131,14 @@ def train_by_cropping(passages: list[Passage], settings: RetrieverSettings, seed
         intermediate_size=2 * EMBEDDED_HIDDEN, pad_token_id=tokenizer.pad_token_id, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0, max_position_embeddings=settings.passage_tokens,
     )  # fmt: skip
-    retriever = Retriever(BertModel(config, add_pooling_layer=False), tokenizer, settings)
+    retriever = Retriever(BertModel(config, add_pooling_layer=False), tokenizer, settings).to(fleet.device())
     optimizer = torch.optim.AdamW(retriever.parameters(), lr=settings.crop_rate)
     retriever.train()
     for _ in tqdm(range(settings.crop_steps), desc="crops", leave=False):
         chosen = rng.sample(passages, min(settings.crop_batch, len(passages)))
         vectors = nn.functional.normalize(retriever([crop(p, rng) for p in chosen + chosen]), dim=-1)
         logits = vectors[: len(chosen)] @ vectors[len(chosen) :].T / CROP_TEMPERATURE
-        loss = nn.functional.cross_entropy(logits, torch.arange(len(chosen)))
+        loss = nn.functional.cross_entropy(logits, torch.arange(len(chosen), device=logits.device))
         if not torch.isfinite(loss):
             raise RetrieverError("The retriever's loss is not a number. Lower retriever.crop_rate.")
         optimizer.zero_grad()

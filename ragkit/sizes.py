@@ -7,12 +7,14 @@ neither can tell is said to be unknown, and stops the plan where it cannot do wi
 from __future__ import annotations
 
 import gzip
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as parquet
 import torch
 import yaml
 from torch import nn
@@ -81,8 +83,18 @@ def known_table(table: HubTable) -> dict[str, Any]:
 
 
 def rows_of(table: HubTable, split: str) -> int | None:
-    """Rows of a table's split, by the profile or else by what is known; None if neither says."""
-    return table.rows.get(split, known_table(table).get("rows", {}).get(split))
+    """Rows of a table's split, by the profile, by its files where it is a local folder, or by what is known; None if nothing says."""
+    if split in table.rows or not Path(table.dataset).is_dir():
+        return table.rows.get(split, known_table(table).get("rows", {}).get(split))
+    pattern = table.files.format(split=split) if table.files else f"**/*{split}*.parquet"
+    return sum(parquet.read_metadata(file).num_rows for file in Path(table.dataset).glob(pattern) if file.suffix == ".parquet") or None
+
+
+def gigabytes_of(table: HubTable, splits: Sequence[str]) -> float | None:
+    """What is fetched of a table: where its files are named those of some splits, else all; None where it is not known."""
+    known_gb = known_table(table).get("gb", {})
+    wanted = splits if table.files else list(known_gb)
+    return sum(known_gb[split] for split in set(wanted)) if wanted and set(wanted) <= set(known_gb) else None
 
 
 def set_size(settings: QuestionSet) -> SetSize:
@@ -163,6 +175,7 @@ class Shape:
     gated: bool
     biased: bool
     vocabulary: int
+    block_weights: int  # of all layers
     linear_sides: int  # inputs and outputs of all linear layers of a block together
 
     @property
@@ -227,23 +240,23 @@ def shape_of(config: Any, head: bool) -> Shape:
         parameters=sum(p.numel() for p in model.parameters()), layers=text.num_hidden_layers, hidden=hidden, heads=heads, kv_heads=kv_heads, size=size,
         widened=inner or 4 * hidden,
         gated=any(name.endswith("gate_proj") for name, _ in block.named_modules()), biased=bool(getattr(text, "alibi", False)),
-        vocabulary=text.vocab_size, linear_sides=sum(map(sum, linear)),
+        vocabulary=text.vocab_size, block_weights=text.num_hidden_layers * sum(p.numel() for p in block.parameters()), linear_sides=sum(map(sum, linear)),
     )  # fmt: skip
 
 
 def downloads(profile: Profile) -> list[Download]:
     """What a run of the profile would fetch from the hub, each thing once."""
     found: dict[str, Download] = {}
-
-    def add(what: str, entry: dict[str, Any]) -> None:
-        found[what] = Download(what, entry.get("gb"), entry.get("source", "not in ragkit/assets/hub_sizes.yaml; its page at the hub says it"))
-
+    unknown = "not in ragkit/assets/hub_sizes.yaml; its page at the hub says it"
     for settings in profile.sets:
-        tables = [t for t in (settings.questions, settings.passages) if isinstance(t, HubTable)] if isinstance(settings, HubSet) else []
-        for table in tables:
-            if not Path(table.dataset).exists():
-                add(f"{table.dataset}" + (f": {table.config}" if table.config else ""), known_table(table))
+        if not isinstance(settings, HubSet):
+            continue
+        for table, splits in ((settings.questions, (settings.train, settings.heldout)), (settings.passages, (settings.passage_split,))):
+            if isinstance(table, HubTable) and not Path(table.dataset).exists():
+                what = table.dataset + (f" ({table.config})" if table.config else "")
+                found[what] = Download(what, gigabytes_of(table, splits), known_table(table).get("source", unknown))
     for name in (profile.retriever.model, profile.reader.model):
         if name != "embedded" and not Path(name).is_dir():
-            add(name, known()["models"].get(name, {}))
+            entry = known()["models"].get(name, {})
+            found[name] = Download(name, entry.get("gb"), entry.get("source", unknown))
     return list(found.values())

@@ -28,6 +28,7 @@ from ragkit.corpus import Corpus
 from ragkit.profile import Profile
 from ragkit.retriever import Retriever
 from ragkit.store import Store
+from ragkit.vectors import Vectors
 
 QUESTIONS, EXAMPLES = 200, 12
 NUMBERS = 400_000  # at most so many scores a reader, or the page grows too heavy: fewer questions where readers are deep
@@ -48,7 +49,7 @@ def sample(n: int, numbers: int) -> NDArray[np.int64]:
 
 def stored_scores(store: Store, profile: Profile, name: str) -> dict[str, NDArray[np.float32]]:
     """The attention scores of every reader that looked at the set's present candidates; a run that was cut off may hold older ones."""
-    records, home = store.records(), f"retriever/{name}"
+    records, home = store.records(), f"candidates/{name}"
     found = {}
     for stage, saved in records.items():
         if stage.startswith(f"teacher/{name}/") and home in records:
@@ -85,11 +86,10 @@ def set_data(run: Path, profile: Profile, name: str) -> dict[str, Any] | None:
     corpus = Corpus.load(name, stages / "corpus" / name)
     questions = [corpus.questions["distill"][i] for i in chosen]
     folder = stages / "retriever" / name
-    vectors = load_file(folder / "vectors.safetensors")
-    candidates = vectors["distill"][chosen, : profile.k]
+    candidates = load_file(stages / "candidates" / name / "candidates.safetensors")["distill"][chosen, : profile.k]
     queries = Retriever.load(str(folder / "model"), profile.retriever).encode([q.text for q in questions])
-    retr = np.einsum("qd,qkd->qk", queries, vectors["passages"][candidates])
-    gold = distill.oracle_scores(candidates.tolist(), [q.gold for q in questions])
+    retr = np.einsum("qd,qkd->qk", queries, Vectors(stages / "vectors" / name).take(candidates))
+    gold = distill.oracle_scores(candidates.tolist(), corpus.golds(questions, candidates))
     examples = [
         {"question": q.text, "answers": list(q.answers), "passages": [[corpus.passages[i].title, corpus.passages[i].text] for i in row]}
         for q, row in zip(questions[:EXAMPLES], candidates, strict=False)

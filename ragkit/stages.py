@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from pathlib import Path
 from typing import Any
@@ -10,30 +9,34 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from ragkit import corpus as corpora
-from ragkit import distill, index, metrics, nouns, teacher, world
-from ragkit.corpus import PARTS, Corpus, Passage, Question
-from ragkit.profile import DistillSettings, FileSet, RetrieverSettings, WorldSet
+from ragkit import distill, fleet, index, metrics, nouns, teacher, vectors, world
+from ragkit.corpus import PARTS, Corpus, Question
+from ragkit.index import Index
+from ragkit.passages import Passage
+from ragkit.profile import DistillSettings, IndexSettings, QuestionSet, RetrieverSettings, WorldSet
 from ragkit.reader import Reader, fine_tune, note_trimmed
 from ragkit.retriever import Retriever, passage_text, train_by_cropping
 from ragkit.speech import parts_of_speech
-from ragkit.store import input_hash
+from ragkit.store import input_hash, write_arrays, write_json
+from ragkit.vectors import Vectors
 
 DEPTH = 20  # passages kept of every ranking
+RECALL_QUESTIONS = 200  # of dev, searched exactly too, to see what an approximate index misses
 TRAINING_WORLDS, TRAINING_ENTITIES, TRAINING_QUESTIONS = 8, 48, 576
 TAGGED_ENTITIES, TAGGED_PASSAGES = 240, 120
 SAME_KIND_SHARE = 0.3  # of Step 1's prompts: all passages state the same kind of fact about different entities
 
 
-def make_corpus(settings: WorldSet | FileSet, folder: Path) -> None:
-    corpora.build(settings).save(folder)
+def make_corpus(settings: QuestionSet, folder: Path) -> None:
+    if fleet.is_main():
+        corpora.build(settings, folder)
 
 
 def make_retriever(corpus: Corpus, world_name: str | None, settings: RetrieverSettings, seed: int, folder: Path) -> None:
-    """The initial retriever, the passages' vectors, and each part's candidates.
+    """The initial retriever.
 
     The embedded one is trained on the passages and, in a world, on as much prose that holds the words of questions:
     a word it never met would be noise in every vector, which a retriever pretrained on the web does not suffer from.
@@ -47,12 +50,36 @@ def make_retriever(corpus: Corpus, world_name: str | None, settings: RetrieverSe
     else:
         retriever = Retriever.load(settings.model, settings)
     retriever.save(folder / "model")
-    vectors = retriever.encode([passage_text(p) for p in corpus.passages])
-    arrays: dict[str, NDArray[Any]] = {"passages": vectors}
-    for part in PARTS:
-        queries = retriever.encode([q.text for q in corpus.questions[part]])
-        arrays[part] = index.search(queries, vectors, min(DEPTH, len(vectors)))[0]
-    save_file(arrays, folder / "vectors.safetensors")
+
+
+def make_vectors(corpus: Corpus, retriever: Retriever, settings: IndexSettings, folder: Path) -> None:
+    """The passages' vectors, shard by shard; a killed stage goes on with the first shard that is missing."""
+    for number, start in enumerate(range(0, len(corpus.passages), settings.shard)):
+        whole = fleet.agreed(number in vectors.shards(folder) if fleet.is_main() else False)
+        if not whole:
+            texts = [passage_text(p) for p in corpus.passages[start : start + settings.shard]]
+            made = retriever.encode(texts).astype(settings.dtype)
+            fleet.done["passages"] += len(texts) if fleet.is_main() else 0
+            if fleet.is_main():
+                vectors.write_shard(folder, number, made)
+            fleet.wait()
+
+
+def make_index(passages: Vectors, settings: IndexSettings, seed: int, folder: Path) -> None:
+    if fleet.is_main():
+        index.build(passages, settings, folder, seed)
+
+
+def make_candidates(corpus: Corpus, retriever: Retriever, passages: Index, folder: Path) -> None:
+    """The first passages for every question by the initial retriever; for an approximate index also how many of the true ones it finds."""
+    encoded = {part: retriever.encode([q.text for q in corpus.questions[part]]) for part in PARTS}
+    if fleet.is_main():
+        depth = min(DEPTH, len(corpus.passages))
+        write_arrays(folder / "candidates.safetensors", {part: passages.search(queries, depth)[0] for part, queries in encoded.items()})
+        fleet.done["questions"] += sum(map(len, encoded.values()))
+        sample = encoded["dev"][:RECALL_QUESTIONS]
+        found = {f"recall@{k}": index.recall(passages, sample, k) for k in (5, depth) if k <= depth} if passages.settings.kind != "exact" else {}
+        write_json(folder / "recall.json", found)
 
 
 class Lessons:
@@ -63,11 +90,11 @@ class Lessons:
     """
 
     def __init__(
-        self, settings: WorldSet | FileSet, corpus: Corpus, retriever: Retriever, candidates: NDArray[np.int64], k: int, gold_share: float, seed: int
+        self, settings: QuestionSet, corpus: Corpus, retriever: Retriever, candidates: NDArray[np.int64], k: int, gold_share: float, seed: int
     ) -> None:
         self.k, self.gold_share = k, gold_share
         self.items: list[tuple[Question, list[Passage], list[Passage], list[Passage]]] = []  # question, found, gold, same kind
-        if isinstance(settings, FileSet):
+        if not isinstance(settings, WorldSet):
             for question, row in zip(corpus.questions["distill"], candidates, strict=True):
                 self.add(question, corpus, row.tolist(), [])
             return
@@ -75,8 +102,8 @@ class Lessons:
             drawn = training_world(settings, 1000 * seed + number)
             questions = drawn.questions["distill"]
             queries = retriever.encode([q.text for q in questions])
-            vectors = retriever.encode([passage_text(p) for p in drawn.passages])
-            found = index.search(queries, vectors, k)[0]
+            encoded = retriever.encode([passage_text(p) for p in drawn.passages])
+            found = index.search(queries, encoded, k)[0]
             same_kind: dict[str, list[int]] = {}
             for q in questions:
                 same_kind.setdefault(q.relation, []).append(q.gold[0])
@@ -88,7 +115,7 @@ class Lessons:
             return [corpus.passages[i] for i in places]
 
         others = [i for i in same_kind if i not in question.gold]
-        self.items.append((question, read(i for i in found[: self.k]), read(question.gold), read(others)))
+        self.items.append((question, read(found[: self.k]), read(corpus.gold(question, found)), read(others)))
 
     def draw(self, rng: random.Random) -> tuple[Question, list[Passage]]:
         """A question and k passages in random order; a gold one is put among them in `gold_share` of the draws."""
@@ -110,14 +137,22 @@ def training_world(settings: WorldSet, seed: int) -> Corpus:
 
 
 def make_fine_tuned(reader: Reader, lessons: Lessons, seed: int, folder: Path) -> None:
-    losses = fine_tune(reader, lessons.draw, folder, seed)
-    reader.save(folder)
-    (folder / "losses.json").write_text(json.dumps(losses), "utf8")
+    write_json(folder / "losses.json", fine_tune(reader, lessons.draw, folder, seed))
 
 
-def make_teacher(reader: Reader, corpus: Corpus, candidates: NDArray[np.int64], n: int, k: int, folder: Path) -> None:
+Known = tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]  # candidates `[questions, k]` and a reader's scores of them
+
+
+def make_teacher(reader: Reader, corpus: Corpus, candidates: NDArray[np.int64], n: int, k: int, folder: Path, known: Known | None = None) -> None:
+    """One look of a reader at every question's candidates; those that it saw before, in the same order, are taken from `known`."""
     questions = corpus.questions["distill"][:n]
-    scores = teacher.look(reader, questions, [[corpus.passages[i] for i in row[:k]] for row in candidates[: len(questions)]])
+    found = candidates[: len(questions), :k]
+    new = np.ones(len(questions), dtype=bool) if known is None else (found != known[0]).any(1)
+    scores = {} if known is None else known[1]
+    if new.any():
+        places = np.flatnonzero(new)
+        seen = teacher.look(reader, [questions[i] for i in places], [[corpus.passages[i] for i in found[place]] for place in places])
+        scores = seen if known is None else teacher.replaced(known[1], seen, places)
     teacher.save(scores, folder)
     note_trimmed(int((scores["trimmed"] > 0).sum()), len(questions), folder)
 
@@ -125,69 +160,70 @@ def make_teacher(reader: Reader, corpus: Corpus, candidates: NDArray[np.int64], 
 def make_left_out(reader: Reader, corpus: Corpus, candidates: NDArray[np.int64], n: int, k: int, folder: Path) -> None:
     questions = corpus.questions["distill"][:n]
     scores = teacher.left_out_losses(reader, questions, [[corpus.passages[i] for i in row[:k]] for row in candidates[: len(questions)]])
-    save_file({"loop": scores}, folder / "scores.safetensors")
+    write_arrays(folder / "scores.safetensors", {"loop": scores})
 
 
 def make_distilled(
     corpus: Corpus,
     retriever: Retriever,
-    vectors: dict[str, NDArray[Any]],
+    passages: Index,
+    candidates: NDArray[np.int64],
     loss: distill.Loss,
     settings: DistillSettings,
     k: int,
     seed: int,
     folder: Path,
 ) -> None:
-    """Step 2 for one target and seed: the test rankings, and the curve along the epochs measured on dev."""
-    questions = corpus.questions["distill"][: settings.questions]
-    candidates = torch.from_numpy(vectors["distill"][: len(questions), :k].copy())
-    stored, texts = torch.from_numpy(vectors["passages"]), [passage_text(p) for p in corpus.passages]
+    """Step 2 for one target and seed: the test rankings, and the curve along the epochs measured on dev.
 
-    def vectors_of(chosen: Tensor) -> Tensor:
+    `candidates` are those of the questions for distillation `[questions, at least k]`; `passages` searches the initial
+    retriever's vectors, which stay valid as long as only the query side is trained.
+    """
+    questions = corpus.questions["distill"][: settings.questions]
+    places, depth = candidates[: len(questions), :k], min(DEPTH, len(corpus.passages))
+
+    def vectors_of(now: Retriever, chosen: Tensor) -> Tensor:
         if settings.side == "query":
-            return stored[candidates[chosen]]
-        places, back = candidates[chosen].unique(return_inverse=True)
-        return retriever([texts[i] for i in places])[back]
+            return torch.from_numpy(passages.vectors.take(places[chosen.numpy()])).to(fleet.device())
+        unique, back = np.unique(places[chosen.numpy()], return_inverse=True)
+        return now([passage_text(corpus.passages[i]) for i in unique])[torch.from_numpy(back.reshape(len(chosen), k)).to(fleet.device())]
 
     def find(now: Retriever, part: str, depth: int) -> NDArray[np.int64]:
-        passages = vectors["passages"] if settings.side == "query" else now.encode(texts)
-        return index.search(now.encode([q.text for q in corpus.questions[part]]), passages, depth)[0]
+        queries = now.encode([q.text for q in corpus.questions[part]])
+        if settings.side == "query":
+            return fleet.agreed(passages.search(queries, depth)[0] if fleet.is_main() else None)
+        return index.search(queries, now.encode([passage_text(p) for p in corpus.passages]), depth)[0]
 
     def watch(now: Retriever) -> dict[str, float]:
-        return {"hr": float(metrics.hits(find(now, "dev", k).tolist(), [q.gold for q in corpus.questions["dev"]], k).mean())}
+        found = find(now, "dev", k)
+        return {"hr": float(metrics.hits(found.tolist(), corpus.golds(corpus.questions["dev"], found), k).mean())}
 
     torch.manual_seed(seed)
     curve = distill.train(retriever, [q.text for q in questions], vectors_of, loss, settings, seed, folder, watch)
-    save_file({"test": find(retriever, "test", min(DEPTH, len(texts)))}, folder / "ranking.safetensors")
-    (folder / "curve.json").write_text(json.dumps(curve), "utf8")
+    write_arrays(folder / "ranking.safetensors", {"test": find(retriever, "test", depth)})
+    write_json(folder / "curve.json", curve)
 
 
 def make_refreshed(
     corpus: Corpus,
     retriever: Retriever,
-    vectors: dict[str, NDArray[Any]],
+    passages: Index,
+    candidates: NDArray[np.int64],
     loss: distill.Loss,
     settings: DistillSettings,
     k: int,
     seed: int,
     folder: Path,
 ) -> None:
-    """A part of Step 2, then an index refresh: what `make_retriever` writes, for the retriever as it is now.
-
-    Only the questions for distillation get new candidates; 'initial' stays what it was.
-    """
-    make_distilled(corpus, retriever, vectors, loss, settings, k, seed, folder)
+    """A part of Step 2, then what `make_retriever` writes, for the retriever as it is now."""
+    make_distilled(corpus, retriever, passages, candidates, loss, settings, k, seed, folder)
     retriever.save(folder / "model")
-    passages = vectors["passages"] if settings.side == "query" else retriever.encode([passage_text(p) for p in corpus.passages])
-    found = index.search(retriever.encode([q.text for q in corpus.questions["distill"]]), passages, min(DEPTH, len(passages)))[0]
-    save_file({**vectors, "passages": passages, "distill": found}, folder / "vectors.safetensors")
 
 
 def make_answers(reader: Reader, questions: list[Question], found: list[list[Passage]], folder: Path) -> None:
     prompts = [reader.prompt(q, passages) for q, passages in zip(questions, found, strict=True)]
     note_trimmed(sum(p.trimmed > 0 for p in prompts), len(prompts), folder)
-    answers = reader.answer(prompts)
-    (folder / "answers.json").write_text(json.dumps(answers, ensure_ascii=False), "utf8")
+    write_json(folder / "answers.json", reader.answer(prompts))
 
 
 def tagged_text(world_name: str, seed: int) -> list[nouns.Labelled]:
@@ -205,16 +241,18 @@ def tagged_text(world_name: str, seed: int) -> list[nouns.Labelled]:
     return [nouns.labelled(text, parts_of_speech(text)) for text in texts + rng.sample(passages, TAGGED_PASSAGES)]
 
 
-def make_nouns(corpus: Corpus, settings: WorldSet | FileSet, model: str, seed: int, folder: Path) -> None:
+def make_nouns(corpus: Corpus, settings: QuestionSet, model: str, seed: int, folder: Path) -> None:
     """Where the nouns of every question stand; in an embedded world also how often the finder is right on dev."""
+    if not fleet.is_main():
+        return
     if model == "embedded" and isinstance(settings, WorldSet):
         finder = nouns.train_tagger(tagged_text(settings.world, seed), folder / "pipeline", seed)
     else:
         finder = nouns.load_nouns(model)
     asked = {part: [q.text for q in corpus.questions[part]] for part in PARTS}
-    (folder / "spans.json").write_text(json.dumps({part: nouns.find_nouns(finder, texts) for part, texts in asked.items()}), "utf8")
+    write_json(folder / "spans.json", {part: nouns.find_nouns(finder, texts) for part, texts in asked.items()})
     scores = nouns.score_tags(finder, asked["dev"], [parts_of_speech(text) for text in asked["dev"]]) if isinstance(settings, WorldSet) else {}
-    (folder / "scores.json").write_text(json.dumps(scores), "utf8")
+    write_json(folder / "scores.json", scores)
 
 
 def model_hashes(name: str) -> dict[str, str]:

@@ -14,21 +14,32 @@ import os
 import shutil
 import textwrap
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import filelock
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError
+from safetensors.numpy import save_file
 
-from ragkit import RagkitError
+from ragkit import RagkitError, fleet
 
 log = logging.getLogger(__name__)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LARGE, PIECES, PIECE = 2**28, 64, 2**20  # bytes, number, bytes: see `file_hash`
+KNOBS = {
+    "retriever": "retriever.crop_batch",
+    "vectors": "retriever.at_once (texts in one pass) or retriever.passage_tokens",
+    "index": "index.shard, index.trained_on or index.code_bytes",
+    "step1": "reader.at_once (prompts in one pass), set reader.gradient_checkpointing to true, or train adapters only with reader.lora_rank",
+    "step2": "distill.batch, or set distill.side to 'query'",
+}  # what to turn where memory runs out
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "faiss-cpu")
 
 
@@ -53,11 +64,36 @@ def room_on_disk(folder: Path, doing: str) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def room_in_memory(stage: str) -> Iterator[None]:
+    """Turns memory that ran out inside into a sentence that names the stage and the setting that helps."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch's own error is a RuntimeError; so is what its CPU allocator raises
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        where = torch.cuda.get_device_name() if isinstance(error, torch.OutOfMemoryError) else "this machine"
+        help = KNOBS.get(stage.split("/")[0], "reader.at_once (prompts in one pass)")
+        raise StoreError(f"Stage {stage}: the memory of {where} ran out. Lower {help} in the profile; what was finished is kept.") from error
+
+
 def write_whole(path: Path, text: str) -> None:
     """Writes a text file aside and renames it: the old file or the new one, never half of one."""
     aside = path.with_name(f"{path.name}.new")
     aside.write_text(text, "utf8")
     aside.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file of a stage, written by the main process."""
+    if fleet.is_main():
+        path.write_text(json.dumps(value, ensure_ascii=False), "utf8")
+
+
+def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
+    """A safetensors file of a stage, written by the main process."""
+    if fleet.is_main():
+        save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, path)
 
 
 def memory_from_now() -> Callable[[], int | None]:
@@ -118,8 +154,15 @@ def _code_seen(makers: tuple[Any, ...]) -> dict[str, str]:
 
 
 def file_hash(path: Path) -> str:
+    """The SHA-256 of a file; of one above LARGE bytes that of its size and of PIECES pieces spread over it, for it is read at every opening."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if (size := path.stat().st_size) <= LARGE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256(str(size).encode())
+        for number in range(PIECES):
+            file.seek((size - PIECE) * number // (PIECES - 1))
+            digest.update(file.read(PIECE))
+        return digest.hexdigest()
 
 
 def input_hash(path: Path) -> str:
@@ -191,38 +234,44 @@ class Store:
             "profile": json.loads(json.dumps(settings)),
             "upstream": upstream,
             "code": _code_seen(tuple(code)),
-            "libraries": {lib: metadata.version(lib) for lib in LIBRARIES} | {"threads": torch.get_num_threads()},
+            "libraries": {lib: metadata.version(lib) for lib in LIBRARIES} | {"threads": torch.get_num_threads(), "device": fleet.device().type},
         }
         key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:20]
         home = self.folder / "stages" / name
-        reason = self.why_not(home, record)
+        flat = name.replace("/", "-")
+        reason = fleet.agreed(self.why_not(home, record) if fleet.is_main() else None)
         if reason is None:
             log.info("reused   %s", name)
             self.status[name] = "reused"
             return home
-        flat = name.replace("/", "-")
-        with self.alone(flat, name):
-            if self.why_not(home, record) is None:  # another process has made it meanwhile
+        with self.alone(flat, name) if fleet.is_main() else nullcontext():
+            if fleet.agreed(self.why_not(home, record) if fleet.is_main() else None) is None:  # another run has made it meanwhile
                 self.status[name] = "reused"
                 return home
-            log.info("running  %s (%s)", name, reason)
             partial = self.folder / "partial" / f"{flat}-{key}"
-            for older in set(partial.parent.glob(f"{flat}-{'[0-9a-f]' * len(key)}")) - {partial}:  # killed, and never to be gone on with
-                shutil.rmtree(older)
             started, peak = time.monotonic(), memory_from_now()
-            with room_on_disk(self.folder, f"stage {name}"):
+            fleet.begin_counting()
+            if fleet.is_main():
+                log.info("running  %s (%s)", name, reason)
+                for older in set(partial.parent.glob(f"{flat}-{'[0-9a-f]' * len(key)}")) - {partial}:  # killed, and never to be gone on with
+                    shutil.rmtree(older)
                 partial.mkdir(exist_ok=True)
+            fleet.wait()
+            with room_on_disk(self.folder, f"stage {name}"), room_in_memory(name):
                 make(partial)
                 seconds = round(time.monotonic() - started, 2)
-                files = contents(partial)
-                saved = {"key": key, "record": record, "seconds": seconds, "peak_mib": peak(), "files": files}
-                write_whole(partial / "stage.json", json.dumps(saved, indent=1))
-                if home.exists():
-                    shutil.rmtree(home)
-                home.parent.mkdir(parents=True, exist_ok=True)
-                partial.rename(home)
+                work = {what: round(amount, 2) for what, amount in fleet.counted().items()}
+                if fleet.is_main():
+                    saved = {"key": key, "record": record, "seconds": seconds, "peak_mib": peak(), "work": work, "files": contents(partial)}
+                    write_whole(partial / "stage.json", json.dumps(saved, indent=1))
+                    if home.exists():
+                        shutil.rmtree(home)
+                    home.parent.mkdir(parents=True, exist_ok=True)
+                    partial.rename(home)
+            fleet.wait()
         self.seconds[name], self.status[name] = seconds, f"ran: {reason}"
-        log.info("done     %s in %.1f s", name, seconds)
+        if fleet.is_main():
+            log.info("done     %s in %.1f s", name, seconds)
         return home
 
     @contextmanager
@@ -250,7 +299,7 @@ class Store:
             try:
                 saved = json.loads(file.read_text("utf8"))
                 parts = {part: saved[part] for part in ("key", "record", "seconds", "files")}
-                found[str(file.parent.relative_to(self.folder / "stages"))] = parts | {"peak_mib": saved.get("peak_mib")}
+                found[str(file.parent.relative_to(self.folder / "stages"))] = parts | {"peak_mib": saved.get("peak_mib"), "work": saved.get("work", {})}
             except (ValueError, KeyError, TypeError):
                 continue
         return found

@@ -8,14 +8,16 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from ragkit.attention import branch, by_length, contributions, passage_scores, read_prefix, record
-from ragkit.corpus import Passage, Question
+from ragkit import fleet
+from ragkit.attention import branch, contributions, passage_scores, read_prefix, record
+from ragkit.corpus import Question
+from ragkit.passages import Passage
 from ragkit.profile import AttentionSettings
 from ragkit.reader import Prompt, Reader
+from ragkit.store import write_arrays
 
 ROWS = ("last_prompt", "predicting", "consuming")
 POOLINGS = ("sum", "mean")
@@ -70,7 +72,7 @@ def calibrated_scores(reader: Reader, question: Question, passages: list[Passage
     return scores[0], scores[1]
 
 
-def look(reader: Reader, questions: list[Question], found: list[list[Passage]], batch: int = 16) -> dict[str, NDArray[np.float32]]:
+def look(reader: Reader, questions: list[Question], found: list[list[Passage]]) -> dict[str, NDArray[np.float32]]:
     """Scores of every question's passages, for all choices at once.
 
     `attention` `[questions, row types, norm (off, on), layers, poolings, k]`, in the order of ROWS and POOLINGS;
@@ -78,33 +80,54 @@ def look(reader: Reader, questions: list[Question], found: list[list[Passage]], 
     `answer_logs` `[questions, k, answer tokens]`: log-probability of each answer token given that passage alone, NaN behind the end.
     """
     k, n = len(found[0]), len(questions)
-    scores: dict[int, NDArray[np.float32]] = {}
-    outside = np.zeros((n, len(ROWS)), dtype=np.float32)
     prompts = [reader.prompt(q, passages, q.answers[0]) for q, passages in zip(questions, found, strict=True)]
-    for chosen in tqdm(by_length([len(p.ids) for p in prompts], batch), desc="attention", leave=False):
-        tokens = token_contributions(reader, [prompts[i] for i in chosen]).cpu()
-        for place, i in enumerate(chosen):
-            owner = torch.tensor(prompts[i].owner)
+
+    def seen(batch: list[Prompt]) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        tokens, result = token_contributions(reader, batch).cpu().float(), []
+        for place, prompt in enumerate(batch):
+            owner = torch.tensor(prompt.owner)
             own = tokens[..., place, : len(owner)]
             pools = torch.stack([passage_scores(own, owner, k, pooling) for pooling in POOLINGS], dim=3)
-            scores[i] = pools.permute(2, 0, 1, 3, 4).numpy()
             mean_row = own[0].mean(0)
-            outside[i] = (mean_row[:, owner < 0].sum(-1) / mean_row.sum(-1)).numpy()
+            result.append((pools.permute(2, 0, 1, 3, 4).numpy(), (mean_row[:, owner < 0].sum(-1) / mean_row.sum(-1)).numpy()))
+        return result
+
+    batches = fleet.by_length([len(p.ids) for p in prompts], reader.settings.at_once)
+    parts = fleet.spread(batches, lambda chosen: [prompts[i] for i in chosen], seen, "attention")
+    by_place = dict(zip((i for chosen in batches for i in chosen), (one for part in parts for one in part), strict=True))
+    attention, outside = (np.stack([by_place[i][which] for i in range(n)]) for which in (0, 1))
     alone = [reader.prompt(q, [passage], q.answers[0]) for q, passages in zip(questions, found, strict=True) for passage in passages]
-    logs = -answer_losses(reader, alone, 4 * batch).reshape(n, k, -1)
-    attention = np.stack([scores[i] for i in range(n)])
+    logs = -answer_losses(reader, alone, 4 * reader.settings.at_once).reshape(n, k, -1)
+    fleet.done["questions"] += n if fleet.is_main() else 0
     return {"attention": attention, "outside": outside, "answer_logs": logs, "trimmed": np.array([p.trimmed for p in prompts])}
 
 
-@torch.no_grad()
-def answer_losses(reader: Reader, prompts: list[Prompt], batch: int) -> NDArray[np.float32]:
-    """Negative log-likelihood of each prompt's answer tokens `[prompts, answer tokens]`, NaN behind the end."""
+def answer_losses(reader: Reader, prompts: list[Prompt], at_once: int) -> NDArray[np.float32]:
+    """Negative log-likelihood of each prompt's answer tokens `[prompts, answer tokens]`, NaN behind the end. The processes share the prompts."""
     longest = max(len(p.ids) - p.answer_start for p in prompts)
     losses = np.full((len(prompts), longest), np.nan, dtype=np.float32)
-    for chosen in tqdm(by_length([len(p.ids) for p in prompts], batch), desc="likelihood", leave=False):
-        found = reader.token_losses([prompts[i] for i in chosen]).float().cpu().numpy()
-        losses[chosen, : found.shape[1]] = found
+
+    @torch.no_grad()
+    def found(batch: list[Prompt]) -> NDArray[np.float32]:
+        return reader.token_losses(batch).float().cpu().numpy()
+
+    batches = fleet.by_length([len(p.ids) for p in prompts], at_once)
+    for chosen, part in zip(batches, fleet.spread(batches, lambda chosen: [prompts[i] for i in chosen], found, "likelihood"), strict=True):
+        losses[chosen, : part.shape[1]] = part
     return losses
+
+
+def replaced(scores: dict[str, NDArray[np.float32]], new: dict[str, NDArray[np.float32]], places: NDArray[np.int64]) -> dict[str, NDArray[np.float32]]:
+    """The scores of a look with those of some questions taken from another; answers may be longer in one of them."""
+    longest = max(one["answer_logs"].shape[2] for one in (scores, new))
+
+    def wide(logs: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.pad(logs, ((0, 0), (0, 0), (0, longest - logs.shape[2])), constant_values=np.nan)
+
+    made = {name: wide(value) if name == "answer_logs" else value.copy() for name, value in scores.items()}
+    for name, value in new.items():
+        made[name][places] = wide(value) if name == "answer_logs" else value
+    return made
 
 
 def likelihood(scores: dict[str, NDArray[np.float32]]) -> NDArray[np.float64]:
@@ -112,7 +135,7 @@ def likelihood(scores: dict[str, NDArray[np.float32]]) -> NDArray[np.float64]:
     return np.nanmean(scores["answer_logs"], axis=2).astype(np.float64)
 
 
-def left_out_losses(reader: Reader, questions: list[Question], found: list[list[Passage]], batch: int = 16) -> NDArray[np.float32]:
+def left_out_losses(reader: Reader, questions: list[Question], found: list[list[Passage]]) -> NDArray[np.float32]:
     """LOOP's passage scores `[questions, k]`: mean loss of the answer's tokens when that passage is left out (ATLAS)."""
     k = len(found[0])
     prompts = [
@@ -120,11 +143,12 @@ def left_out_losses(reader: Reader, questions: list[Question], found: list[list[
         for q, passages in zip(questions, found, strict=True)
         for left_out in range(k)
     ]
-    return np.nanmean(answer_losses(reader, prompts, batch), axis=1).reshape(-1, k)
+    fleet.done["questions"] += len(questions) if fleet.is_main() else 0
+    return np.nanmean(answer_losses(reader, prompts, reader.settings.at_once), axis=1).reshape(-1, k)
 
 
 def save(scores: dict[str, NDArray[np.float32]], folder: Path) -> None:
-    save_file({name: np.ascontiguousarray(value) for name, value in scores.items()}, folder / "scores.safetensors")
+    write_arrays(folder / "scores.safetensors", scores)
 
 
 def load(folder: Path) -> dict[str, NDArray[np.float32]]:

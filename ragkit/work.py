@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 
 from ragkit import nouns
 from ragkit.analysis import BESIDE, TAUGHT_BY
+from ragkit.corpus import PARTS
 from ragkit.distill import LOOKS
 from ragkit.lab import READERS, TARGETS, UNTAUGHT, teacher_of
 from ragkit.profile import Profile, QuestionSet, WorldSet, varied
 from ragkit.sizes import SetSize
-from ragkit.stages import TRAINING_QUESTIONS, TRAINING_WORLDS
+from ragkit.stages import RECALL_QUESTIONS, TRAINING_QUESTIONS, TRAINING_WORLDS
 
 CASES = ("gold among the passages", "the same, permuted", "no passages", "same kind of fact, other entities")  # the premises'; the last in worlds only
 NOTEBOOKS = 10  # 00 to 09
@@ -54,9 +55,18 @@ def step2(profile: Profile, size: SetSize, epochs: int) -> Units:
     n = min(profile.distill.questions, size.questions["distill"])
     both, looks = profile.distill.side == "both", LOOKS * epochs + 1
     asked = looks * size.questions["dev"] + size.questions["test"]
-    found = (looks + 1) * size.passages if both else 0
     kind = "Step 2 steps, both sides" if both else "Step 2 steps"
-    return {kind: epochs * math.ceil(n / profile.distill.batch), "questions encoded": asked, "searches": asked, "passages encoded": found}
+    units: Units = {kind: epochs * math.ceil(n / profile.distill.batch), "questions encoded": asked}
+    if both:  # the vectors are new at every look: they are searched exactly
+        return units | {"exact searches": asked, "passages encoded": (looks + 1) * size.passages}
+    return units | searched(profile, size, asked, looks + 1)
+
+
+def searched(profile: Profile, size: SetSize, asked: int, calls: int) -> Units:
+    """Searches in the stored vectors: an exact one reads them all at every call."""
+    if profile.index.kind == "exact":
+        return {"exact searches": asked, "vectors read": calls * size.passages}
+    return {"searches": asked}
 
 
 @dataclass(frozen=True)
@@ -117,15 +127,23 @@ class SetWork:
         """Questions that the indicators look at."""
         return min(self.profile.indicators.questions, self.size.questions["test"])
 
-    def retriever(self) -> Stage:
-        size, asked = self.size, sum(self.size.questions.values())
-        units: Units = {"crop steps": self.profile.retriever.crop_steps if self.profile.retriever.model == "embedded" else 0}
-        units |= {"passages encoded": size.passages, "passages indexed": size.passages, "questions encoded": asked, "searches": asked}
-        units["vectors learnt from"] = min(size.passages, self.profile.index.trained_on) if self.profile.index.kind == "ivfpq" else 0
-        return self.stage("retriever", "", units)
+    def search(self, home: str = "", stored: bool = True) -> Iterator[Stage]:
+        """From a retriever to the first candidates; `stored` leaves out what makes and indexes the passages' vectors."""
+        profile, size, asked = self.profile, self.size, sum(self.size.questions.values())
+        if not stored:
+            yield self.stage("vectors", "", {"passages encoded": size.passages, "vectors written": size.passages}, home)
+            learnt = min(size.passages, profile.index.trained_on) if profile.index.kind == "ivfpq" else 0
+            yield self.stage("index", "", {"vectors learnt from": learnt, "vectors indexed": 0 if profile.index.kind == "exact" else size.passages}, home)
+        units: Units = {"questions encoded": asked} | searched(profile, size, asked, len(PARTS))
+        if profile.index.kind != "exact":  # how many of the true ones it finds, at two depths
+            units |= {"exact searches": 2 * RECALL_QUESTIONS, "vectors read": 2 * size.passages}
+        yield self.stage("candidates", "", units, home)
 
     def distilled(self, profile: Profile, target: str, seed: int, home: str = "") -> Iterator[Stage]:
-        """Step 2 for one target, with the profile's index refreshes: each finds new candidates, and the reader looks at them."""
+        """Step 2 for one target, with the profile's index refreshes: each finds new candidates, and the reader looks at them.
+
+        It looks again only at questions whose candidates changed; all are counted, since how many do is not known before.
+        """
         epochs, what = profile.distill.epochs, f"{target}-{seed}"
         if not profile.index_refreshes:
             yield self.stage("step2", what, step2(profile, self.size, epochs), home)
@@ -134,12 +152,8 @@ class SetWork:
         rest = profile.distill.model_copy(update={"epochs": epochs - first})
         changed = profile.model_copy(update={"index_refreshes": profile.index_refreshes - 1, "distill": rest})
         inner = "/".join(part for part in (home, "varied", f"refreshed-{slug(target)}-{seed}") if part)
-        found = self.size.questions["distill"]
-        units = step2(profile, self.size, first)
-        units["questions encoded"] += found
-        units["searches"] += found
-        units["passages encoded"] += self.size.passages if profile.distill.side == "both" else 0
-        yield self.stage("retriever", "", units, inner)
+        yield self.stage("retriever", "", step2(profile, self.size, first), inner)
+        yield from self.search(inner, stored=profile.distill.side == "query")
         if read_by := teacher_of(target):
             yield self.read("loop" if read_by[1] == "LOOP" else "teacher", read_by[0], inner)
         yield from self.distilled(changed, target, seed, inner)
@@ -148,7 +162,8 @@ class SetWork:
         """What the profile asks for with the first seed of Step 1."""
         profile, size = self.profile, self.size
         yield self.stage("corpus", "", {"passages prepared": size.passages})
-        yield self.retriever()
+        yield self.stage("retriever", "", {"crop steps": profile.retriever.crop_steps if profile.retriever.model == "embedded" else 0})
+        yield from self.search(stored=False)
         yield self.step1(profile)
         if self.has_nouns:
             tagged = {"questions tagged": sum(size.questions.values())}
@@ -175,7 +190,8 @@ class SetWork:
                 yield self.answered(f"premise-{which}-{case}", "dev", closed=case == "no passages")
             yield self.answered(f"closed book-{which}-0", closed=True)
             yield self.answered(f"initial-{which}-0")
-        yield self.answered("BM25-fine-tuned-0")
+        if self.profile.evaluate.bm25:
+            yield self.answered("BM25-fine-tuned-0")
         for target in targets:
             for seed in self.profile.distill.seeds:
                 yield self.answered(f"{target}-{READERS[0] if target.startswith(UNTAUGHT) else READERS[1]}-{seed}")

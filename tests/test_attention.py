@@ -26,10 +26,10 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from ragkit import fleet
 from ragkit.attention import (
     AttentionError,
     branch,
-    by_length,
     contributions,
     observe,
     passage_scores,
@@ -333,7 +333,7 @@ def test_nothing_of_size_tokens_times_tokens_is_made():
 
 
 def test_batches_of_like_length():
-    assert by_length([5, 1, 9, 2], 3) == [[1, 3, 0], [2]]
+    assert fleet.by_length([5, 1, 9, 2], 3) == [[2, 0, 3], [1]]
 
 
 def test_a_static_base_model_and_a_used_cache_are_told_apart():

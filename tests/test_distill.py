@@ -10,7 +10,8 @@ from scipy.stats import entropy as scipy_entropy
 
 from ragkit import distill
 from ragkit.distill import DistillError
-from ragkit.profile import DistillSettings
+from ragkit.passages import Passage
+from ragkit.profile import DistillSettings, RetrieverSettings
 
 
 @given(arrays(np.float64, (4, 5), elements=st.floats(-50, 50)), st.floats(0.05, 20))
@@ -36,8 +37,8 @@ def test_a_shuffled_target_keeps_its_values():
 
 def test_oracle_and_answer_string():
     assert distill.oracle_scores([[4, 7], [1, 2]], [(7,), ()]).tolist() == [[0, 1], [0, 0]]
-    texts = ["She lived in Ulm.", "Ulmer cake"]
-    assert distill.answer_string_scores([[0, 1]], texts, [("ulm",)]).tolist() == [[1, 0]]
+    passages = [Passage("0", "", "She lived in Ulm."), Passage("1", "Ulm", "Ulmer cake")]
+    assert distill.answer_string_scores([[0, 1]], passages, [("ulm",)]).tolist() == [[1, 0]]
 
 
 def test_kl_equals_torchs_and_sends_no_gradient_to_the_target():
@@ -58,12 +59,17 @@ def test_scores_that_are_not_numbers_are_refused():
 class Table(torch.nn.Module):
     """A stand-in for a retriever: one free vector a question."""
 
+    settings = RetrieverSettings()
+
     def __init__(self, n):
         super().__init__()
         self.vectors = torch.nn.Parameter(torch.zeros(n, 3))
 
-    def forward(self, texts):
-        return self.vectors[[int(t) for t in texts]]
+    def tokens(self, texts):
+        return [int(t) for t in texts]
+
+    def forward(self, tokens):
+        return self.vectors[tokens]
 
 
 def step2(folder, epochs, watch=lambda _: {}):
@@ -74,7 +80,9 @@ def step2(folder, epochs, watch=lambda _: {}):
     target = torch.softmax(torch.arange(18.0).reshape(6, 3) % 5, -1)
     chosen = DistillSettings(epochs=epochs, batch=2, rate=0.01, retriever_temperature=0.5)
     texts = [str(i) for i in range(6)]
-    curve = distill.train(table, texts, lambda c: passages[candidates[c]], lambda c, scores: distill.kl_loss(target[c], scores, 0.5), chosen, 0, folder, watch)
+    curve = distill.train(
+        table, texts, lambda _, c: passages[candidates[c]], lambda c, scores: distill.kl_loss(target[c], scores, 0.5), chosen, 0, folder, watch
+    )
     return table, curve
 
 
@@ -137,4 +145,6 @@ def test_a_loss_that_is_not_a_number_is_refused(tmp_path):
         table.vectors.fill_(float("inf"))
     settings = DistillSettings(epochs=1)
     with pytest.raises(DistillError, match="not a number"):
-        distill.train(table, ["0", "1"], lambda c: torch.eye(3)[:2].expand(len(c), 2, 3), lambda c, scores: scores.sum(), settings, 0, tmp_path, lambda _: {})
+        distill.train(
+            table, ["0", "1"], lambda _, c: torch.eye(3)[:2].expand(len(c), 2, 3), lambda c, scores: scores.sum(), settings, 0, tmp_path, lambda _: {}
+        )

@@ -22,9 +22,10 @@ from safetensors.numpy import save_file
 from ragkit import RagkitError, __main__, checkpoint, reader, report, teacher
 from ragkit.__main__ import NotebookError
 from ragkit.attention import AttentionError
-from ragkit.corpus import Passage, Question
+from ragkit.corpus import Question
 from ragkit.index import SearchError
-from ragkit.lab import Lab
+from ragkit.lab import SEARCH, Lab
+from ragkit.passages import Passage
 from ragkit.profile import ReaderSettings
 from ragkit.reader import Reader
 from ragkit.store import Store, StoreError, file_hash
@@ -229,7 +230,7 @@ def test_k_larger_than_the_corpus_is_refused_before_any_model_is_loaded(tmp_path
         "name: few\nk: 3\nsets: [{source: files, name: few, passages: p.tsv, questions: q.jsonl, distill: 1, dev: 1, test: 1}]\nretriever: {model: missing}\n"
     )
     with pytest.raises(SearchError, match=r"k = 3 .* holds 2\. Lower k"):
-        Lab(str(tmp_path / "few.yaml"), tmp_path / "runs").vectors("few")
+        Lab(str(tmp_path / "few.yaml"), tmp_path / "runs").candidates("few")
 
 
 def test_an_edited_data_file_is_read_again(tmp_path):
@@ -271,7 +272,7 @@ def upstream(tmp_path_factory):
     """A profile and a run folder that holds what Step 1 and Step 2 build on."""
     folder = tmp_path_factory.mktemp("faults")
     profile = small_profile(folder)
-    Lab(profile, folder / "runs").vectors("almanac")
+    Lab(profile, folder / "runs").candidates("almanac")
     return profile, folder / "runs"
 
 
@@ -311,14 +312,15 @@ def test_a_corrupted_stage_file_is_found_and_made_again(tmp_path, upstream):
     profile, runs = upstream
     shutil.copytree(runs, tmp_path / "runs")
     lab = Lab(profile, tmp_path / "runs")
-    vectors = tmp_path / "runs" / "faults" / "stages" / "retriever" / "almanac" / "vectors.safetensors"
+    vectors = tmp_path / "runs" / "faults" / "stages" / "candidates" / "almanac" / "candidates.safetensors"
     whole = vectors.read_bytes()
     vectors.write_bytes(whole[:-8] + b"\0" * 8)
-    assert set(lab.store.sound()) == {"corpus/almanac"}
-    lab.vectors("almanac")
-    assert lab.store.status["retriever/almanac"] == "ran: vectors.safetensors is damaged or missing"
+    before = {f"{kind}/almanac" for kind in SEARCH}
+    assert set(lab.store.sound()) == before - {"candidates/almanac"}
+    lab.candidates("almanac")
+    assert lab.store.status["candidates/almanac"] == "ran: candidates.safetensors is damaged or missing"
     assert vectors.read_bytes() == whole
-    assert set(lab.store.sound()) == {"corpus/almanac", "retriever/almanac"}
+    assert set(lab.store.sound()) == before
 
 
 # A full disk

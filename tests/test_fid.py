@@ -7,8 +7,9 @@ from transformers import BartConfig, BartForConditionalGeneration, T5Config, T5F
 from ragkit import reader as readers
 from ragkit import teacher
 from ragkit.attention import AttentionError
-from ragkit.corpus import Passage, Question
+from ragkit.corpus import Question
 from ragkit.fid import FidReader
+from ragkit.passages import Passage
 from ragkit.profile import AttentionSettings, ReaderSettings
 from ragkit.reader import PART, Reader, ReaderError
 from ragkit.vocabulary import build_tokenizer
@@ -125,7 +126,7 @@ def test_end_to_end(tmp_path):
     assert isinstance(again, FidReader)
     prompts = [one.prompt(QUESTION, PASSAGES)]
     assert again.answer(prompts) == one.answer(prompts)
-    scores = teacher.look(again, [QUESTION, OTHER], [PASSAGES, PASSAGES[::-1]], batch=2)
+    scores = teacher.look(again, [QUESTION, OTHER], [PASSAGES, PASSAGES[::-1]])
     assert scores["attention"].shape == (2, len(teacher.ROWS), 2, 3, len(teacher.POOLINGS), 3)
     assert (scores["attention"] > 0).all()
     assert (teacher.likelihood(scores) < 0).all()

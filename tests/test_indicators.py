@@ -18,8 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from ragkit import choices, evidence, indicators
 from ragkit.analysis import Analysis
 from ragkit.attention import record
-from ragkit.corpus import Passage, Question
+from ragkit.corpus import Question
 from ragkit.nouns import NounsError
+from ragkit.passages import Passage
 from ragkit.profile import AttentionSettings, ReaderSettings, load_profile
 from ragkit.reader import PART, Reader
 from ragkit.teacher import row_weights
@@ -99,7 +100,7 @@ def test_tenths_keep_the_mean():
 def test_tokens_hold_what_the_recorder_gives():
     one = make()
     found = [PASSAGES, PASSAGES[::-1]]
-    tokens = indicators.look_at_tokens(one, [QUESTION, QUESTION], found, batch=2)
+    tokens = indicators.look_at_tokens(one, [QUESTION, QUESTION], found)
     for number, passages in enumerate(found):
         prompt = one.prompt(QUESTION, passages, QUESTION.answers[0])
         ids, mask = one.batch([prompt])

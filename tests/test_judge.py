@@ -23,10 +23,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from ragkit import __main__, corpus, judge, judge_page, judging, metrics
 from ragkit.asked import read_asked
 from ragkit.attention import record
-from ragkit.corpus import DataError, Passage, Question
+from ragkit.corpus import Question
+from ragkit.files import DataError
 from ragkit.indicators import look_at_tokens
 from ragkit.judging import ABOVE, BELOW, ENOUGH, UNSURE, JudgeError, Look
 from ragkit.metrics import Interval
+from ragkit.passages import Passage, read_tsv
 from ragkit.vocabulary import build_tokenizer
 
 NASTY = "<script src='https://example.com/x.js'>alert(1)</script>"
@@ -449,7 +451,7 @@ def test_a_page_that_cannot_be_written(reader, tmp_path):
 def test_a_trained_llama_on_real_text(nouns, tmp_path):
     """The 260 k Llama on NQ questions, each with its gold passage and the next question's."""
     data = Path(os.environ["RAGKIT_REAL_DATA"])
-    passages = corpus.read_passages(data / "wiki/psgs_w100.sample.tsv.gz")
+    passages = list(read_tsv(data / "wiki/psgs_w100.sample.tsv.gz"))
     with gzip.open(data / "nq/nq-open-gold.jsonl.gz", "rt", encoding="utf8") as file:
         (tmp_path / "nq.jsonl").write_text("".join(line for line, _ in zip(file, range(41), strict=False)), "utf8")
     questions = corpus.read_questions(tmp_path / "nq.jsonl", passages)

@@ -5,7 +5,8 @@ import torch
 from transformers import FalconForCausalLM
 
 from ragkit import reader
-from ragkit.corpus import Passage, Question
+from ragkit.corpus import Question
+from ragkit.passages import Passage
 from ragkit.pretrain import reader_config
 from ragkit.profile import ReaderSettings
 from ragkit.reader import PART, Reader, ReaderError

@@ -21,6 +21,7 @@ from transformers import AutoModel, AutoTokenizer, FalconConfig, FalconForCausal
 from ragkit import corpus, index, indicators, metrics
 from ragkit.lab import Lab
 from ragkit.nouns import find_nouns
+from ragkit.passages import read_tsv
 from ragkit.profile import RetrieverSettings, load_profile
 from ragkit.retriever import Retriever, passage_text
 
@@ -136,7 +137,7 @@ def test_the_main_job_with_a_falcon(tmp_path, falcon):
 
 @pytest.fixture(scope="module")
 def everything():
-    passages = corpus.read_passages(PASSAGES)
+    passages = list(read_tsv(PASSAGES))
     return passages, corpus.read_questions(QUESTIONS, passages)
 
 

@@ -13,8 +13,9 @@ import pandas as pd
 import pytest
 from safetensors.numpy import save_file
 
-from ragkit import distill, report, sliders, teacher
-from ragkit.corpus import Corpus, Passage, Question
+from ragkit import distill, report, sliders, teacher, vectors
+from ragkit.corpus import Corpus, Question
+from ragkit.passages import Passage
 from ragkit.profile import AttentionSettings, Profile
 from ragkit.retriever import Retriever, train_by_cropping
 
@@ -35,18 +36,19 @@ def run(tmp_path_factory):
     passages = [Passage(str(i), f"{NASTY} title {i}", f"the river {i} runs through the town {NASTY}") for i in range(12)]
     questions = [Question(str(i), f"which river is {i} {NASTY}", (NASTY,), (i % 12,)) for i in range(N)]
     stages = folder / "stages"
-    for part in ("corpus/set", "retriever/set", "teacher/set/fine-tuned", "teacher/set/off-the-shelf"):
+    for part in ("corpus/set", "retriever/set", "vectors/set", "candidates/set", "teacher/set/fine-tuned", "teacher/set/off-the-shelf"):
         (stages / part).mkdir(parents=True)
     Corpus("set", passages, dict.fromkeys(("distill", "dev", "test"), questions)).save(stages / "corpus/set")
     retriever = train_by_cropping(passages, PROFILE.retriever, 0)
     retriever.save(stages / "retriever/set/model")
     candidates = np.stack([rng.permutation(12)[:K] for _ in range(N)])
-    save_file({"passages": retriever.encode([p.text for p in passages]), "distill": candidates}, stages / "retriever/set/vectors.safetensors")
+    vectors.write_shard(stages / "vectors/set", 0, retriever.encode([p.text for p in passages]))
+    save_file({"distill": candidates}, stages / "candidates/set/candidates.safetensors")
     for reader in ("fine-tuned", "off-the-shelf"):
         scores = rng.gamma(0.5, size=(N, len(teacher.ROWS), 2, LAYERS, len(teacher.POOLINGS), K)).astype(np.float32)
         teacher.save({"attention": scores}, stages / "teacher/set" / reader)
-        record(stages / "teacher/set" / reader, {"upstream": {"retriever/set": "now"}, "profile": {"k": K}})
-    record(stages / "retriever/set", {})
+        record(stages / "teacher/set" / reader, {"upstream": {"candidates/set": "now"}, "profile": {"k": K}})
+    record(stages / "candidates/set", {})
     return folder
 
 
@@ -59,7 +61,7 @@ def expected(run, reader, rows, norm, layer, pooling, temperature):
     standard = distill.standardise(teacher.attention_scores({"attention": picked}, settings))
     used = distill.temperature_for(standard, PROFILE.distill.entropy) if temperature == "auto" else temperature
     corpus = Corpus.load("set", run / "stages/corpus/set")
-    candidates = sliders.load_file(run / "stages/retriever/set/vectors.safetensors")["distill"][chosen]
+    candidates = sliders.load_file(run / "stages/candidates/set/candidates.safetensors")["distill"][chosen]
     gold = distill.oracle_scores(candidates.tolist(), [corpus.questions["distill"][i].gold for i in chosen])
     some = (gold.sum(1) > 0) & (gold.sum(1) < K)
     p = distill.softmax(standard, used)
@@ -152,9 +154,9 @@ def test_no_text_breaks_out_of_the_page(run):
 def test_scores_of_other_candidates_are_left_out(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     teachers = tmp_path / "run" / "stages" / "teacher" / "set"
-    record(teachers / "fine-tuned", {"upstream": {"retriever/set": "before"}, "profile": {"k": K}})
+    record(teachers / "fine-tuned", {"upstream": {"candidates/set": "before"}, "profile": {"k": K}})
     assert [one["name"] for one in sliders.data(tmp_path / "run", PROFILE)["sets"][0]["readers"]] == ["off-the-shelf"]
-    record(teachers / "off-the-shelf", {"upstream": {"retriever/set": "now"}, "profile": {"k": K + 1}})
+    record(teachers / "off-the-shelf", {"upstream": {"candidates/set": "now"}, "profile": {"k": K + 1}})
     assert sliders.data(tmp_path / "run", PROFILE)["sets"] == []
 
 

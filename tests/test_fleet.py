@@ -1,0 +1,179 @@
+"""Processes that work as one: the same results as one process gives, whoever did what; and one that dies."""
+
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from ragkit import RagkitError, fleet
+from ragkit.fleet import MachineError
+from ragkit.profile import MachineSettings, ProfileError, load_profile
+from ragkit.workers import make_sets
+
+PROFILE = """
+judge: false
+machine: {processes: PROCESSES}
+sets: [{source: world, name: almanac, world: almanac, seed: 11, entities: 40, distill: 45, dev: 20, test: 20}]
+retriever: {crop_steps: 20, at_once: 16}
+index: {shard: 100}
+reader: {steps: 6, checkpoints: 1, batch: 5, at_once: 2}
+distill: {seeds: [0], epochs: 1, batch: 7}
+indicators: {questions: 10}
+choices: {variations: [both sides]}
+evaluate: {answered: 10}
+"""
+
+
+def write_profile(folder, processes):
+    path = folder / f"with-{processes}.yaml"
+    path.write_text(f"name: with-{processes}{PROFILE}".replace("PROCESSES", str(processes)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same stages made by one process and by two."""
+    folder = tmp_path_factory.mktemp("fleet")
+    for processes in (1, 2):
+        make_sets(write_profile(folder, processes), folder, ["almanac"])
+    return folder
+
+
+def both(runs, name):
+    return [runs / f"with-{n}" / "stages" / name for n in (1, 2)]
+
+
+def test_the_stages_are_the_same(runs):
+    one, two = (sorted(str(p.parent.relative_to(runs / f"with-{n}")) for p in (runs / f"with-{n}").rglob("stage.json")) for n in (1, 2))
+    assert one == two
+    assert all(path.suffix == ".lock" for path in (runs / "with-2" / "partial").iterdir())
+
+
+def test_encoding_has_no_gaps_or_repeats_and_the_candidates_agree(runs):
+    shards = [sorted(folder.glob("*.npy")) for folder in both(runs, "vectors/almanac")]
+    assert [p.name for p in shards[0]] == [p.name for p in shards[1]]
+    assert len(shards[0]) > 1
+    for a, b in zip(*shards, strict=True):
+        assert np.array_equal(np.load(a), np.load(b))
+    for one, two in zip(*(load_file(folder / "candidates.safetensors").values() for folder in both(runs, "candidates/almanac")), strict=True):
+        assert np.array_equal(one, two)
+
+
+def test_step_1_learns_the_same(runs):
+    """Gradients are added up in another order, so floats differ in their last digits, and these grow over the steps."""
+    one, two = (json.loads((folder / "losses.json").read_text()) for folder in both(runs, "step1/almanac"))
+    assert len(one) == 6
+    assert np.allclose(one, two, rtol=1e-4)
+    one, two = (load_file(folder / "model.safetensors") for folder in both(runs, "step1/almanac"))
+    assert one.keys() == two.keys()
+    assert all(np.allclose(one[name], two[name], atol=1e-3) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("stage", "file"), [("teacher/almanac/off-the-shelf", "scores"), ("loop/almanac/off-the-shelf", "scores"), ("tokens/almanac/off-the-shelf", "tokens")]
+)
+def test_a_frozen_readers_scores_agree(runs, stage, file):
+    one, two = (load_file(folder / f"{file}.safetensors") for folder in both(runs, stage))
+    assert one.keys() == two.keys()
+    for name in one:
+        assert np.allclose(one[name], two[name], rtol=1e-5, atol=1e-7, equal_nan=True), name
+
+
+@pytest.mark.parametrize("target", ["oracle", "fine-tuned-attention", "fine-tuned-EMDR2"])
+def test_step_2_learns_the_same(runs, target):
+    """Nine questions in batches of seven, so one process has more than the other, and in the last batch one has two and the other one."""
+    one, two = (json.loads((folder / "curve.json").read_text()) for folder in both(runs, f"step2/almanac/{target}-0"))
+    assert np.allclose([row["loss"] for row in one[1:]], [row["loss"] for row in two[1:]], rtol=1e-3)
+
+
+def test_answers_agree(runs):
+    one, two = (json.loads((folder / "answers.json").read_text()) for folder in both(runs, "answers/almanac/initial-off-the-shelf-0"))
+    assert one == two
+
+
+def test_work_is_counted_over_all_processes(runs):
+    for stage in ("vectors/almanac", "teacher/almanac/off-the-shelf", "step1/almanac"):
+        one, two = (json.loads((folder / "stage.json").read_text())["work"] for folder in both(runs, stage))
+        assert one.keys() == two.keys()
+        assert {what: one[what] for what in one if what != "waited"} == {what: two[what] for what in two if what != "waited"}
+
+
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path, runs):
+    """SIGKILL to one of two processes at some moment after Step 1 has begun."""
+    profile = write_profile(tmp_path, 2)
+    killed = []
+
+    def kill():
+        while not list(tmp_path.glob("with-2/stages/candidates/almanac")):
+            time.sleep(0.02)
+        time.sleep(1)
+        workers = [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
+        killed.append(workers[-1].pid)
+        os.kill(workers[-1].pid, signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    with pytest.raises(RagkitError, match=r"The process that made the stages of almanac \(number \d of 2\) ended with -9.*The same command goes on"):
+        make_sets(profile, tmp_path, ["almanac"])
+    assert killed
+    assert not multiprocessing.active_children()
+    make_sets(profile, tmp_path, ["almanac"])
+    for name in ("step1/almanac/losses.json", "step2/almanac/oracle-0/curve.json"):
+        assert np.array_equal(*(json.dumps(json.loads((root / "with-2" / "stages" / name).read_text())) for root in (tmp_path, runs)))
+
+
+def test_shares_and_weights():
+    """As one process: everything, with weight 1; the weights of two processes make the gradients' mean that of the whole batch."""
+    assert fleet.share([1, 2, 3]) == ([1, 2, 3], 1.0)
+    assert fleet.share(torch.arange(4))[0].tolist() == [0, 1, 2, 3]
+
+
+def test_each_process_takes_its_share(monkeypatch):
+    batch, seen = list(range(7)), []
+    monkeypatch.setattr(fleet, "size", lambda: 3)
+    total = 0.0
+    for rank in range(3):
+        monkeypatch.setattr(fleet, "rank", lambda rank=rank: rank)
+        mine, weight = fleet.share(batch)
+        seen += mine
+        total += weight * float(np.mean(mine)) / 3
+    assert sorted(seen) == batch
+    assert total == pytest.approx(np.mean(batch))
+    monkeypatch.setattr(fleet, "rank", lambda: 2)
+    assert fleet.share([5, 6]) == ([5], 0.0)  # nothing left for it: it computes along, with weight 0
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_what_comes_next_is_made_ahead_on_a_gpu_and_waiting_is_counted(monkeypatch, kind):
+    monkeypatch.setattr(fleet, "device", lambda: torch.device(kind))
+    fleet.begin_counting()
+    order = []
+
+    def prepare(item):
+        order.append(f"prepare {item}")
+        time.sleep(0.05)
+        return item
+
+    for item in fleet.ahead(range(3), prepare):
+        time.sleep(0.1)
+        order.append(f"work {item}")
+    assert (order.index("prepare 1") < order.index("work 0")) is (kind == "cuda")
+    assert [o for o in order if o.startswith("work")] == ["work 0", "work 1", "work 2"]
+    assert (0.04 < fleet.counted()["waited"] < 0.14) is (kind == "cuda")  # for the first only
+    with pytest.raises(ZeroDivisionError):
+        list(fleet.ahead([1, 0], lambda n: 1 / n))
+
+
+def test_what_the_machine_lacks_is_said(tmp_path):
+    if not torch.cuda.is_available():
+        with pytest.raises(MachineError, match=r"machine.device is 'cuda', but torch finds no GPU"):
+            fleet.start(MachineSettings(device="cuda"), 1)
+    with pytest.raises(ProfileError, match=r"machine.processes: 9 cannot share a batch"):
+        load_profile(write_profile(tmp_path, 9))
