@@ -70,17 +70,28 @@ def most_of(needs: list[Needs], kind: str) -> tuple[float, float]:
 
 
 def advice(ground: Ground, plan: Plan, kind: str) -> Iterator[str]:
-    """For a kind of stage that does not fit: each knob that lessens what it needs, by how much, and whether that is enough."""
-    before = sum(most_of(plan.needs, kind))
+    """For a kind of stage that does not fit: each knob that lessens what it needs, by how much, and whether that is enough; else all of them together."""
+    before, helpful, together, enough = sum(most_of(plan.needs, kind)), [], plan.profile, False
+
+    def tried(profile: Profile) -> tuple[float, bool]:
+        needs = ground.changed(profile).needs({})
+        other = replace(plan, profile=profile, needs=needs)
+        return sum(most_of(needs, kind)), all(other.fits(need) for need in needs if need.stage.kind == kind)
+
     for knob in KNOBS:
         if kind not in knob.kinds or (changed := knob.turn(plan.profile)) is None:
             continue
-        needs = ground.changed(changed).needs({})
-        other = replace(plan, profile=changed, needs=needs)
-        after = sum(most_of(needs, kind))
+        after, fits = tried(changed)
         if after < 0.97 * before:
-            enough = all(other.fits(need) for need in needs if need.stage.kind == kind)
-            yield f"{knob.said}: {after / 1e9:.1f} GB" + (", which fits" if enough else "")
+            yield said(knob.said, after, fits)
+            helpful.append(knob)
+            enough, together = enough or fits, knob.turn(together) or together
+    if len(helpful) > 1 and not enough:
+        yield said("all of these together", *tried(together))
+
+
+def said(what: str, needed: float, fits: bool) -> str:
+    return f"{what}: {needed / 1e9:.1f} GB" + (", which fits" if fits else "")
 
 
 def disk_advice(ground: Ground, plan: Plan) -> Iterator[str]:
@@ -91,11 +102,11 @@ def disk_advice(ground: Ground, plan: Plan) -> Iterator[str]:
         "index.kind: ivfpq": setting("index", "kind", "ivfpq") if profile.index.kind == "hnsw" else None,
         "reader.checkpoints: 1": setting("reader", "checkpoints", 1),
     }
-    for said, turn in shrinking.items():
+    for what, turn in shrinking.items():
         if turn and (changed := turn(profile)):
             after = plan.disk - sum(need.disk for need in plan.needs) + sum(need.disk for need in ground.changed(changed).needs({}))
             if after < 0.97 * plan.disk:
-                yield f"{said}: {after / 1e9:.0f} GB" + (", which fits" if after <= room else "")
+                yield said(what, after, after <= room)
     passages = sum(size.passages for size in ground.sizes.values())
     growing = sum(need.disk for need in plan.needs if need.stage.kind in ("corpus", "vectors", "index"))
     left = passages * (1 - (plan.disk - room) / growing)

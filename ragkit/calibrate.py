@@ -232,6 +232,7 @@ def calibrate(profile: Profile, sizes: dict[str, SetSize], reader: Shape, retrie
         dtype = "float32" if in_place_of_gpu else profile.retriever.dtype
         stacks["retriever"] = Stack(retriever_config(profile.retriever), retriever, device, dtype, mixed=True)
     costs: dict[str, Costs] = {}
+    notebooks = notebook_costs(profile, Lengths.of(profile, sizes[profile.sets[0].name]))
     for settings in profile.sets:
         log.info("measuring for set %s", settings.name)
         size = sizes[settings.name]
@@ -248,5 +249,5 @@ def calibrate(profile: Profile, sizes: dict[str, SetSize], reader: Shape, retrie
             else embedded_reader_costs(profile, questions, found)
         )
         mine |= retriever_costs(profile, lengths, stacks["retriever"], cut) if "retriever" in stacks else embedded_retriever_costs(profile, questions, passages)
-        costs[settings.name] = mine | notebook_costs(profile, lengths)
+        costs[settings.name] = mine | notebooks
     return costs

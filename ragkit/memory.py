@@ -72,9 +72,7 @@ def trained(shape: Shape, width: int, lora_rank: int = 0, processes: int = 1) ->
     """Weights with gradients and AdamW's states, shared out over processes, and the copies of the weights in the dtype computed in."""
     weights, adapters = shape.parameters, lora_rank * shape.adapter_weights
     copies = weights * width if width < 4 else 0
-    if lora_rank:  # the frozen weights, the adapters, and at the end a copy that they are merged into
-        return weights * 4 + adapters * TRAINED + max(copies, weights * 4)
-    return weights * TRAINED / processes + copies
+    return (weights * 4 + adapters * TRAINED if lora_rank else weights * TRAINED / processes) + copies
 
 
 def keys_and_values(shape: Shape, texts: float, tokens: float, width: int) -> float:
@@ -131,7 +129,9 @@ class Memory:
         prompts = min(settings.at_once, -(-settings.batch // machine.processes))
         logits = 3 * prompts * (lengths.answer + 1) * self.reader.vocabulary * 4
         states = trained(self.reader, width, settings.lora_rank, machine.processes if machine.shard_reader else 1)
-        return states + kept(self.reader, prompts, lengths.prompt(self.profile.k, longest=True), width, settings.gradient_checkpointing) + logits
+        a_pass = kept(self.reader, prompts, lengths.prompt(self.profile.k, longest=True), width, settings.gradient_checkpointing) + logits
+        merged = 2 * self.reader.parameters * 4 if settings.lora_rank else 0  # the reader and a copy with the adapters in its weights
+        return max(states + a_pass, merged)
 
     def searching(self, stage: Stage) -> float:
         """Stages in which the retriever computes; 0 for those in which no model does."""

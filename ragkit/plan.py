@@ -56,7 +56,7 @@ class Plan:
 
     @property
     def disk(self) -> float:
-        return sum(need.disk for need in self.needs) + sum((one.gb or 0) * 1e9 for one in self.downloads)
+        return sum(need.disk for need in self.needs) + sum(one.bytes_on_disk for one in self.downloads)
 
     @property
     def side_by_side(self) -> int:

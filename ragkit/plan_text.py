@@ -48,13 +48,26 @@ def wrapped(text: str, indent: str = "  ") -> str:
     return textwrap.fill(text, WIDE, initial_indent=indent, subsequent_indent=indent)
 
 
+def misses_gpu(plan: Plan) -> bool:
+    """Whether the profile asks for a GPU that is not here."""
+    return plan.profile.machine.device == "cuda" and plan.machine.device == "cpu"
+
+
+def note_lines(plan: Plan) -> Iterator[str]:
+    """What the table does not say of itself."""
+    if misses_gpu(plan):
+        yield "  (fits: not judged, for there is no GPU here)"
+    if not any(need.stage.kind == "nouns" for need in plan.needs):
+        yield wrapped(f"Indicator 2 is not among it: there is no noun finder for these questions here (nouns.model is {plan.profile.nouns.model!r}).")
+
+
 def machine_lines(plan: Plan) -> Iterator[str]:
     """What is here, and what the profile asks for."""
-    machine, asked = plan.machine, plan.profile.machine
+    machine = plan.machine
     yield f"This machine: {machine.cores} cores, {gigabytes(machine.memory)} GB of memory, {machine.name}" + (
         f" ({gigabytes(machine.gpu_memory)} GB)" if machine.gpu_memory else ""
     )
-    if asked.device == "cuda" and machine.device == "cpu":
+    if misses_gpu(plan):
         yield wrapped(
             "The profile asks for a GPU (machine.device), and there is none here. Memory is what that GPU would need; times are those of this "
             "processor, far longer than a GPU's. Make the plan again where the GPU is.",
@@ -137,23 +150,23 @@ def text(ground: Ground, plan: Plan) -> str:
     profile, machine = plan.profile, plan.machine
     lines = [f"Plan of profile {profile.name}. Nothing is fetched or trained to make it.", "", *machine_lines(plan), ""]
     lines += ["Sets:", *(set_line(name, size) for name, size in ground.sizes.items()), ""]
-    lines += [*download_lines(plan), "", "To do:", *table_lines(plan), ""]
-    beside = f"{plan.side_by_side} sets side by side" if plan.side_by_side > 1 else f"{profile.machine.processes} process(es)"
+    lines += [*download_lines(plan), "", "To do:", *table_lines(plan), *note_lines(plan), ""]
+    beside = f"{plan.side_by_side} sets side by side" if plan.side_by_side > 1 else f"{profile.machine.processes} at a time"
     lines.append(f"Time:   {duration(plan.wall)} from beginning to end ({duration(plan.seconds_of_work)} of work, {beside}).")
     room = plan.disk <= machine.free_disk
-    lines.append(f"Disk:   {gigabytes(plan.disk)} GB, {gigabytes(machine.free_disk)} GB free: {'fits' if room else 'does NOT fit'}.")
+    lines.append(f"Disk:   {gigabytes(plan.disk)} GB with what is fetched, {gigabytes(machine.free_disk)} GB free: {'fits' if room else 'does NOT fit'}.")
     short = {need.stage.kind for need in plan.needs if plan.fits(need) is False}
-    if profile.machine.device == "cuda" and machine.device == "cpu":
+    if misses_gpu(plan):
         lines.append(f"Memory: a GPU of {gigabytes(max(need.device for need in plan.needs) / USABLE)} GB or more is needed.")
     else:
         usable = gigabytes(machine.gpu_memory_for_run or machine.memory_for_run)
         lines.append(f"Memory: {'does NOT suffice for ' + ', '.join(k for k in KINDS if k in short) if short else 'suffices'} ({usable} GB usable).")
+    if misses_gpu(plan):
+        lines += ["", *gpu_lines(ground, plan)]
     helping = [("disk", [*disk_advice(ground, plan)])] if not room else []
     helping += [(kind, [*advice(ground, plan, kind)]) for kind in KINDS if kind in short]
-    if profile.machine.device == "cuda" and machine.device == "cpu":
-        lines += ["", *gpu_lines(ground, plan)]
     if helping:
-        lines += ["", "What would help (one setting of the profile at a time):"]
+        lines += ["", 'What would help (one setting of the profile at a time; try it with SET="key=value"):']
         lines += [f"  {kind:10} {one}" for kind, found in helping for one in found or ["nothing that this plan knows: fewer passages, or a smaller model"]]
-    lines += ["", "How the time was reckoned (each unit measured here, the fastest of some tries; other work on the machine adds to it):", *units_lines(plan)]
+    lines += ["", "How the time was reckoned (a unit's cost was measured here; other work on the machine adds to it):", *units_lines(plan)]
     return "\n".join(lines) + "\n"

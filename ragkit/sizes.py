@@ -63,11 +63,16 @@ class SetSize:
 
 @dataclass(frozen=True)
 class Download:
-    """Something that a run fetches; `gb` None where nobody knows."""
+    """Something that a run fetches; `gb` None where it is not known. `unpacked` is what `datasets` makes of it on disk beside it, in GB."""
 
     what: str
     gb: float | None
     source: str
+    unpacked: float = 0.0
+
+    @property
+    def bytes_on_disk(self) -> float:
+        return ((self.gb or 0.0) + self.unpacked) * 1e9
 
 
 @cache
@@ -254,7 +259,10 @@ def downloads(profile: Profile) -> list[Download]:
         for table, splits in ((settings.questions, (settings.train, settings.heldout)), (settings.passages, (settings.passage_split,))):
             if isinstance(table, HubTable) and not Path(table.dataset).exists():
                 what = table.dataset + (f" ({table.config})" if table.config else "")
-                found[what] = Download(what, gigabytes_of(table, splits), known_table(table).get("source", unknown))
+                texts = sum(rows_of(table, split) or 0 for split in set(splits)) * (known_table(table).get("pool", 100) if settings.pools else 1)
+                passages = settings.pools or table is settings.passages
+                unpacked = texts * 100 * BYTES_A_WORD / 1e9 if passages else 0.0
+                found[what] = Download(what, gigabytes_of(table, splits), known_table(table).get("source", unknown), unpacked)
     for name in (profile.retriever.model, profile.reader.model):
         if name != "embedded" and not Path(name).is_dir():
             entry = known()["models"].get(name, {})

@@ -21,7 +21,7 @@ from ragkit.sizes import Shape
 
 LAYERS = 2
 VOCABULARY = 1000
-LONG = 4.0  # seconds: a measurement that would take longer is made on fewer tokens and scaled up
+LONG = 2.0  # seconds: a measurement that would take longer is made on fewer tokens and scaled up
 PROBE = 128  # tokens of the first look
 CHECKPOINTED = 4 / 3  # a training step with gradient checkpointing runs forward twice: 4 passes' work in place of 3
 
