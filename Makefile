@@ -9,7 +9,7 @@ READY := .venv/ready
 endif
 PYTHON ?= python3
 
-.PHONY: help reproduce lab test slow report reference course lint bench pretrain clean doctor
+.PHONY: help plan reproduce lab test slow report reference course lint bench pretrain clean doctor
 help:            ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -18,6 +18,9 @@ help:            ## this list
 	.venv/bin/pip install --quiet --upgrade pip
 	.venv/bin/pip install --quiet -e '.[dev]'
 	touch .venv/ready
+
+plan: $(READY)       ## what a run of PROFILE would fetch, need and take, before it is begun (about a minute); SET as in reproduce
+	$(BIN)python -m ragkit plan --profile '$(PROFILE)' $(foreach change,$(SET),--set '$(change)')
 
 reproduce: $(READY)  ## run every notebook of PROFILE (default tiny) in order and write the report; SET="key=value ..." changes the profile
 	$(BIN)python -m ragkit reproduce --profile '$(PROFILE)' $(foreach change,$(SET),--set '$(change)')

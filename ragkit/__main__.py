@@ -249,6 +249,20 @@ def finished_run(profile_name: str, runs: Path) -> Path:
     return run
 
 
+def plan_run(profile_name: str, runs: Path, changes: list[str]) -> None:
+    """Says what a run of a profile would fetch, need and take, and keeps the plan in the run's folder."""
+    from ragkit.profile import load_profile
+
+    profile = load_profile(profile_name, changes)  # before the slow imports: a slip is named at once
+    os.environ["TQDM_DISABLE"] = "1"  # a hundred small measurements need no bar
+    from ragkit import plan, plan_text
+
+    ground = plan.Ground.of(profile)
+    made = plan.make(ground, runs / profile.name)
+    sys.stdout.write(plan_text.text(ground, made))
+    log.info("the plan as numbers: %s", made.save(runs / profile.name))
+
+
 def rewrite_report(profile_name: str, runs: Path) -> None:
     """Writes the report of a finished run again."""
     run = finished_run(profile_name, runs)  # before the slow imports: a slip is named at once
@@ -296,11 +310,11 @@ def judge_reader(reader: str, questions: str, nouns: str, space: str | None, out
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ragkit", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("doctor", "reproduce", "report", "reference", "lab", "course"):
+    for name in ("doctor", "plan", "reproduce", "report", "reference", "lab", "course"):
         command = commands.add_parser(name)
         command.add_argument("--profile", default="tiny", help="a shipped profile or a path to a YAML file")
         command.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept")
-        if name == "reproduce":
+        if name in ("plan", "reproduce"):
             command.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE", help="change a value of the profile for this run")
     judged = commands.add_parser("judge", help="is a reader of your own fit to teach a retriever?")
     judged.add_argument("reader", help="a folder, a hub name, or 'embedded'")
@@ -318,6 +332,8 @@ def main() -> int:
     try:
         if arguments.command == "doctor":
             doctor()
+        elif arguments.command == "plan":
+            plan_run(arguments.profile, arguments.runs, arguments.changes)
         elif arguments.command == "reproduce":
             reproduce(arguments.profile, arguments.runs, arguments.changes)
         elif arguments.command == "report":
