@@ -144,7 +144,8 @@ class Probe:
         """Means over the questions as the reader attends now: `answer lift`, `answer Spearman`, `nouns lift`, `nouns Spearman`, where defined."""
         was_training = reader.model.training
         reader.model.eval()
-        tokens = indicators.look_at_tokens(reader, self.questions, self.found)
+        with fleet.counting():  # it is no part of the stage's work
+            tokens = indicators.look_at_tokens(reader, self.questions, self.found)
         reader.model.train(was_training)
         lifts, measured = indicators.lift(tokens.attention(self.attention), tokens.question), {}
         for goal, close in self.closeness.items():
