@@ -108,6 +108,7 @@ def check_run(run, asked, steps):
     assert set(lab.store.status.values()) == {"reused"}
 
 
+@pytest.mark.slow
 def test_the_main_job_on_real_text(tmp_path):
     """MiniLM and the trained 260k Llama; 200 questions in Step 1 and Step 2."""
     asked = {"distill": 200, "dev": 20, "test": 40}
