@@ -110,8 +110,9 @@ def read_record(path: Path) -> dict[str, Any] | None:
 def build(vectors: Vectors, settings: IndexSettings, folder: Path, seed: int) -> None:
     """Builds the index of `settings.kind` in `folder`; nothing for `exact`, which reads the vectors themselves.
 
-    A build that was killed at any moment goes on where it stopped when it is called again, and ends in the same index, provided
-    that of hnsw runs on one thread (`faiss.omp_set_num_threads`): FAISS's threads link vectors in whatever order they come to them.
+    A build that was killed at any moment goes on where it stopped when it is called again, and ends in the same index, to the byte, as long as
+    FAISS has as many threads as before (`faiss.omp_set_num_threads`: by itself it takes every core). For hnsw that must be one:
+    several link vectors in whatever order they come to them, and no two graphs are alike.
     Memory: `trained_on` vectors in float32 while the quantiser learns, then for ivfpq 8 + `code_bytes` bytes a vector, for hnsw
     its dimensions plus 8 * `links` bytes a vector. Raises SearchError if settings and vectors do not go together, or if the folder
     holds (part of) another index.

@@ -326,6 +326,8 @@ def test_too_few_finds_are_never_silent(corpus, built):
     few = IVFPQ.model_copy(update={"probes": 1})
     with pytest.raises(SearchError, match=r"found only \d+ of the 2000 .* Raise index\.probes \(now 1\)"):
         open_index(corpus[0], few, built[0]["ivfpq"]).search(corpus[1], 2000)
+    enough = open_index(corpus[0], few.model_copy(update={"candidates": 2000}), built[0]["ivfpq"])  # fewer than are looked for, but more than k
+    assert (enough.search(corpus[1], 5)[0] >= 0).all()
 
 
 def test_an_index_of_other_vectors_is_refused(corpus, built, tmp_path):
