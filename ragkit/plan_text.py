@@ -29,6 +29,7 @@ KINDS = {
     "notebooks": "notebooks 00 to 09, once all is made",
 }
 NETWORK = 10e6  # bytes a second
+BUSY = 0.7  # load of a core from which a run takes noticeably longer
 
 
 def duration(seconds: float) -> str:
@@ -67,6 +68,8 @@ def machine_lines(plan: Plan) -> Iterator[str]:
     yield f"This machine: {machine.cores} cores, {gigabytes(machine.memory)} GB of memory, {machine.name}" + (
         f" ({gigabytes(machine.gpu_memory)} GB)" if machine.gpu_memory else ""
     )
+    if machine.load > BUSY * machine.cores:
+        yield wrapped(f"It is busy now ({machine.load:.0f} processes want its cores); the times below are those of a quiet machine.", "")
     if misses_gpu(plan):
         yield wrapped(
             "The profile asks for a GPU (machine.device), and there is none here. Memory is what that GPU would need; times are those of this "
