@@ -82,43 +82,50 @@ def reproduce(profile_name: str, runs: Path, changes: list[str]) -> None:
 
 
 def run_notebooks(lab: Any, profile_name: str, runs: Path) -> dict[str, str]:
-    """Executes every notebook whose source, upstream code, inputs or profile changed; returns what happened to each."""
+    """Executes every notebook whose source, upstream code, inputs or profile changed; returns what happened to each.
+
+    They begin in order, on a CPU two at a time: every stage is made by then, and what a notebook itself works on needs one core.
+    """
+    from ragkit.kernels import stoppable
     from ragkit.lab import Lab
     from ragkit.store import code_of, file_hash, write_whole
 
     folder = lab.store.folder / "notebooks"
     folder.mkdir(exist_ok=True)
-    package = sorted((Path(__file__).parent).glob("*.py"))
-    code = {p.stem: file_hash(p)[:16] for p in package if p.stem in ("plots", "views", "claims", "metrics", "world", "corpus", "analysis", "indicators")}
+    used = ("plots", "views", "claims", "metrics", "measured", "world", "corpus", "analysis", "indicators", "monitor")
+    code = {name: file_hash(Path(__file__).parent / f"{name}.py")[:16] for name in used}
     code |= code_of([Lab])
     # A notebook runs in the run's folder: a profile of the user's own must be found from there.
     profile = str(Path(profile_name).resolve()) if Path(profile_name).is_file() else profile_name
     parameters = {"PROFILE": profile, "RUNS": str(runs.resolve())}
     inputs, sound = lab.inputs(), lab.store.sound()
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(NOTEBOOKS.parent), os.environ.get("PYTHONPATH")]))
-    status: dict[str, str] = {}
     sources = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
     if not sources:
         raise NotebookError(f"There are no notebooks in {NOTEBOOKS}. Run this from a checkout of the repository, installed with pip install -e.")
+    status, waiting = dict.fromkeys((source.stem for source in sources), "reused"), {}
     for source in sources:
         check_parameters(source, parameters)
         record = {"source": file_hash(source), "profile": lab.profile.model_dump(mode="json"), "inputs": inputs, "code": code}
-        done, stamp = folder / source.name, folder / f"{source.stem}.json"
-        if is_reusable(done, stamp, record, sound):
+        if is_reusable(folder / source.name, folder / f"{source.stem}.json", record, sound):
             log.info("reused   notebook %s", source.stem)
-            status[source.stem] = "reused"
-            continue
-        if all(what == "reused" for what in status.values()):  # the first that must run
-            make_sets(profile, runs, list(lab.sets))
+        else:
+            waiting[source] = record
+
+    def run(source: Path) -> None:
         log.info("running  notebook %s", source.stem)
-        started, unfinished = time.monotonic(), lab.store.folder / "partial" / source.name
+        started, unfinished, done = time.monotonic(), lab.store.folder / "partial" / source.name, folder / source.name
         execute(source, unfinished, parameters, lab.store.folder)
         unfinished.replace(done)
         seconds = round(time.monotonic() - started, 1)
-        sound = lab.store.sound()
-        write_whole(stamp, json.dumps({"record": record, "seconds": seconds, "hash": file_hash(done), "stages": sound}))
+        stamp = {"record": waiting[source], "seconds": seconds, "hash": file_hash(done), "stages": lab.store.sound()}
+        write_whole(folder / f"{source.stem}.json", json.dumps(stamp))
         log.info("done     notebook %s in %.0f s", source.stem, seconds)
         status[source.stem] = f"ran in {seconds} s"
+
+    if waiting:
+        make_sets(profile, runs, list(lab.sets))
+        stoppable([partial(run, source) for source in waiting], 2 if lab.profile.machine.device == "cpu" else 1)
     return status
 
 
@@ -148,14 +155,11 @@ def execute(source: Path, out: Path, parameters: dict[str, str], folder: Path) -
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    from ragkit.kernels import stoppable
-
-    work = partial(
-        papermill.execute_notebook, str(source), str(out), parameters,
-        kernel_name="python3", progress_bar=False, log_output=False, cwd=str(folder), extra_arguments=["--log-level=ERROR"],
-    )  # fmt: skip
     try:
-        stoppable(work)
+        papermill.execute_notebook(
+            str(source), str(out), parameters,
+            kernel_name="python3", progress_bar=False, log_output=False, cwd=str(folder), extra_arguments=["--log-level=ERROR"],
+        )  # fmt: skip
     except DeadKernelError:
         raise NotebookError(
             f"Notebook {source.name}: its Python process was killed, most likely because memory ran out. "

@@ -188,7 +188,7 @@ def verify(stem: str, notebook: NotebookNode, folder: Path, package: Path) -> No
     )
     client.log.setLevel(logging.WARNING)  # it tells of every kernel it starts
     try:
-        stoppable(partial(client.execute, env=os.environ | {"PYTHONPATH": path}))
+        stoppable([partial(client.execute, env=os.environ | {"PYTHONPATH": path})])
     except DeadKernelError:
         raise CourseError(f"Notebook {stem}: its Python process was killed, most likely because memory ran out. Close other programs and try again.") from None
     for step, cell in zip(steps, trial.cells, strict=True):

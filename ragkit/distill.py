@@ -108,6 +108,7 @@ def emdr2_loss(logs: Tensor, scores: Tensor, temperature: float) -> Tensor:
 
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # of the questions chosen `[batch]` and the retriever's scores `[batch, k]`
+Report = Callable[[list[dict[str, float]], list[float]], None]  # of the curve so far and the losses since its last row
 
 
 class Lesson(nn.Module):
@@ -132,13 +133,15 @@ def train(
     seed: int,
     folder: Path,
     watch: Callable[[Retriever], dict[str, float]],
+    report: Report = lambda curve, losses: None,
 ) -> list[dict[str, float]]:
     """Step 2: moves the retriever so that the loss of its scores falls.
 
     `vectors_of` gives the candidates' vectors `[batch, k, d]` of the questions chosen `[batch]`: stored ones train the query
     side only, and the index stays valid; fresh ones train both. Returns a row for the start and for each LOOKS-th of an epoch:
     mean loss, and what `watch` says. The state after each is kept in `folder` until the end, so a killed run goes
-    on with the same steps. The processes of a run share each batch.
+    on with the same steps. The processes of a run share each batch. `report` is called where it begins, after each step and at each
+    look (see `ragkit.training_log`).
     """
     accelerator = fleet.accelerator(retriever.settings.dtype)
     lesson, optimizer = accelerator.prepare(
@@ -152,6 +155,7 @@ def train(
         return retriever.tokens([texts[i] for i in fleet.share(batch)[0]])
 
     curve: list[dict[str, float]] = checkpoint.load(folder, retriever, [optimizer]) or [{"epoch": 0, "loss": float("nan"), **watch(retriever)}]
+    report(curve, [])
     for look in tqdm(range(len(curve) - 1, len(ends) - 1), desc="Step 2", leave=False):
         losses = []
         retriever.train()
@@ -165,9 +169,11 @@ def train(
             accelerator.clip_grad_norm_(retriever.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
+            report(curve, losses)
         fleet.done["questions"] += sum(map(len, part)) if fleet.is_main() else 0
         retriever.eval()
         curve.append({"epoch": (look + 1) / LOOKS, "loss": float(np.mean(losses)) if losses else float("nan"), **watch(retriever)})
+        report(curve, [])
         if look + 2 < len(ends):
             checkpoint.save(folder, retriever, [optimizer], curve)
     checkpoint.remove(folder)

@@ -11,7 +11,7 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from ragkit import claims, indicators, metrics
+from ragkit import claims, indicators, measured, metrics
 from ragkit.analysis import SPACES, Analysis, Goal
 from ragkit.claims import Gain, Part
 from ragkit.indicators import Floats
@@ -39,7 +39,7 @@ def over_runs(judge: Callable[Concatenate[Analysis, P], Part]) -> Callable[Conca
 def regime_gains(lab: Lab, set_name: str) -> dict[str, dict[str, Gain]]:
     """Gains in HR@5, EM and F1 of both regimes over the initial retriever read by the same reader."""
     targets = [f"{regime} attention" for regime in READERS]
-    retrieval, answers = lab.per_question(set_name, targets), lab.answer_rows(set_name, targets)
+    retrieval, answers = measured.per_question(lab, set_name, targets), measured.answer_rows(lab, set_name, targets)
     gains: dict[str, dict[str, Gain]] = {}
     for regime in READERS:
         read = answers[answers["reader"] == regime]

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
@@ -24,7 +25,7 @@ from ragkit.profile import MachineSettings, Precision
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
-done: defaultdict[str, float] = defaultdict(float)  # what this process has done since `begin_counting`
+done: defaultdict[str, float] = defaultdict(float)  # what this process has done: see `counting`
 
 
 class MachineError(RagkitError):
@@ -40,9 +41,9 @@ def start(settings: MachineSettings, threads: int) -> None:
     PartialState(cpu=settings.device == "cpu")
     torch.set_num_threads(threads)
     if settings.device == "cuda":
-        for name, switch in (
-            ("flash", torch.backends.cuda.enable_flash_sdp), ("efficient", torch.backends.cuda.enable_mem_efficient_sdp), ("math", torch.backends.cuda.enable_math_sdp),
-        ):  # fmt: skip
+        backends = torch.backends.cuda
+        switches = {"flash": backends.enable_flash_sdp, "efficient": backends.enable_mem_efficient_sdp, "math": backends.enable_math_sdp}
+        for name, switch in switches.items():
             switch(settings.kernel in ("auto", name))
 
 
@@ -148,12 +149,20 @@ def mean_over_processes(value: float) -> float:
     return value if size() == 1 else float(sum(gather_object([value])) / size())
 
 
-def begin_counting() -> None:
+@contextmanager
+def counting() -> Iterator[None]:
+    """What is done inside is counted from zero, and does not count outside: one stage may open another."""
+    before = dict(done)
     done.clear()
+    try:
+        yield
+    finally:
+        done.clear()
+        done.update(before)
 
 
 def counted() -> dict[str, float]:
-    """What all processes did since `begin_counting`: passages, questions, tokens...; `waited`, seconds, is their mean."""
+    """What all processes did within `counting`: passages, questions, tokens...; `waited`, seconds, is their mean."""
     if size() == 1:
         return dict(done)
     total: defaultdict[str, float] = defaultdict(float)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ragkit.profile import IndexSettings, Profile
 from ragkit.sizes import SetSize, Shape
-from ragkit.vectors import BLOCK
+from ragkit.vectors import BLOCK_BYTES
 from ragkit.work import Stage
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes of a number
@@ -174,7 +174,7 @@ class Memory:
     def held(self, stage: Stage) -> float:
         """What a stage holds in the host's memory: vectors block by block, the index where one is searched or built, BM25 with all passages."""
         index, n, d = self.profile.index, self.size.passages, self.retriever.hidden
-        block = min(n, BLOCK) * d * 4.0
+        block = min(n * d * 4.0, BLOCK_BYTES)
         if stage.kind == "vectors":
             return min(n, index.shard) * (d * 4 + self.size.bytes_on_disk / n)
         if stage.units.get("vectors indexed"):
@@ -189,8 +189,8 @@ class Memory:
 def index_bytes(index: IndexSettings, n: float, d: int) -> float:
     """Bytes of an index over n vectors of d dimensions, on disk and in memory, as FAISS's guide has them; an exact search needs none.
 
-    IVF-PQ: a code and a number of each vector, and the cells' centres. HNSW: the vectors in 16 bits and twice `links` neighbours of each.
+    IVF-PQ: a code and a number of each vector, and the cells' centres. HNSW: the vectors in a byte a dimension and twice `links` neighbours of each.
     """
     if index.kind == "exact":
         return 0.0
-    return n * (index.code_bytes + 8) + index.lists * d * 4 if index.kind == "ivfpq" else n * (d * 2 + index.links * 2 * 4)
+    return n * (index.code_bytes + 8) + index.lists * d * 4 if index.kind == "ivfpq" else n * (d + index.links * 2 * 4)

@@ -272,3 +272,41 @@ def specification(table: pd.DataFrame, choices: list[str], label: str) -> tuple[
     above, under = int((ordered["low"] > 0).sum()), int((ordered["high"] < 0).sum())
     told = f"{above} lie clearly above zero, {under} clearly below, {len(ordered) - above - under} neither."
     return figure, f"Specification curve of {len(ordered)} combinations of choices: {label}. {told}"
+
+
+def trainings(step1: pd.DataFrame, step2: pd.DataFrame, label: str) -> tuple[Figure, str]:
+    """The logs of trainings, finished or not: Step 1's loss and indicators, a colour a set, and Step 2's `label` against its start, a panel a set.
+
+    `step1` has columns set, step, loss and what `training_log.Probe` measures; `step2` has set, training, epoch, gain and verdict: a line each
+    training, coloured by what the monitor says of it now. Either may be empty.
+    """
+    panels = {"loss": ["loss"], "lift (1 = average token)": ["answer lift", "nouns lift"], "Spearman": ["answer Spearman", "nouns Spearman"]}
+    panels = {title: [n for n in names if n in step1 and step1[n].notna().any()] for title, names in panels.items()}
+    panels = {title: names for title, names in panels.items() if names}
+    sets = list(step2["set"].unique())
+    figure, axes = column([2.6] * (len(panels) + len(sets)), sharex=False)
+    for axis, (title, names) in zip(axes, panels.items(), strict=False):
+        for number, (set_name, part) in enumerate(step1.groupby("set", sort=False)):
+            for name in names:
+                line, (style, marker) = part.dropna(subset=[name]), {"loss": ("-", ""), "answer": ("-", "o"), "nouns": ("--", "s")}[name.split()[0]]
+                goal = {"loss": "", "answer": ", answer", "nouns": ", nouns"}[name.split()[0]]
+                axis.plot(line["step"], line[name], style, marker=marker, color=PALETTE[number], ms=5, label=f"{set_name}{goal}")
+        if title != "loss":
+            axis.axhline(float(title != "Spearman"), color="0.3", lw=1, ls=":")
+        axis.set(title=f"Step 1: {title}", xlabel="step")
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.legend(fontsize=10, ncols=2)
+    looks = {"working": (PALETTE[0], "o"), "not working": (PALETTE[3], "s"), "too early to tell": ("0.55", "D")}
+    for axis, set_name in zip(axes[len(panels) :], sets, strict=True):
+        for (_, word), part in step2[step2["set"] == set_name].groupby(["training", "verdict"], sort=False):
+            colour, marker = looks[word]
+            axis.plot(part["epoch"], part["gain"], marker=marker, color=colour, lw=1.2, ms=4, label=word)
+        axis.axhline(0, color="0.3", lw=1, ls=":")
+        axis.set(title=f"Step 2, {set_name}: {label}, from its start", xlabel="epoch")
+        handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        axis.legend(handles.values(), handles.keys(), fontsize=10)
+    newest = step1.groupby("set", sort=False).last()  # of each column the last number that is known
+    lines = [f"{name}: " + ", ".join(f"{n} {row[n]:.2f}" for names in panels.values() for n in names) for name, row in newest.iterrows()]
+    counts = step2.groupby("training")["verdict"].first().value_counts()
+    told = ", ".join(f"{count} {word}" for word, count in counts.items())
+    return figure, f"The logs of {len(newest)} trainings of Step 1 and {counts.sum()} of Step 2. Last numbers of Step 1: {'; '.join(lines)}. Step 2: {told}."

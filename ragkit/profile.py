@@ -133,8 +133,8 @@ class IndexSettings(Section):
     kind: Literal["exact", "ivfpq", "hnsw"] = "exact"
     dtype: Literal["float32", "float16"] = "float32"  # of the vectors kept on disk
     shard: Count = 100_000  # passages encoded, added and written at a time
-    trained_on: Count = 500_000  # vectors that the quantiser of ivfpq learns from
-    lists: Count = 16_384  # cells of ivfpq
+    trained_on: Count = 650_000  # vectors that the quantiser of ivfpq learns from: 39 a list or more
+    lists: Count = 16_384  # cells of ivfpq; for 21 million passages, fewer for fewer (1 to 4 times the root of their number)
     probes: Count = 64  # cells of ivfpq searched for a query
     code_bytes: Count = 64  # of a vector in ivfpq
     links: Count = 32  # of a vector in hnsw

@@ -256,11 +256,19 @@ def adapted(model: PreTrainedModel, rank: int) -> Callable[[], PreTrainedModel]:
     return lambda: copy.deepcopy(whole).merge_and_unload()
 
 
-def fine_tune(reader: Reader, draw: Callable[[random.Random], tuple[Question, list[Passage]]], folder: Path, seed: int) -> list[float]:
+def fine_tune(
+    reader: Reader,
+    draw: Callable[[random.Random], tuple[Question, list[Passage]]],
+    folder: Path,
+    seed: int,
+    report: Callable[[list[float], float], None] = lambda losses, rate: None,
+) -> list[float]:
     """Step 1: teaches the reader to answer questions; returns the loss of each step.
 
-    `draw` gives a question with its passages. The reader as it stands after each of `kept_steps` is kept in `folder/<steps>`.
-    A checkpoint lets a killed run go on with the same steps. The processes of a run share each batch, `at_once` prompts in a pass.
+    `draw` gives a question with its passages. The reader as it stands after each of `kept_steps` is kept in
+    `folder/<steps>`. A checkpoint lets a killed run go on with the same steps. The processes of a run share each batch, `at_once`
+    prompts in a pass. `report` is called where it begins and after each step, with the losses so far and the learning rate (see
+    `ragkit.training_log`).
     """
     settings = reader.settings
     torch.manual_seed(seed)
@@ -283,6 +291,7 @@ def fine_tune(reader: Reader, draw: Callable[[random.Random], tuple[Question, li
             type(reader)(merged(), reader.tokenizer, settings, reader.style).save(place)
             reader.model.train()
 
+    report(losses, 0.0)
     reader.model.train()
     steps = range(len(losses), settings.steps)
     for step, prompts in zip(steps, fleet.ahead(steps, prompts_of), strict=True):
@@ -299,6 +308,7 @@ def fine_tune(reader: Reader, draw: Callable[[random.Random], tuple[Question, li
         losses.append(loss)
         if step + 1 in settings.kept_steps:
             keep(folder / str(step + 1))
+        report(losses, optimizer.param_groups[0]["lr"])
         if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < settings.steps:
             checkpoint.save(folder, reader.model, [optimizer], [losses, trimmed])
     keep(folder)

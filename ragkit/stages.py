@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from ragkit.speech import parts_of_speech
 from ragkit.store import input_hash, write_arrays, write_json
 from ragkit.vectors import Vectors
 
+log = logging.getLogger(__name__)
 DEPTH = 20  # passages kept of every ranking
 RECALL_QUESTIONS = 200  # of dev, searched exactly too, to see what an approximate index misses
 TRAINING_WORLDS, TRAINING_ENTITIES, TRAINING_QUESTIONS = 8, 48, 576
@@ -54,15 +57,17 @@ def make_retriever(corpus: Corpus, world_name: str | None, settings: RetrieverSe
 
 def make_vectors(corpus: Corpus, retriever: Retriever, settings: IndexSettings, folder: Path) -> None:
     """The passages' vectors, shard by shard; a killed stage goes on with the first shard that is missing."""
+    done = fleet.agreed(vectors.shards(folder) if fleet.is_main() else None)
     for number, start in enumerate(range(0, len(corpus.passages), settings.shard)):
-        whole = fleet.agreed(number in vectors.shards(folder) if fleet.is_main() else False)
-        if not whole:
-            texts = [passage_text(p) for p in corpus.passages[start : start + settings.shard]]
-            made = retriever.encode(texts).astype(settings.dtype)
-            fleet.done["passages"] += len(texts) if fleet.is_main() else 0
-            if fleet.is_main():
-                vectors.write_shard(folder, number, made)
-            fleet.wait()
+        if number in done:
+            continue
+        texts = [passage_text(p) for p in corpus.passages[start : start + settings.shard]]
+        made = retriever.encode(texts).astype(settings.dtype)
+        if fleet.is_main():
+            fleet.done["passages"] += len(texts)
+            vectors.write_shard(folder, number, made)
+            log.info("vectors: %d of %d passages", start + len(texts), len(corpus.passages))
+    fleet.wait()
 
 
 def make_index(passages: Vectors, settings: IndexSettings, seed: int, folder: Path) -> None:
@@ -78,8 +83,8 @@ def make_candidates(corpus: Corpus, retriever: Retriever, passages: Index, folde
         write_arrays(folder / "candidates.safetensors", {part: passages.search(queries, depth)[0] for part, queries in encoded.items()})
         fleet.done["questions"] += sum(map(len, encoded.values()))
         sample = encoded["dev"][:RECALL_QUESTIONS]
-        found = {f"recall@{k}": index.recall(passages, sample, k) for k in (5, depth) if k <= depth} if passages.settings.kind != "exact" else {}
-        write_json(folder / "recall.json", found)
+        cuts = [] if passages.settings.kind == "exact" else [k for k in (5, depth) if k <= depth]
+        write_json(folder / "recall.json", {f"recall@{k}": index.recall(passages, passages.vectors, sample, k) for k in cuts})
 
 
 class Lessons:
@@ -136,8 +141,8 @@ def training_world(settings: WorldSet, seed: int) -> Corpus:
     return corpora.build_world(fresh, reserved=False)
 
 
-def make_fine_tuned(reader: Reader, lessons: Lessons, seed: int, folder: Path) -> None:
-    write_json(folder / "losses.json", fine_tune(reader, lessons.draw, folder, seed))
+def make_fine_tuned(reader: Reader, lessons: Lessons, seed: int, folder: Path, report: Callable[[list[float], float], None]) -> None:
+    write_json(folder / "losses.json", fine_tune(reader, lessons.draw, folder, seed, report))
 
 
 Known = tuple[NDArray[np.int64], dict[str, NDArray[np.float32]]]  # candidates `[questions, k]` and a reader's scores of them
@@ -173,6 +178,7 @@ def make_distilled(
     k: int,
     seed: int,
     folder: Path,
+    report: distill.Report,
 ) -> None:
     """Step 2 for one target and seed: the test rankings, and the curve along the epochs measured on dev.
 
@@ -199,7 +205,7 @@ def make_distilled(
         return {"hr": float(metrics.hits(found.tolist(), corpus.golds(corpus.questions["dev"], found), k).mean())}
 
     torch.manual_seed(seed)
-    curve = distill.train(retriever, [q.text for q in questions], vectors_of, loss, settings, seed, folder, watch)
+    curve = distill.train(retriever, [q.text for q in questions], vectors_of, loss, settings, seed, folder, watch, report)
     write_arrays(folder / "ranking.safetensors", {"test": find(retriever, "test", depth)})
     write_json(folder / "curve.json", curve)
 
@@ -214,9 +220,10 @@ def make_refreshed(
     k: int,
     seed: int,
     folder: Path,
+    report: distill.Report,
 ) -> None:
     """A part of Step 2, then what `make_retriever` writes, for the retriever as it is now."""
-    make_distilled(corpus, retriever, passages, candidates, loss, settings, k, seed, folder)
+    make_distilled(corpus, retriever, passages, candidates, loss, settings, k, seed, folder, report)
     retriever.save(folder / "model")
 
 

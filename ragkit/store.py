@@ -250,14 +250,13 @@ class Store:
                 return home
             partial = self.folder / "partial" / f"{flat}-{key}"
             started, peak = time.monotonic(), memory_from_now()
-            fleet.begin_counting()
             if fleet.is_main():
                 log.info("running  %s (%s)", name, reason)
                 for older in set(partial.parent.glob(f"{flat}-{'[0-9a-f]' * len(key)}")) - {partial}:  # killed, and never to be gone on with
                     shutil.rmtree(older)
                 partial.mkdir(exist_ok=True)
             fleet.wait()
-            with room_on_disk(self.folder, f"stage {name}"), room_in_memory(name):
+            with room_on_disk(self.folder, f"stage {name}"), room_in_memory(name), fleet.counting():
                 make(partial)
                 seconds = round(time.monotonic() - started, 2)
                 work = {what: round(amount, 2) for what, amount in fleet.counted().items()}

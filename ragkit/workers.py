@@ -91,6 +91,7 @@ def make_set(profile: str, runs: Path, name: str, others: list[str], joined: tup
         rank, size, port = (str(value) for value in joined)
         os.environ |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     start_logging()
+    from ragkit import measured
     from ragkit.analysis import Analysis
     from ragkit.choices import trained
     from ragkit.evidence import parts
@@ -98,8 +99,8 @@ def make_set(profile: str, runs: Path, name: str, others: list[str], joined: tup
 
     try:
         lab = Lab(profile, runs)
-        lab.premises(name)
-        lab.answer_rows(name)
+        measured.premises(lab, name)
+        measured.answer_rows(lab, name)
         analysis = Analysis(lab, name)
         for which in lab.readers():
             analysis.tokens(which)

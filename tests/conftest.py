@@ -12,7 +12,7 @@ from ud import read_conllu
 from ragkit.nouns import train_tagger
 
 ROOT = Path(__file__).parent.parent
-LONGEST_FIRST = ("test_notebooks", "test_real_text", "test_faults", "test_judge", "test_nouns")
+LONGEST_FIRST = ("test_notebooks", "test_paper", "test_faults", "test_fleet", "test_judge", "test_nouns")
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("unhurried")
 

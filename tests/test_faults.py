@@ -24,10 +24,11 @@ from ragkit.__main__ import NotebookError
 from ragkit.attention import AttentionError
 from ragkit.corpus import Question
 from ragkit.index import SearchError
-from ragkit.lab import SEARCH, Lab
+from ragkit.lab import Lab
 from ragkit.passages import Passage
 from ragkit.profile import ReaderSettings
 from ragkit.reader import Reader
+from ragkit.retrieval import SEARCH
 from ragkit.store import Store, StoreError, file_hash
 
 ROOT = Path(__file__).parent.parent

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections import defaultdict
 
 import numpy as np
 import psutil
@@ -153,7 +154,7 @@ def test_each_process_takes_its_share(monkeypatch):
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_what_comes_next_is_made_ahead_on_a_gpu_and_waiting_is_counted(monkeypatch, kind):
     monkeypatch.setattr(fleet, "device", lambda: torch.device(kind))
-    fleet.begin_counting()
+    monkeypatch.setattr(fleet, "done", defaultdict(float))
     order = []
 
     def prepare(item):
@@ -169,6 +170,18 @@ def test_what_comes_next_is_made_ahead_on_a_gpu_and_waiting_is_counted(monkeypat
     assert (0.04 < fleet.counted()["waited"] < 0.14) is (kind == "cuda")  # for the first only
     with pytest.raises(ZeroDivisionError):
         list(fleet.ahead([1, 0], lambda n: 1 / n))
+
+
+def test_a_stage_opened_within_another_counts_for_itself(monkeypatch):
+    monkeypatch.setattr(fleet, "done", defaultdict(float))
+    with fleet.counting():
+        fleet.done["passages"] += 3
+        with fleet.counting():
+            fleet.done["passages"] += 7
+            assert fleet.counted() == {"passages": 7}
+        fleet.done["passages"] += 1
+        assert fleet.counted() == {"passages": 4}
+    assert fleet.counted() == {}
 
 
 def test_what_the_machine_lacks_is_said(tmp_path):

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from ragkit import course
 from ragkit.course import exercises_of
+from ragkit.training_log import read
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -68,6 +69,16 @@ def test_an_index_refresh_gives_the_reader_new_candidates(smoke):
     assert np.array_equal((scores[0] != scores[1]).any(axis=(1, 2, 3, 4, 5)), moved)
     assert (other / "step1" / "trivia" / "model.safetensors").read_bytes() == (home / "step1" / "trivia" / "model.safetensors").read_bytes()
     assert [row["epoch"] for row in json.loads((other / "step2" / "trivia" / "fine-tuned-attention-0" / "curve.json").read_text())] == [0, 0.5, 1]
+
+
+def test_the_logs_of_both_steps_stay_with_their_stages(smoke):
+    stages = smoke / "smoke" / "stages"
+    steps, looks = (read(stages / name / "metrics.jsonl") for name in ("step1/trivia", "step2/trivia/fine-tuned-attention-0"))
+    assert [row["step"] for row in steps if "answer lift" in row] == [0, 10, 20]
+    curve = json.loads((stages / "step2" / "trivia" / "fine-tuned-attention-0" / "curve.json").read_text())
+    assert [(row["epoch"], row["hr"]) for row in looks] == [(row["epoch"], row["hr"]) for row in curve]
+    for name in ("answer lift", "answer Spearman", "nouns lift", "nouns Spearman"):  # the teacher of Step 2 is the reader that Step 1 ended with
+        assert looks[0][name] == pytest.approx(steps[-1][name], abs=1e-5)
 
 
 def test_the_report_has_no_external_address(smoke):

@@ -18,7 +18,7 @@ from qed import read_qed
 from scipy.stats import rankdata
 from transformers import AutoModel, AutoTokenizer, FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast
 
-from ragkit import corpus, index, indicators, metrics
+from ragkit import corpus, index, indicators, measured, metrics
 from ragkit.lab import Lab
 from ragkit.nouns import find_nouns
 from ragkit.passages import read_tsv
@@ -108,6 +108,7 @@ def check_run(run, asked, steps):
     assert set(lab.store.status.values()) == {"reused"}
 
 
+@pytest.mark.slow
 def test_the_main_job_on_real_text(tmp_path):
     """MiniLM and the trained 260k Llama; 200 questions in Step 1 and Step 2."""
     asked = {"distill": 200, "dev": 20, "test": 40}
@@ -122,10 +123,10 @@ def test_the_main_job_on_real_text(tmp_path):
 def test_a_falcon_on_real_text(tmp_path, falcon):
     """The paper's architecture with its own tokenizer, through all stages, on a few questions."""
     lab = Lab(str(write_profile(tmp_path, falcon, {"distill": 12, "dev": 6, "test": 12}, 200, steps=2, epochs=1, answered=4)), tmp_path / "runs")
-    table = lab.per_question("nq")
+    table = measured.per_question(lab, "nq")
     assert set(table["system"]) == {"BM25", "initial", *lab.targets}
     assert np.isfinite(lab.teacher("nq", "fine-tuned")["attention"]).all()
-    assert lab.answer_rows("nq")["EM"].between(0, 1).all()
+    assert measured.answer_rows(lab, "nq")["EM"].between(0, 1).all()
     assert lab.reader("nq", "off-the-shelf").style == "question"  # real questions come without clozes
 
 

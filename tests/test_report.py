@@ -37,7 +37,7 @@ def run(tmp_path):
 def test_every_page_is_written_and_escaped(run, tmp_path):
     index, compared = report.write(run, tmp_path / "nothing")
     pages = {path.name: path.read_text() for path in index.parent.glob("*.html")}
-    assert set(pages) == {"index.html", "04_made.html", "gallery.html", "sliders.html", "manifest.html"}
+    assert set(pages) == {"index.html", "04_made.html", "gallery.html", "sliders.html", "manifest.html", "paper_scale.html"}
     for name, text in pages.items():
         assert NASTY not in text, name
         assert ("script-src" in text) == (name == "sliders.html")

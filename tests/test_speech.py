@@ -32,7 +32,7 @@ def every_wording() -> list[str]:
 
 
 def small(name: str) -> corpus.Corpus:
-    return corpus.build(WorldSet(source="world", name=name, world=name, seed=7, entities=36, distill=100, dev=40, test=40))
+    return corpus.build_world(WorldSet(source="world", name=name, world=name, seed=7, entities=36, distill=100, dev=40, test=40))
 
 
 def test_every_word_of_every_wording_is_labelled():

@@ -13,7 +13,7 @@ WORLDS = ("almanac", "trivia")
 
 
 def small(name: str, seed: int = 5) -> corpus.Corpus:
-    return corpus.build(WorldSet(source="world", name=name, world=name, seed=seed, entities=36, distill=100, dev=40, test=40))
+    return corpus.build_world(WorldSet(source="world", name=name, world=name, seed=seed, entities=36, distill=100, dev=40, test=40))
 
 
 @pytest.mark.parametrize("name", WORLDS)
