@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import BertConfig, FalconConfig, GPT2Config, LlamaConfig
+from transformers import BertConfig, FalconConfig, GPT2Config, LlamaConfig, T5Config
 
 from ragkit import memory, plan, plan_text, sizes
 from ragkit.advice import advice
@@ -209,6 +209,20 @@ def test_downloads_are_listed_and_the_unknown_is_said():
     assert "nothing: everything is here already" in plan_text.text(*planned(load_profile("tiny"), LAPTOP))
 
 
+def test_what_is_assumed_is_said():
+    pooled = [{"source": "hub", "name": "x", "questions": {"dataset": "some/pools"}, "pools": ["found"], "distill": 100, "dev": 10, "test": 10}]
+    ground, made = planned(paper(sets=pooled))
+    assert ground.sizes["x"].passages == 120 * 100
+    assert "assumed: questions of 12 words; 100 passages of 100 words with each question" in " ".join(plan_text.text(ground, made).split())
+    assert not planned(paper())[0].sizes["nq"].assumed
+
+
+def test_an_encoder_decoder_is_refused(tmp_path):
+    T5Config(num_layers=2, d_model=32).save_pretrained(tmp_path)
+    with pytest.raises(SizeError, match="encoder-decoder"):
+        Ground.of(paper(reader={"model": str(tmp_path)}))
+
+
 def test_sizes_that_cannot_be_known_are_asked_for():
     with pytest.raises(SizeError, match=r"reader\.model: the shape of 'some/model' is not known here"):
         Ground.of(paper(reader={"model": "some/model"}))
@@ -242,14 +256,16 @@ def test_the_text_fits_a_narrow_terminal():
 def test_a_plan_is_kept_and_a_damaged_one_is_refused(tmp_path):
     _, made = planned(load_profile("smoke"), LAPTOP)
     with pytest.raises(plan.PlanError, match="There is no plan"):
-        plan.read_costs(tmp_path)
+        plan.read_costs(made.profile, tmp_path)
     kept = json.loads(made.save(tmp_path).read_text())
     assert kept["profile"]["name"] == "smoke"
     assert kept["wall"] == made.wall
-    assert plan.read_costs(tmp_path) == made.costs
+    assert plan.read_costs(made.profile, tmp_path) == made.costs
+    with pytest.raises(plan.PlanError, match="of another profile"):
+        plan.read_costs(load_profile("tiny"), tmp_path)
     (tmp_path / plan.FILE).write_text("{")
     with pytest.raises(plan.PlanError, match="damaged"):
-        plan.read_costs(tmp_path)
+        plan.read_costs(made.profile, tmp_path)
 
 
 def test_a_stack_stands_for_the_whole_model():
