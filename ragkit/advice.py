@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ragkit.plan import Ground, Needs, Plan
-from ragkit.profile import Profile
+from ragkit.profile import HubSet, Profile
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ def disk_advice(ground: Ground, plan: Plan) -> Iterator[str]:
             after = plan.disk - sum(need.disk for need in plan.needs) + sum(need.disk for need in ground.changed(changed).needs({}))
             if after < 0.97 * plan.disk:
                 yield said(what, after, after <= room)
-    passages = sum(size.passages for size in ground.sizes.values())
-    growing = sum(need.disk for need in plan.needs if need.stage.kind in ("corpus", "vectors", "index"))
-    left = passages * (1 - (plan.disk - room) / growing)
-    if left > 0:
-        yield f"most_passages: {left / len(ground.sizes) / 1e6:.1f} million in each set, which fits"
+    limited = [settings.name for settings in profile.sets if isinstance(settings, HubSet) and settings.passages is not None]
+    passages = sum(ground.sizes[name].passages for name in limited)
+    growing = sum(need.disk for need in plan.needs if need.stage.set_name in limited and need.stage.kind in ("corpus", "vectors", "index"))
+    if growing > plan.disk - room:
+        yield f"most_passages: {passages * (1 - (plan.disk - room) / growing) / len(limited) / 1e6:.1f} million in each set, which fits"
     yield f"another disk with {plan.disk / 1e9:.0f} GB free, by --runs"

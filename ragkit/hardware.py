@@ -28,6 +28,8 @@ class Hardware:
     memory: float
     gpu_memory: float
     free_disk: float
+    gpus: int = 0
+    load: float = 0.0  # processes that want the processor now, mean over a minute
 
     @property
     def memory_for_run(self) -> float:
@@ -53,4 +55,6 @@ def find(profile: Profile, folder: Path) -> Hardware:
         memory=float(psutil.virtual_memory().total),
         gpu_memory=float(torch.cuda.get_device_properties(0).total_memory) if gpu else 0.0,
         free_disk=float(shutil.disk_usage(nearest(folder)).free),
+        gpus=torch.cuda.device_count(),
+        load=psutil.getloadavg()[0],
     )

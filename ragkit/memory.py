@@ -178,11 +178,11 @@ class Memory:
         if stage.kind == "vectors":
             return min(n, index.shard) * (d * 4 + self.size.bytes_on_disk / n)
         if stage.units.get("vectors indexed"):
-            return index_bytes(index, n, d) + block + (min(n, index.trained_on) * d * 4 if index.kind == "ivfpq" else 0)
+            return block + max(index_bytes(index, n, d), min(n, index.trained_on) * d * 4.0)
         if stage.kind == "answers" and self.profile.evaluate.bm25:
             return self.size.bytes_on_disk + n * self.size.passage_words * POSTING
         found = index_bytes(index, n, d) if stage.units.get("searches") else 0.0
-        again = n * d * 4.0 if stage.units.get("passages encoded") and stage.kind != "step1" else 0.0  # both sides: all new vectors at once
+        again = 2 * n * d * 4.0 if stage.units.get("passages encoded") and stage.kind != "step1" else 0.0  # both sides: all new vectors, and FAISS's copy
         return max(found + again, block if stage.units.get("vectors read") else 0.0)
 
 

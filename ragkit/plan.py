@@ -77,18 +77,18 @@ class Plan:
             own[need.stage.set_name] += need.seconds
             alone[need.stage.set_name] += 0 if need.stage.kind == HELPED and not need.stage.home else need.seconds
         after = sum(need.seconds for need in self.needs if not need.stage.set_name)
-        if self.side_by_side == 1:
-            return sum(own.values()) + after
-        crowded = max(1.0, len(own) * self.profile.threads / self.machine.cores)
-        return crowded * max(max(alone.values()), sum(own.values()) / len(own)) + after
+        beside = self.side_by_side * self.profile.machine.processes if self.profile.machine.device == "cpu" else 1
+        crowded = max(1.0, beside * self.profile.threads / self.machine.cores)
+        return crowded * max(max(alone.values()), sum(own.values()) / self.side_by_side) + after
 
     def fits(self, need: Needs) -> bool | None:
         """Whether a stage's memory suffices here; None where the profile asks for a GPU that is not here."""
+        processes = self.profile.machine.processes
         if self.profile.machine.device == "cpu":
-            return self.side_by_side * (need.device + need.host) <= self.machine.memory_for_run
+            return self.side_by_side * processes * (need.device + need.host) <= self.machine.memory_for_run
         if self.machine.device == "cpu":
             return None
-        return need.device <= self.machine.gpu_memory_for_run and self.profile.machine.processes * need.host <= self.machine.memory_for_run
+        return need.device <= self.machine.gpu_memory_for_run and processes * need.host <= self.machine.memory_for_run
 
     def save(self, folder: Path) -> Path:
         """Writes the plan as JSON into a run's folder."""
@@ -151,14 +151,19 @@ def make(ground: Ground, folder: Path) -> Plan:
     return Plan(profile, machine, costs, downloads(profile), ground.needs(costs))
 
 
-def read_costs(run: Path) -> dict[str, Costs]:
-    """What a unit of work cost when the run in this folder was planned. Raises PlanError where it was not."""
+def read_costs(profile: Profile, run: Path) -> dict[str, Costs]:
+    """What a unit of work cost when the run in this folder was planned. Raises PlanError where it was not, or for another profile."""
+    how = f"python -m ragkit plan --profile ... --runs {run.parent}"
     try:
-        return dict(json.loads((run / FILE).read_text("utf8"))["costs"])
+        saved = json.loads((run / FILE).read_text("utf8"))
+        costs, planned = dict(saved["costs"]), saved["profile"]
     except FileNotFoundError:
-        raise PlanError(f"There is no plan in {run}. First: python -m ragkit plan --profile ... --runs {run.parent}") from None
+        raise PlanError(f"There is no plan in {run}. First: {how}") from None
     except (ValueError, KeyError, TypeError):
-        raise PlanError(f"The plan in {run / FILE} is damaged. Make it again: python -m ragkit plan --profile ... --runs {run.parent}") from None
+        raise PlanError(f"The plan in {run / FILE} is damaged. Make it again: {how}") from None
+    if planned != profile.model_dump(mode="json"):
+        raise PlanError(f"The plan in {run / FILE} is of another profile. Make it again: {how}")
+    return costs
 
 
 def measured(run: Path) -> dict[tuple[str, str], float]:
@@ -180,7 +185,7 @@ def predicted_against_measured(profile: Profile, run: Path) -> pd.DataFrame:
 
     A row a kind of stage, then `notebooks` and `all`. Only stages that both know are compared. Raises PlanError where the folder holds no plan.
     """
-    needs = Ground.of(profile).needs(read_costs(run))
+    needs = Ground.of(profile).needs(read_costs(profile, run))
     seconds = measured(run)
     seconds["", "notebooks"] = sum(json.loads(file.read_text("utf8"))["seconds"] for file in (run / "notebooks").glob("*.json"))
     rows = [

@@ -29,6 +29,7 @@ KINDS = {
     "notebooks": "notebooks 00 to 09, once all is made",
 }
 NETWORK = 10e6  # bytes a second
+BUSY = 0.7  # load of a core from which a run takes noticeably longer
 
 
 def duration(seconds: float) -> str:
@@ -67,6 +68,10 @@ def machine_lines(plan: Plan) -> Iterator[str]:
     yield f"This machine: {machine.cores} cores, {gigabytes(machine.memory)} GB of memory, {machine.name}" + (
         f" ({gigabytes(machine.gpu_memory)} GB)" if machine.gpu_memory else ""
     )
+    if machine.load > BUSY * machine.cores:
+        yield wrapped(f"It is busy now ({machine.load:.0f} processes want its cores); the times below are those of a quiet machine.", "")
+    if plan.profile.machine.device == "cuda" and 0 < machine.gpus < plan.profile.machine.processes:
+        yield wrapped(f"The profile asks for {plan.profile.machine.processes} of them (machine.processes), and there are {machine.gpus}.", "")
     if misses_gpu(plan):
         yield wrapped(
             "The profile asks for a GPU (machine.device), and there is none here. Memory is what that GPU would need; times are those of this "
@@ -83,17 +88,20 @@ def download_lines(plan: Plan) -> Iterator[str]:
         return
     for one in plan.downloads:
         yield f"  {'unknown' if one.gb is None else f'{one.gb:.2f} GB':>9}  {one.what}"
-    known = sum((one.gb or 0) * 1e9 for one in plan.downloads)
+    size = sum((one.gb or 0) * 1e9 for one in plan.downloads)
     unknown = sum(one.gb is None for one in plan.downloads)
     yield wrapped(
-        f"{'At least ' if unknown else ''}{gigabytes(known)} GB in all; at 10 MB a second {duration(known / NETWORK)}."
+        f"{'At least ' if unknown else ''}{gigabytes(size)} GB in all; at 10 MB a second {duration(size / NETWORK)}."
         + (f" For {unknown} of them no size is known here: look at its page at the hub." if unknown else "")
     )
 
 
-def set_line(name: str, size: SetSize) -> str:
+def set_lines(name: str, size: SetSize) -> Iterator[str]:
+    """A set's size, and what of it is assumed."""
     asked = ", ".join(f"{count:,} {part}" for part, count in size.questions.items())
-    return f"  {name}: {size.passages:,} passages of about {size.passage_words:.0f} words; questions: {asked}"
+    yield f"  {name}: {size.passages:,} passages of about {size.passage_words:.0f} words; questions: {asked}"
+    if size.assumed:
+        yield wrapped(f"assumed: {'; '.join(size.assumed)}", "    ")
 
 
 def table_lines(plan: Plan) -> Iterator[str]:
@@ -149,7 +157,7 @@ def text(ground: Ground, plan: Plan) -> str:
     """The whole plan."""
     profile, machine = plan.profile, plan.machine
     lines = [f"Plan of profile {profile.name}. Nothing is fetched or trained to make it.", "", *machine_lines(plan), ""]
-    lines += ["Sets:", *(set_line(name, size) for name, size in ground.sizes.items()), ""]
+    lines += ["Sets:", *(line for name, size in ground.sizes.items() for line in set_lines(name, size)), ""]
     lines += [*download_lines(plan), "", "To do:", *table_lines(plan), *note_lines(plan), ""]
     beside = f"{plan.side_by_side} sets side by side" if plan.side_by_side > 1 else f"{profile.machine.processes} at a time"
     lines.append(f"Time:   {duration(plan.wall)} from beginning to end ({duration(plan.seconds_of_work)} of work, {beside}).")

@@ -18,7 +18,7 @@ import pyarrow.parquet as parquet
 import torch
 import yaml
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, BertConfig
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, BertConfig
 
 from ragkit import RagkitError
 from ragkit.corpus import PARTS, build_world
@@ -30,6 +30,7 @@ from ragkit.vocabulary import build_tokenizer
 
 TOKENS_A_WORD = 1.4  # of English prose in a vocabulary of 30,000 to 150,000 pieces, signs included
 BYTES_A_WORD = 6.5  # of a passage on disk: its letters, a space, its share of title and id
+QUESTION_WORDS, PASSAGE_WORDS, POOL = 12, 100, 100  # where nothing says how long texts are, and how many passages stand beside a question
 LOOKED_AT = 20_000  # lines of a file from which its length is told
 
 
@@ -39,13 +40,14 @@ class SizeError(RagkitError):
 
 @dataclass(frozen=True)
 class SetSize:
-    """How large a question set is; words are means. `training_passages` are those of one of Step 1's redrawn worlds."""
+    """How large a question set is; words are means. `training_passages` are those of one of Step 1's redrawn worlds, `assumed` says what is not known."""
 
     passages: int
     questions: dict[str, int]
     passage_words: float
     question_words: float
     training_passages: int = 0
+    assumed: tuple[str, ...] = ()
 
     @property
     def passage_tokens(self) -> float:
@@ -112,14 +114,17 @@ def set_size(settings: QuestionSet) -> SetSize:
         return SetSize(len(made.passages), questions, passage_words, question_words, len(smaller.passages))
     if not isinstance(settings, HubSet):
         lines, words = table_lines(settings, settings.passages)
-        return SetSize(lines, questions, words, 12)
+        return SetSize(lines, questions, words, QUESTION_WORDS, assumed=(f"questions of {QUESTION_WORDS} words",))
     table = known_table(settings.questions)
-    words = float(table.get("words", 12))
+    assumed: tuple[str, ...] = () if "words" in table else (f"questions of {QUESTION_WORDS} words",)
     if settings.pools:
-        pooled = sum(questions.values()) * int(table.get("pool", 100))
-        return SetSize(pooled, questions, 100, words)
+        pool = int(table.get("pool", POOL))
+        assumed += (f"{pool} passages of {PASSAGE_WORDS} words with each question, no passage with two",)
+        return SetSize(sum(questions.values()) * pool, questions, PASSAGE_WORDS, table.get("words", QUESTION_WORDS), assumed=assumed)
     lines, passage_words = passages_of(settings)
-    return SetSize(min(lines, settings.most_passages or lines), questions, passage_words, words)
+    if not isinstance(settings.passages, HubTable) or "words" not in known_table(settings.passages):
+        assumed += (f"passages of {passage_words:.0f} words",)
+    return SetSize(min(lines, settings.most_passages or lines), questions, passage_words, table.get("words", QUESTION_WORDS), assumed=assumed)
 
 
 def passages_of(settings: HubSet) -> tuple[int, float]:
@@ -132,9 +137,9 @@ def passages_of(settings: HubSet) -> tuple[int, float]:
                 f"Set {settings.name}: how many passages {source.dataset} holds is not known here. Write the number under "
                 f"passages.rows.{settings.passage_split} in the profile (its page at the hub says it), or limit it by most_passages."
             )
-        return rows, float(known_table(source).get("words", 100))
+        return rows, float(known_table(source).get("words", PASSAGE_WORDS))
     if source is not None and not Path(source).is_file() and settings.most_passages:
-        return settings.most_passages, 100.0
+        return settings.most_passages, float(PASSAGE_WORDS)
     return table_lines(settings, str(source))
 
 
@@ -190,8 +195,11 @@ class Shape:
 
 
 def reader_config(settings: ReaderSettings) -> Any:
-    """The configuration of a reader. Raises SizeError for a hub name that is not known here."""
-    return model_config(str(embedded_reader()) if settings.model == "embedded" else settings.model, "reader.model")
+    """The configuration of a reader. Raises SizeError for a hub name that is not known here, and for an encoder-decoder."""
+    config = model_config(str(embedded_reader()) if settings.model == "embedded" else settings.model, "reader.model")
+    if config.is_encoder_decoder:
+        raise SizeError(f"reader.model: {settings.model} is an encoder-decoder; such a reader can be run, but only decoders can be planned for.")
+    return config
 
 
 def retriever_config(settings: RetrieverSettings) -> Any:
@@ -221,7 +229,7 @@ def model_config(name: str, key: str) -> Any:
 
 def bare_model(config: Any, head: bool) -> nn.Module:
     """The model of a configuration on torch's meta device: shapes without numbers."""
-    kind = AutoModel if not head else AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    kind = AutoModelForCausalLM if head else AutoModel
     with torch.device("meta"):
         return kind.from_config(config)
 
@@ -259,9 +267,9 @@ def downloads(profile: Profile) -> list[Download]:
         for table, splits in ((settings.questions, (settings.train, settings.heldout)), (settings.passages, (settings.passage_split,))):
             if isinstance(table, HubTable) and not Path(table.dataset).exists():
                 what = table.dataset + (f" ({table.config})" if table.config else "")
-                texts = sum(rows_of(table, split) or 0 for split in set(splits)) * (known_table(table).get("pool", 100) if settings.pools else 1)
+                texts = sum(rows_of(table, split) or 0 for split in set(splits)) * (known_table(table).get("pool", POOL) if settings.pools else 1)
                 passages = settings.pools or table is settings.passages
-                unpacked = texts * 100 * BYTES_A_WORD / 1e9 if passages else 0.0
+                unpacked = texts * PASSAGE_WORDS * BYTES_A_WORD / 1e9 if passages else 0.0
                 found[what] = Download(what, gigabytes_of(table, splits), known_table(table).get("source", unknown), unpacked)
     for name in (profile.retriever.model, profile.reader.model):
         if name != "embedded" and not Path(name).is_dir():

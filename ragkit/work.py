@@ -18,6 +18,7 @@ from ragkit.lab import READERS, TARGETS, UNTAUGHT, teacher_of
 from ragkit.profile import Profile, QuestionSet, WorldSet, varied
 from ragkit.sizes import SetSize
 from ragkit.stages import RECALL_QUESTIONS, TRAINING_QUESTIONS, TRAINING_WORLDS
+from ragkit.training_log import QUESTIONS as PROBED
 
 CASES = ("gold among the passages", "the same, permuted", "no passages", "same kind of fact, other entities")  # the premises'; the last in worlds only
 NOTEBOOKS = 10  # 00 to 09
@@ -106,14 +107,16 @@ class SetWork:
     def read(self, kind: str, which: str, home: str = "") -> Stage:
         """A reader's look at the questions for distillation."""
         n, k = min(self.profile.distill.questions, self.size.questions["distill"]), self.profile.k
-        return self.stage(kind, which, {"questions looked at": n} if kind == "teacher" else {"passages left out": n * k}, home)
+        units: Units = {"questions looked at": n, "prompts recorded": self.probed} if kind == "teacher" else {"passages left out": n * k}
+        return self.stage(kind, which, units, home)
 
     def answered(self, what: str, part: str = "test", closed: bool = False, home: str = "") -> Stage:
         n = min(self.profile.evaluate.answered, self.size.questions[part])
         return self.stage("answers", what, {"closed-book answers" if closed else "answers": n}, home)
 
     def step1(self, profile: Profile, home: str = "") -> Stage:
-        units: Units = {"Step 1 steps": profile.reader.steps}
+        looks = len({0, *profile.reader.kept_steps, profile.reader.steps})
+        units: Units = {"Step 1 steps": profile.reader.steps, "prompts recorded": looks * self.probed}
         if self.in_world:
             passages, asked = TRAINING_WORLDS * self.size.training_passages, TRAINING_WORLDS * TRAINING_QUESTIONS
             units |= {"passages prepared": passages, "passages encoded": passages, "questions encoded": asked}
@@ -121,6 +124,11 @@ class SetWork:
 
     def tokens(self, which: str, home: str = "") -> Stage:
         return self.stage("tokens", which, {"prompts recorded": self.indicated}, home)
+
+    @property
+    def probed(self) -> int:
+        """Questions of dev on which a log measures the indicators."""
+        return min(PROBED, self.size.questions["dev"])
 
     @property
     def indicated(self) -> int:

@@ -11,8 +11,9 @@ import pytest
 from nbclient import NotebookClient
 from safetensors.numpy import load_file
 
-from ragkit import course
+from ragkit import course, plan
 from ragkit.course import exercises_of
+from ragkit.profile import load_profile
 from ragkit.training_log import read
 
 ROOT = Path(__file__).parent.parent
@@ -114,6 +115,24 @@ def test_a_second_run_reuses_everything(smoke, ragkit):
     assert again.stderr.count("reused   notebook") == len(NOTEBOOKS)
     manifest = json.loads((smoke / "smoke" / "manifest.json").read_text())
     assert {stage["this_call"] for stage in manifest["stages"].values()} == {"reused"}
+
+
+def test_the_plan_foresees_every_stage_of_the_smoke_run(smoke, ragkit):
+    """Every stage of the finished run is planned, by name and folder, and none that it did not make; its memory too. (`test_plan` tests the rest.)"""
+    run, profile = smoke / "smoke", load_profile("smoke")
+    needs = [need for need in plan.Ground.of(profile).needs({}) if need.stage.set_name]
+    planned = {(need.stage.home, need.stage.name): need for need in needs}
+    assert len(planned) == len(needs)
+    assert set(planned) == set(plan.measured(run))
+    for (home, name), need in planned.items():
+        peak = json.loads((run / home / "stages" / name / "stage.json").read_text())["peak_mib"]
+        assert peak is None or 0.6 < (need.device + need.host) / (peak * 2**20) < 1.7, name
+    said = ragkit("plan", "--profile", "smoke", "--runs", str(smoke))
+    assert said.returncode == 0, said.stderr[-3000:]
+    table = plan.predicted_against_measured(profile, run).set_index("kind")
+    assert set(table.index) == {*(need.stage.kind for need in needs), "notebooks", "all"}
+    assert table.loc["all", "stages"] == len(planned) + 1
+    assert 0.05 < table.loc["all", "ratio"] < 20  # of a machine that may be busy with other things
 
 
 def test_a_wrong_profile_ends_in_a_sentence(ragkit):
