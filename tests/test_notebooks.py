@@ -77,6 +77,7 @@ def test_the_logs_of_both_steps_stay_with_their_stages(smoke):
     assert [row["step"] for row in steps if "answer lift" in row] == [0, 10, 20]
     curve = json.loads((stages / "step2" / "trivia" / "fine-tuned-attention-0" / "curve.json").read_text())
     assert [(row["epoch"], row["hr"]) for row in looks] == [(row["epoch"], row["hr"]) for row in curve]
+    assert not any("training_log" in name for name in json.loads((stages / "step1" / "trivia" / "stage.json").read_text())["record"]["code"])
     for name in ("answer lift", "answer Spearman", "nouns lift", "nouns Spearman"):  # the teacher of Step 2 is the reader that Step 1 ended with
         assert looks[0][name] == pytest.approx(steps[-1][name], abs=1e-5)
 
