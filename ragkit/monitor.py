@@ -27,6 +27,7 @@ from ragkit import RagkitError
 from ragkit.training_log import FILE, Row, read
 
 AGREE, GAIN, CLEAR, ENOUGH_ROWS = 2, 0.01, 0.05, 10
+COLUMNS = ("step", "epoch", "loss", "rate", "hr", "seconds", "left")  # of `follow`, also as long as no training has written them
 AVERAGE = 1.0  # the average token's lift
 WORKING, NOT_WORKING, TOO_EARLY = "working", "not working", "too early to tell"
 
@@ -90,7 +91,7 @@ def judge_step2(rows: Sequence[Row], fall: float, moved: str) -> tuple[str, str]
 def judge_step1(rows: Sequence[Row], fall: float, moved: str, count: int) -> tuple[str, str]:
     """The verdict on rows of which some, the first among them, hold the reader's indicators; `count` of them hold a loss."""
     if count >= ENOUGH_ROWS and fall < CLEAR:
-        return NOT_WORKING, f"{moved} ({fall:+.0%} from the first third of the rows to the last)"
+        return NOT_WORKING, f"{moved} ({-fall:+.0%} from the first third of the rows to the last)"
     probes = [row for row in rows[1:] if lifts_of([row])][-AGREE:]
     if len(probes) < AGREE:
         return TOO_EARLY, f"{len(probes)} of {AGREE} kept steps"
@@ -113,7 +114,7 @@ def first_verdict(rows: Sequence[Row]) -> tuple[str, int]:
 
 
 def follow(run_folder: Path) -> pd.DataFrame:
-    """The logs of all trainings of a run, row by row: columns `training` (its stage's name with `-` for `/`), `state`, and what the rows hold.
+    """The logs of all trainings of a run, row by row: columns `training` (its stage's name with `-` for `/`), `state`, COLUMNS, and what else rows hold.
 
     An 'unfinished' training is in progress, or was killed and will be gone on with; it hides a finished one that it replaces. Raises MonitorError if
     there is no log. Variations and further runs of Step 1 have folders of their own below `<run>/varied`.
@@ -126,4 +127,4 @@ def follow(run_folder: Path) -> pd.DataFrame:
     table = pd.DataFrame([{"training": name, "state": state, **row} for name, (state, rows) in logs.items() for row in rows])
     if table.empty:
         raise MonitorError(f"No training has written a log in {run_folder} yet. Start a run (make reproduce), and look again when Step 1 has begun.")
-    return table
+    return table.reindex(columns=list(dict.fromkeys(["training", "state", *COLUMNS, *table.columns])))

@@ -308,5 +308,5 @@ def trainings(step1: pd.DataFrame, step2: pd.DataFrame, label: str) -> tuple[Fig
     newest = step1.groupby("set", sort=False).last()  # of each column the last number that is known
     lines = [f"{name}: " + ", ".join(f"{n} {row[n]:.2f}" for names in panels.values() for n in names) for name, row in newest.iterrows()]
     counts = step2.groupby("training")["verdict"].first().value_counts()
-    told = ", ".join(f"{count} {word}" for word, count in counts.items())
+    told = ", ".join(f"{count} {word}" for word, count in counts.items()) or "none yet"
     return figure, f"The logs of {len(newest)} trainings of Step 1 and {counts.sum()} of Step 2. Last numbers of Step 1: {'; '.join(lines)}. Step 2: {told}."

@@ -404,7 +404,7 @@ def test_a_second_run_is_refused_and_ctrl_c_ends_the_first_with_a_sentence(tmp_p
     with open(log, "w") as out:
         process = subprocess.Popen([sys.executable, "-m", "ragkit", *arguments], cwd=ROOT, stdout=out, stderr=out, preexec_fn=hear_ctrl_c)
     try:
-        until(process, log, "running  notebook 01")
+        until(process, log, "done     notebook 00")
         assert command(monkeypatch, *arguments) == 2
         assert "Another run is working in" in caplog.text
         process.send_signal(signal.SIGINT)
