@@ -31,8 +31,9 @@ test: $(READY)       ## all tests but the slow ones
 slow: $(READY)       ## the tests that take many minutes (real text in full)
 	$(BIN)python -m pytest tests -m slow
 
-bench: $(READY)      ## seconds and memory of attention (plain, ours, eager) and of an index of a million vectors (about an hour of a quiet machine)
+bench: $(READY)      ## attention (plain, ours, eager), encoding beside sentence-transformers, an index of a million vectors (about an hour of a quiet machine)
 	$(BIN)python tests/benchmarks/attention.py runs/bench
+	$(BIN)python tests/benchmarks/encode.py runs/bench
 	$(BIN)python tests/benchmarks/index.py runs/bench
 
 lint: $(READY)       ## ruff and mypy

@@ -30,7 +30,7 @@ THREADS = 2
 DIMENSIONS, RANK, SHARD, QUERIES, K, SEED = 768, 128, 50_000, 1000, 5, 0
 A_CLUSTER = 40  # vectors
 SETTINGS = IndexSettings(kind="ivfpq", dtype="float16", shard=SHARD, trained_on=200_000, lists=2048, code_bytes=64)
-PROBES, CANDIDATES = (8, 16, 32, 64, 128), (5, 20, 50, 100, 400)
+PROBES, CANDIDATES = (16, 64, 128, 256, 512, 1024), (5, 20, 100, 400)
 GOAL = 0.9  # recall@5
 
 
