@@ -95,7 +95,6 @@ def run_notebooks(lab: Any, profile_name: str, runs: Path) -> dict[str, str]:
     used = ("plots", "views", "claims", "metrics", "measured", "world", "corpus", "analysis", "indicators", "monitor")
     code = {name: file_hash(Path(__file__).parent / f"{name}.py")[:16] for name in used}
     code |= code_of([Lab])
-    # A notebook runs in the run's folder: a profile of the user's own must be found from there.
     profile = str(Path(profile_name).resolve()) if Path(profile_name).is_file() else profile_name
     parameters = {"PROFILE": profile, "RUNS": str(runs.resolve())}
     inputs, sound = lab.inputs(), lab.store.sound()
@@ -115,7 +114,7 @@ def run_notebooks(lab: Any, profile_name: str, runs: Path) -> dict[str, str]:
     def run(source: Path) -> None:
         log.info("running  notebook %s", source.stem)
         started, unfinished, done = time.monotonic(), lab.store.folder / "partial" / source.name, folder / source.name
-        execute(source, unfinished, parameters, lab.store.folder)
+        execute(source, unfinished, parameters)
         unfinished.replace(done)
         seconds = round(time.monotonic() - started, 1)
         stamp = {"record": waiting[source], "seconds": seconds, "hash": file_hash(done), "stages": lab.store.sound()}
@@ -149,8 +148,8 @@ def is_reusable(done: Path, stamp: Path, record: dict[str, Any], sound: dict[str
         return False
 
 
-def execute(source: Path, out: Path, parameters: dict[str, str], folder: Path) -> None:
-    """Runs one notebook in `folder`; what goes wrong in it ends as one sentence that names notebook and cell."""
+def execute(source: Path, out: Path, parameters: dict[str, str]) -> None:
+    """Runs one notebook; what goes wrong in it ends as one sentence that names notebook and cell."""
     import papermill
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
@@ -158,7 +157,7 @@ def execute(source: Path, out: Path, parameters: dict[str, str], folder: Path) -
     try:
         papermill.execute_notebook(
             str(source), str(out), parameters,
-            kernel_name="python3", progress_bar=False, log_output=False, cwd=str(folder), extra_arguments=["--log-level=ERROR"],
+            kernel_name="python3", progress_bar=False, log_output=False, extra_arguments=["--log-level=ERROR"],
         )  # fmt: skip
     except DeadKernelError:
         raise NotebookError(
