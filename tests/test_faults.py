@@ -102,7 +102,7 @@ def test_a_failing_notebook_is_named_with_its_cell(tmp_path, monkeypatch, cell, 
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     source = notebook(tmp_path, "x = 1", cell)
     with pytest.raises(NotebookError) as caught:
-        __main__.execute(source, tmp_path / "out.ipynb", {"PROFILE": "tiny", "RUNS": ".."}, tmp_path)
+        __main__.execute(source, tmp_path / "out.ipynb", {"PROFILE": "tiny", "RUNS": ".."})
     assert str(caught.value).startswith("Notebook 05_toy.ipynb")
     for word in words:
         assert word in str(caught.value)
