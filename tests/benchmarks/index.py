@@ -5,8 +5,9 @@ all within 256 of the 768 dimensions. A query is a passage moved within those, o
 MiniLM's vectors of 12,000 passages of Wikipedia with NQ's questions (in brackets): dimension around a vector 20 (20), spread of lengths 0.15 (0.15) of the
 mean one, length of the mean 0.16 (0.16) of it, cosine of a query and its nearest passage 0.71 (0.72), standard score of the best passage among all 9.3 (8.9).
 For the cells they are harder: the best eighth of 63 cells holds 0.61 (0.80) of the best five, that of 126 cells of 24,000 passages 0.80 (0.89);
-like real ones they get easier as they get more. These are the third made vectors tried: the first reached recall@5 0.68 at 128 probes with 400 candidates (0.91 at
-512 probes), the second 0.76 at 256 probes; both were set aside as unlike real ones, after their recall was known. Exact neighbours come from a scan of all vectors.
+like real ones they get easier as they get more. These are the third made vectors tried: the first reached recall@5 0.68 at 128 probes with 400
+candidates (0.91 at 512 probes), the second 0.76 at 256 probes; both were set aside as unlike real ones, after their recall was known.
+Exact neighbours come from a scan of all vectors.
 Writes index_bench_steps.csv and index_bench_recall.csv to the folder given, beside the vectors (1.5 GB in float16) and the index, which stay: a bench that
 was stopped goes on, but then its seconds are those of the last part. Memory is the process's peak up to the end of each step, mapped pages of files included.
 Nothing else should run on a machine of two cores.
