@@ -42,19 +42,11 @@ def less(section: str, key: str, share: int = 4) -> Callable[[Profile], Profile 
     return turn
 
 
-def sharded(profile: Profile) -> Profile | None:
-    if profile.machine.shard_reader or profile.machine.device == "cpu":
-        return None
-    machine = profile.machine.model_copy(update={"shard_reader": True, "processes": max(4, profile.machine.processes)})
-    return profile.model_copy(update={"machine": machine})
-
-
 KNOBS = (
     Knob("reader.gradient_checkpointing: true", ("step1",), setting("reader", "gradient_checkpointing", True)),
     Knob("a quarter of reader.at_once", ("step1", *READING), less("reader", "at_once")),
     Knob("reader.dtype: bfloat16", ("step1", *READING), setting("reader", "dtype", "bfloat16")),
     Knob("reader.lora_rank: 16", ("step1",), setting("reader", "lora_rank", 16)),
-    Knob("machine.shard_reader: true, with four processes or more", ("step1",), sharded),
     Knob("a quarter of retriever.at_once", ("vectors", "candidates", "step2"), less("retriever", "at_once")),
     Knob("a quarter of distill.batch", ("step2",), less("distill", "batch")),
     Knob("a quarter of index.shard", ("vectors",), less("index", "shard")),

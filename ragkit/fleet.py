@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, FullyShardedDataParallelPlugin, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from tqdm.auto import tqdm
 
 from ragkit import RagkitError
@@ -132,16 +132,14 @@ def share(batch: Any) -> tuple[Any, float]:
     return (mine, len(mine) * size() / len(batch)) if len(mine) else (batch[:1], 0.0)
 
 
-def accelerator(dtype: Precision, shard: bool = False) -> Accelerator:
-    """What prepares a model and its optimizer for training: several processes, mixed precision, and with `shard` FSDP."""
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT") if shard else None
+def accelerator(dtype: Precision) -> Accelerator:
+    """What prepares a model and its optimizer for training: several processes, and mixed precision."""
     AcceleratorState._reset_state()  # a reader and a retriever may differ in precision; the processes stay connected
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # BERT's pooler
     return Accelerator(
         cpu=device().type == "cpu",
         kwargs_handlers=[unused],
         mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype],
-        fsdp_plugin=plugin,
     )
 
 

@@ -330,9 +330,9 @@ def open_index(vectors: Vectors, settings: IndexSettings, folder: Path) -> Index
     return Index(vectors, settings, approximate)
 
 
-def recall(index: Index, vectors: Vectors, queries: NDArray[np.float32], k: int) -> float:
+def recall(index: Index, queries: NDArray[np.float32], k: int) -> float:
     """The share of the exact k best passages, over all queries, that the index finds among its own k."""
-    best_places, found = exact_search(queries, vectors, k)[0], index.search(queries, k)[0]
+    best_places, found = exact_search(queries, index.vectors, k)[0], index.search(queries, k)[0]
     return float((best_places[:, :, None] == found[:, None, :]).any(2).mean())
 
 

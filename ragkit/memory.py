@@ -68,11 +68,11 @@ def kept(shape: Shape, texts: float, tokens: float, width: int, checkpointing: b
     return texts * tokens * (whole_layers * kept_of_layer(shape, width) + inputs + bias)
 
 
-def trained(shape: Shape, width: int, lora_rank: int = 0, processes: int = 1) -> float:
-    """Weights with gradients and AdamW's states, shared out over processes, and the copies of the weights in the dtype computed in."""
+def trained(shape: Shape, width: int, lora_rank: int = 0) -> float:
+    """Weights with gradients and AdamW's states (every process holds them whole), and the copies of the weights in the dtype computed in."""
     weights, adapters = shape.parameters, lora_rank * shape.adapter_weights
     copies = weights * width if width < 4 else 0
-    return (weights * 4 + adapters * TRAINED if lora_rank else weights * TRAINED / processes) + copies
+    return (weights * 4 + adapters * TRAINED if lora_rank else weights * TRAINED) + copies
 
 
 def keys_and_values(shape: Shape, texts: float, tokens: float, width: int) -> float:
@@ -128,7 +128,7 @@ class Memory:
         width = WIDTH[settings.dtype]
         prompts = min(settings.at_once, -(-settings.batch // machine.processes))
         logits = 3 * prompts * (lengths.answer + 1) * self.reader.vocabulary * 4
-        states = trained(self.reader, width, settings.lora_rank, machine.processes if machine.shard_reader else 1)
+        states = trained(self.reader, width, settings.lora_rank)
         a_pass = kept(self.reader, prompts, lengths.prompt(self.profile.k, longest=True), width, settings.gradient_checkpointing) + logits
         merged = 2 * self.reader.parameters * 4 if settings.lora_rank else 0  # the reader and a copy with the adapters in its weights
         return max(states + a_pass, merged)

@@ -251,7 +251,6 @@ class MachineSettings(Section):
     device: Literal["cpu", "cuda"] = "cpu"
     processes: Count = 1  # that share encoding, scoring and training (Accelerate): one a GPU
     kernel: Literal["auto", "flash", "efficient", "math"] = "auto"  # of scaled_dot_product_attention on a GPU
-    shard_reader: bool = False  # Step 1 splits the reader's weights over the processes (FSDP), for one that does not fit
 
 
 class Profile(Section):
@@ -302,9 +301,7 @@ def shipped() -> list[str]:
 
 def known_keys() -> set[str]:
     """Every key a profile may hold, at any depth."""
-    sections: list[type[BaseModel]] = [Profile, WorldSet, FileSet, HubSet, HubTable, MachineSettings, RetrieverSettings, IndexSettings, ReaderSettings]
-    sections += [AttentionSettings, DistillSettings, NounSettings, IndicatorSettings, ChoiceSettings, EvaluateSettings]
-    return {key for section in sections for key in section.model_fields}
+    return {key for section in Section.__subclasses__() for key in section.model_fields}
 
 
 def load_profile(name_or_path: str, changes: Sequence[str] = ()) -> Profile:

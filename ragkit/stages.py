@@ -84,7 +84,7 @@ def make_candidates(corpus: Corpus, retriever: Retriever, passages: Index, folde
         fleet.done["questions"] += sum(map(len, encoded.values()))
         sample = encoded["dev"][:RECALL_QUESTIONS]
         cuts = [] if passages.settings.kind == "exact" else [k for k in (5, depth) if k <= depth]
-        write_json(folder / "recall.json", {f"recall@{k}": index.recall(passages, passages.vectors, sample, k) for k in cuts})
+        write_json(folder / "recall.json", {f"recall@{k}": index.recall(passages, sample, k) for k in cuts})
 
 
 class Lessons:
