@@ -190,16 +190,16 @@ class Lab(Retrieval):
         result = {}
         for style in ("question", "cloze") if self.has_clozes else ("question",):
             reader = Reader.load(self.profile.reader.model, self.profile.reader, style)
-            answers = self.answers(set_name, f"off-the-shelf-{style}-dev", reader, questions, self.found(set_name, "dev"), f"candidates/{set_name}")
+            answers = self.answers(set_name, f"off-the-shelf-{style}-dev", reader, questions, self.found(set_name, "dev"), [f"candidates/{set_name}"])
             result[style] = float(np.mean([metrics.exact_match(a, q.answers) for a, q in zip(answers, questions, strict=True)]))
         return result
 
-    def answers(self, set_name: str, label: str, reader: Reader, questions: list[Question], found: list[list[Passage]], upstream: str) -> list[str]:
-        """The reader's answers to the first questions from the given passages, as a stage."""
+    def answers(self, set_name: str, label: str, reader: Reader, questions: list[Question], found: list[list[Passage]], upstream: list[str]) -> list[str]:
+        """The reader's answers to the first questions from the given passages, as a stage; `upstream` names what made the reader and the passages."""
         found = found[: len(questions)]
         record = {"reader": self.reader_record(), "style": reader.style, "questions": len(questions), "k": self.profile.k}
         code = [make_answers, Reader]
-        folder = self.open(f"answers/{set_name}/{label}", lambda f: make_answers(reader, questions, found, f), record, [upstream], code)
+        folder = self.open(f"answers/{set_name}/{label}", lambda f: make_answers(reader, questions, found, f), record, upstream, code)
         return json.loads((folder / "answers.json").read_text("utf8"))
 
     def teacher(self, set_name: str, which: str) -> dict[str, NDArray[np.float32]]:

@@ -58,7 +58,8 @@ def answer_rows(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -
             cases.append((system, which, seed, lab.found(set_name, "test", ranking), upstream))
     loaded, frames = {which: lab.reader(set_name, which) for which in READERS}, []
     for system, which, seed, found, upstream in cases:
-        answers = lab.answers(set_name, f"{system}-{which}-{seed}".replace(",", "").replace(" ", "-"), loaded[which], questions, found, upstream)
+        made_by = [upstream, *([] if which in UNTAUGHT else [f"step1/{set_name}"])]  # each run of Step 1 has its own baselines
+        answers = lab.answers(set_name, f"{system}-{which}-{seed}".replace(",", "").replace(" ", "-"), loaded[which], questions, found, made_by)
         scored = {
             "EM": [metrics.exact_match(a, q.answers) for a, q in zip(answers, questions, strict=True)],
             "F1": [metrics.f1(a, q.answers) for a, q in zip(answers, questions, strict=True)],
@@ -97,7 +98,7 @@ def premises(lab: Lab, set_name: str) -> pd.DataFrame:
             cases["same kind of fact, other entities"] = same_kind
         for case, given in cases.items():
             upstream = f"step1/{set_name}" if which == "fine-tuned" else f"candidates/{set_name}"
-            answers = lab.answers(set_name, f"premise-{which}-{case}".replace(",", "").replace(" ", "-"), reader, questions, given, upstream)
+            answers = lab.answers(set_name, f"premise-{which}-{case}".replace(",", "").replace(" ", "-"), reader, questions, given, [upstream])
             results[case] = float(np.mean([metrics.exact_match(a, q.answers) for a, q in zip(answers, questions, strict=True)]))
         rows += [(f"{which}: EM, {case}", value) for case, value in results.items()]
     return pd.DataFrame(rows, columns=["premise", "value"]).assign(set=set_name)

@@ -233,6 +233,9 @@ class SetWork:
             for signal in TAUGHT_BY if self.has_nouns else TAUGHT_BY[:1]:
                 for one in profile.distill.seeds:
                     yield from self.distilled(profile, f"{which} {signal}", one, home)
+        yield self.answered("closed book-fine-tuned-0", closed=True, home=home)
+        for system in ("initial", *(["BM25"] if profile.evaluate.bm25 else [])):
+            yield self.answered(f"{system}-fine-tuned-0", home=home)
         for one in profile.distill.seeds:
             yield self.answered(f"fine-tuned attention-fine-tuned-{one}", home=home)
 

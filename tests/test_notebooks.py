@@ -73,6 +73,21 @@ def test_an_index_refresh_gives_the_reader_new_candidates(smoke):
     assert [row["epoch"] for row in json.loads((other / "step2" / "trivia" / "fine-tuned-attention-0" / "curve.json").read_text())] == [0, 0.5, 1]
 
 
+@pytest.mark.parametrize("system", ["closed-book", "initial", "BM25", "fine-tuned-attention"])
+def test_every_run_of_step_1_is_measured_against_its_own_reader(smoke, system):
+    """The fine-tuned reader's answers depend on the Step 1 that made it; those of the reader before Step 1 do not."""
+    homes = [smoke / "smoke" / "stages", smoke / "smoke" / "varied" / "step1-seed-1" / "stages"]
+
+    def key(home, stage):
+        return json.loads((home / stage / "stage.json").read_text())["key"]
+
+    for home in homes:
+        made_from = json.loads((home / "answers" / "almanac" / f"{system}-fine-tuned-0" / "stage.json").read_text())["record"]["upstream"]
+        assert made_from["step1/almanac"] == key(home, "step1/almanac")
+    assert len({key(home, f"answers/almanac/{system}-fine-tuned-0") for home in homes}) == 2
+    assert len({key(home, "answers/almanac/closed-book-off-the-shelf-0") for home in homes}) == 1
+
+
 def test_the_logs_of_both_steps_stay_with_their_stages(smoke):
     stages = smoke / "smoke" / "stages"
     steps, looks = (read(stages / name / "metrics.jsonl") for name in ("step1/trivia", "step2/trivia/fine-tuned-attention-0"))
