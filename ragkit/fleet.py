@@ -18,6 +18,10 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ragkit import RagkitError
@@ -141,6 +145,37 @@ def accelerator(dtype: Precision) -> Accelerator:
         kwargs_handlers=[unused],
         mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype],
     )
+
+
+def shard(module: nn.Module, layers: Iterable[nn.Module], dtype: Precision) -> None:
+    """Splits a module's weights over the processes in place, and with them its gradients and its optimizer (FSDP, torch's `fully_shard`).
+
+    Each of `layers` is brought together while it computes, what lies outside them while the whole module does. It computes in `dtype`.
+    Accelerate would do the same on GPUs only; so it can be tried without one.
+    """
+    mesh, computed = init_device_mesh(device().type, (size(),)), getattr(torch, dtype)
+    policy = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=torch.float32) if dtype != "float32" else MixedPrecisionPolicy()
+    for part in (*layers, module):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+
+
+def is_sharded(module: nn.Module) -> bool:
+    return any(isinstance(p, DTensor) for p in module.parameters())
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """A sharded module's state, brought together tensor by tensor in the main process's memory; empty in the others, which must all call it.
+
+    Tied tensors appear once, under their first name.
+    """
+    state, seen = {}, set()
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            together = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+            if is_main():
+                state[name] = together.cpu()
+    return state
 
 
 def mean_over_processes(value: float) -> float:

@@ -130,7 +130,15 @@ class Lab(Retrieval):
             given = (self.sets[set_name], self.corpus(set_name), self.retriever(set_name), self.candidates(set_name)["distill"])
             lessons = Lessons(*given, self.profile.k, settings.gold_share, seed)
             reader = Reader.load(settings.model, settings, to_train=True)
-            with training_log.Step1Log(folder, f"Step 1 {set_name}", reader, self.probe(set_name, reader)) as report:
+
+            def reader_after(step: int) -> Reader:
+                if not settings.shard:
+                    return reader
+                # one that is split over the processes looks at nothing by itself: it is read again from where it has just been kept
+                place = folder / str(step) if step in settings.kept_steps else folder
+                return Reader.load(str(place) if step else settings.model, settings)
+
+            with training_log.Step1Log(folder, f"Step 1 {set_name}", settings, reader_after, self.probe(set_name, reader)) as report:
                 make_fine_tuned(reader, lessons, seed, folder, report)
 
         record = {**self.reader_record(), "k": self.profile.k, "seed": seed}
@@ -159,7 +167,7 @@ class Lab(Retrieval):
         """What a stage that uses the reader depends on: its settings that change a result, and its weights where they lie in a local folder."""
         settings = self.profile.reader
         return {
-            **settings.model_dump(exclude={"at_once", "gradient_checkpointing"}),
+            **settings.model_dump(exclude={"at_once", "gradient_checkpointing", "shard"}),
             "weights": model_hashes(str(embedded_reader()) if settings.model == "embedded" else settings.model),
         }
 

@@ -68,8 +68,16 @@ def kept(shape: Shape, texts: float, tokens: float, width: int, checkpointing: b
     return texts * tokens * (whole_layers * kept_of_layer(shape, width) + inputs + bias)
 
 
-def trained(shape: Shape, width: int, lora_rank: int = 0) -> float:
-    """Weights with gradients and AdamW's states (every process holds them whole), and the copies of the weights in the dtype computed in."""
+def trained(shape: Shape, width: int, lora_rank: int = 0, parts: int = 1) -> float:
+    """Weights with gradients and AdamW's states, and the copies of the weights in the dtype computed in.
+
+    Split into `parts` (FSDP) a process holds one, and whole what is computed with: two layers, and what lies outside the layers. It
+    begins with the whole weights, before they are split.
+    """
+    if parts > 1:
+        outside, a_layer = shape.parameters - shape.block_weights, shape.block_weights / shape.layers
+        together = (2 * a_layer + outside) * 2 * width  # weights, and gradients before they are dealt out
+        return max(shape.parameters * (4 + 4 / parts), shape.parameters * TRAINED / parts + together)
     weights, adapters = shape.parameters, lora_rank * shape.adapter_weights
     copies = weights * width if width < 4 else 0
     return (weights * 4 + adapters * TRAINED if lora_rank else weights * TRAINED) + copies
@@ -128,7 +136,7 @@ class Memory:
         width = WIDTH[settings.dtype]
         prompts = min(settings.at_once, -(-settings.batch // machine.processes))
         logits = 3 * prompts * (lengths.answer + 1) * self.reader.vocabulary * 4
-        states = trained(self.reader, width, settings.lora_rank)
+        states = trained(self.reader, width, settings.lora_rank, machine.processes if settings.shard else 1)
         a_pass = kept(self.reader, prompts, lengths.prompt(self.profile.k, longest=True), width, settings.gradient_checkpointing) + logits
         merged = 2 * self.reader.parameters * 4 if settings.lora_rank else 0  # the reader and a copy with the adapters in its weights
         return max(states + a_pass, merged)

@@ -152,6 +152,7 @@ class ReaderSettings(Section):
     at_once: Count = 16  # prompts in one pass: less needs less memory and changes no result
     gradient_checkpointing: bool = False  # Step 1 computes activations twice instead of keeping them
     lora_rank: Annotated[int, Field(ge=0)] = 0  # of the adapters that Step 1 trains (peft); 0 trains every weight
+    shard: bool = False  # Step 1 splits weights, gradients and optimizer over the processes (FSDP), for a reader whose training fits no single GPU
     answer_tokens: Count = 8
     order: Literal["passages first", "question first"] = "passages first"
     steps: Count = 800
@@ -285,6 +286,8 @@ class Profile(Section):
             raise ValueError(f"index_refreshes: {self.index_refreshes} parts Step 2 into more pieces than distill.epochs ({self.distill.epochs})")
         if self.machine.processes > min(self.reader.batch, self.distill.batch):
             raise ValueError(f"machine.processes: {self.machine.processes} cannot share a batch of fewer (reader.batch, distill.batch)")
+        if self.reader.shard and (self.machine.processes < 2 or self.reader.lora_rank or self.reader.dtype == "float16"):
+            raise ValueError("reader.shard: needs several machine.processes, every weight trained (reader.lora_rank: 0), and reader.dtype bfloat16 or float32")
         return self
 
 

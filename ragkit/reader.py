@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -89,9 +90,10 @@ class Reader:
         return cls(model, tokenizer, settings, style)
 
     def save(self, folder: Path) -> None:
-        """Writes model and tokenizer in Hugging Face's format."""
+        """Writes model and tokenizer in Hugging Face's format; all processes must call it where the model is split over them."""
+        state = fleet.whole_state(self.model) if fleet.is_sharded(self.model) else None
         if fleet.is_main():
-            self.model.save_pretrained(folder)
+            self.model.save_pretrained(folder, state_dict=state)
             self.tokenizer.save_pretrained(folder)
 
     def pieces(self, question: Question, passages: list[Passage]) -> list[tuple[str, int]]:
@@ -273,12 +275,18 @@ def fine_tune(
     settings = reader.settings
     torch.manual_seed(seed)
     merged = adapted(reader.model, settings.lora_rank) if settings.lora_rank else lambda: reader.model
+    lesson: nn.Module = Lesson(reader)
     if settings.gradient_checkpointing:
         reader.model.activation_checkpointing_enable()
         reader.model.enable_input_require_grads()
     accelerator = fleet.accelerator(settings.dtype)
+    if settings.shard:
+        kinds = reader.model._no_split_modules
+        fleet.shard(lesson, [part for part in reader.model.modules() if type(part).__name__ in kinds], settings.dtype)
+    else:
+        lesson = accelerator.prepare(lesson)
     trained = [p for p in reader.model.parameters() if p.requires_grad]
-    lesson, optimizer = accelerator.prepare(Lesson(reader), torch.optim.AdamW(trained, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01))
+    optimizer = accelerator.prepare(torch.optim.AdamW(trained, lr=settings.rate, betas=(0.9, 0.98), weight_decay=0.01))
     history: tuple[list[float], int] = checkpoint.load(folder, reader.model, [optimizer]) or ([], 0)
     losses, trimmed = history
 
@@ -287,9 +295,10 @@ def fine_tune(
         return [reader.prompt(q, found, q.answers[0]) for q, found in (draw(rng) for _ in range(settings.batch))]
 
     def keep(place: Path) -> None:
-        if fleet.is_main():
+        if settings.shard or fleet.is_main():
             type(reader)(merged(), reader.tokenizer, settings, reader.style).save(place)
             reader.model.train()
+        fleet.wait()
 
     report(losses, 0.0)
     reader.model.train()
@@ -308,10 +317,11 @@ def fine_tune(
         losses.append(loss)
         if step + 1 in settings.kept_steps:
             keep(folder / str(step + 1))
+        if step + 1 == settings.steps:
+            keep(folder)
         report(losses, optimizer.param_groups[0]["lr"])
         if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < settings.steps:
             checkpoint.save(folder, reader.model, [optimizer], [losses, trimmed])
-    keep(folder)
     checkpoint.remove(folder)
     note_trimmed(trimmed, settings.steps * settings.batch, folder)
     reader.model.eval()
@@ -319,13 +329,13 @@ def fine_tune(
 
 
 def learn(lesson: nn.Module, accelerator: Accelerator, prompts: list[Prompt], at_once: int) -> float:
-    """The mean loss of a batch of prompts, its gradients added up pass by pass."""
+    """The mean loss of a batch of prompts, its gradients added up pass by pass; every process makes as many passes, for shards are brought together in each."""
     mine, weight = fleet.share(prompts)
-    total = 0.0
-    for start in range(0, len(mine), at_once):
-        part = mine[start : start + at_once]
-        with accelerator.no_sync(lesson) if start + at_once < len(mine) else nullcontext():
-            loss = lesson(part) * weight / len(mine)
+    total, passes = 0.0, -(-len(prompts) // (fleet.size() * at_once))
+    for number, places in enumerate(np.array_split(np.arange(len(mine)), passes)):
+        part = [mine[i] for i in places]
+        with accelerator.no_sync(lesson) if number + 1 < passes else nullcontext():
+            loss = lesson(part or mine[:1]) * (weight / len(mine) if part else 0.0)
             accelerator.backward(loss)
         total += float(loss.detach())
     return fleet.mean_over_processes(total)

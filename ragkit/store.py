@@ -37,7 +37,8 @@ KNOBS = {
     "retriever": "retriever.crop_batch",
     "vectors": "retriever.at_once (texts in one pass) or retriever.passage_tokens",
     "index": "index.shard, index.trained_on or index.code_bytes",
-    "step1": "reader.at_once (prompts in one pass), set reader.gradient_checkpointing to true, or train adapters only with reader.lora_rank",
+    "step1": "reader.at_once (prompts in one pass), set reader.gradient_checkpointing or, with several processes, reader.shard to true, "
+    "or train adapters only with reader.lora_rank",
     "step2": "distill.batch, or set distill.side to 'query'",
 }  # what to turn where memory runs out
 LIBRARIES = ("torch", "transformers", "tokenizers", "numpy", "scipy", "faiss-cpu")

@@ -10,7 +10,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ragkit import RagkitError, fleet, indicators
 from ragkit.corpus import Question
 from ragkit.passages import Passage
-from ragkit.profile import AttentionSettings
+from ragkit.profile import AttentionSettings, ReaderSettings
 from ragkit.reader import Reader
 from ragkit.store import write_whole
 
@@ -158,13 +158,16 @@ class Probe:
 
 
 class Step1Log(Log):
-    """What `reader.fine_tune` reports to: ROWS rows or more, and at the start, at each kept step and at the end both indicators."""
+    """What `reader.fine_tune` reports to: ROWS rows or more, and at the start, at each kept step and at the end both indicators.
 
-    def __init__(self, folder: Path, title: str, reader: Reader, probe: Probe) -> None:
-        super().__init__(folder, title, "step", reader.settings.steps)
-        self.reader, self.probe = reader, probe
-        self.every = max(1, reader.settings.steps // ROWS)
-        self.looks = {0, *reader.settings.kept_steps, reader.settings.steps}
+    `reader_after` gives the reader as it is after so many steps.
+    """
+
+    def __init__(self, folder: Path, title: str, settings: ReaderSettings, reader_after: Callable[[int], Reader], probe: Probe) -> None:
+        super().__init__(folder, title, "step", settings.steps)
+        self.reader_after, self.probe = reader_after, probe
+        self.every = max(1, settings.steps // ROWS)
+        self.looks = {0, *settings.kept_steps, settings.steps}
 
     def __call__(self, losses: list[float], rate: float) -> None:
         """Called where the training begins and after each step, with the losses of all steps so far; a row's loss is the mean since the one before."""
@@ -172,7 +175,7 @@ class Step1Log(Log):
         self.reach(step, losses[-1] if losses else math.nan)
         if step > self.last and (step % self.every == 0 or step in self.looks):
             since = {"loss": float(np.mean(losses[max(0, int(self.last)) :])), "rate": rate} if step else {}
-            self.add(**since, **(self.probe(self.reader) if step in self.looks else {}))
+            self.add(**since, **(self.probe(self.reader_after(step)) if step in self.looks else {}))
 
 
 class Step2Log(Log):

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import threading
 import time
@@ -11,13 +12,15 @@ from collections import defaultdict
 import numpy as np
 import psutil
 import pytest
+import sharding
 import torch
+import yaml
 from safetensors.numpy import load_file
 
 from ragkit import RagkitError, fleet
 from ragkit.fleet import MachineError
 from ragkit.profile import MachineSettings, ProfileError, load_profile
-from ragkit.workers import make_sets
+from ragkit.workers import free_port, make_sets
 
 PROFILE = """
 judge: false
@@ -33,9 +36,12 @@ evaluate: {answered: 10}
 """
 
 
-def write_profile(folder, processes):
-    path = folder / f"with-{processes}.yaml"
-    path.write_text(f"name: with-{processes}{PROFILE}".replace("PROCESSES", str(processes)))
+def write_profile(folder, processes, name=None, **reader):
+    """PROFILE with so many processes, and with more settings of the reader."""
+    values = yaml.safe_load(PROFILE.replace("PROCESSES", str(processes))) | {"name": name or f"with-{processes}"}
+    values["reader"] |= reader
+    path = folder / f"{values['name']}.yaml"
+    path.write_text(yaml.safe_dump(values))
     return str(path)
 
 
@@ -76,6 +82,61 @@ def test_step_1_learns_the_same(runs):
     one, two = (load_file(folder / "model.safetensors") for folder in both(runs, "step1/almanac"))
     assert one.keys() == two.keys()
     assert all(np.allclose(one[name], two[name], atol=1e-3) for name in one)
+
+
+@pytest.fixture(scope="module")
+def sharded(runs):
+    """Step 1 by two processes over which the reader is split."""
+    step1 = runs / "sharded" / "stages" / "step1" / "almanac"
+    shutil.copytree(runs / "with-2", runs / "sharded")
+    shutil.rmtree(step1)
+    make_sets(write_profile(runs, 2, "sharded", shard=True), runs, ["almanac"])
+    return step1
+
+
+def test_a_reader_split_over_processes_learns_the_same(runs, sharded):
+    """At the start, at each reader kept on the way and at the end."""
+    whole = runs / "with-1" / "stages" / "step1" / "almanac"
+    one, two = (json.loads((folder / "losses.json").read_text()) for folder in (whole, sharded))
+    assert np.allclose(one, two, rtol=1e-4)
+    for kept in ("", "3"):
+        one, two = (load_file(folder / kept / "model.safetensors") for folder in (whole, sharded))
+        assert one.keys() == two.keys()
+        assert all(one[name].dtype == two[name].dtype and np.allclose(one[name], two[name], atol=1e-3) for name in one)
+    logs = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (whole, sharded)]
+    for one, two in zip(*logs, strict=True):
+        assert {name: value for name, value in two.items() if name not in ("seconds", "left")} == pytest.approx(
+            {name: value for name, value in one.items() if name not in ("seconds", "left")}, rel=1e-3, abs=1e-4
+        )
+    assert not list(sharded.glob("checkpoint*"))
+
+
+def split_reader(folder, dies_at=None):
+    """Step 1 of one reader over two processes (see `sharding`); their exit codes."""
+    context, port = multiprocessing.get_context("spawn"), free_port()
+    processes = [context.Process(target=sharding.learn, args=(rank, 2, port, folder, dies_at)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    return [process.exitcode for process in processes]
+
+
+def test_a_split_reader_goes_on_from_its_parts(tmp_path):
+    """Both processes die at step 5 and go on from step 4; where the parts of the checkpoint are of different steps, from the beginning."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert split_reader(whole) == [0, 0]
+    seven = json.loads((whole / "losses.json").read_text())
+    assert split_reader(cut, dies_at=5) == [9, 9]
+    parts = [cut / f"checkpoint-{rank}.safetensors" for rank in range(2)]
+    assert all(0.4 < part.stat().st_size / sum(p.stat().st_size for p in parts) < 0.6 for part in parts)
+    shutil.copytree(cut, tmp_path / "mixed")
+    assert split_reader(cut) == [0, 0]
+    assert json.loads((cut / "losses.json").read_text()) == seven
+    assert split_reader(tmp_path / "older", dies_at=3) == [9, 9]
+    shutil.copy(tmp_path / "older" / parts[1].name, tmp_path / "mixed" / parts[1].name)
+    assert split_reader(tmp_path / "mixed") == [0, 0]
+    assert json.loads((tmp_path / "mixed" / "losses.json").read_text()) == seven
 
 
 @pytest.mark.parametrize(
@@ -190,3 +251,6 @@ def test_what_the_machine_lacks_is_said(tmp_path):
             fleet.start(MachineSettings(device="cuda"), 1)
     with pytest.raises(ProfileError, match=r"machine.processes: 9 cannot share a batch"):
         load_profile(write_profile(tmp_path, 9))
+    for processes, with_it in ((1, {}), (2, {"lora_rank": 2}), (2, {"dtype": "float16"})):
+        with pytest.raises(ProfileError, match=r"reader.shard: needs several machine.processes, every weight trained"):
+            load_profile(write_profile(tmp_path, processes, shard=True, **with_it))

@@ -109,7 +109,7 @@ def test_rows_beyond_the_checkpoint_are_dropped(tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "CHECKPOINT_EVERY", 5)
     (tmp_path / "whole").mkdir()
     one = one_reader()
-    whole = reader.fine_tune(one, draw, tmp_path / "whole", 0, Step1Log(tmp_path / "whole", "Step 1", one, probe_of(one)))
+    whole = reader.fine_tune(one, draw, tmp_path / "whole", 0, Step1Log(tmp_path / "whole", "Step 1", one.settings, lambda _: one, probe_of(one)))
     calls = []
 
     def dies(rng):
@@ -121,14 +121,14 @@ def test_rows_beyond_the_checkpoint_are_dropped(tmp_path, monkeypatch):
     (tmp_path / "cut").mkdir()
     one = one_reader()
     with pytest.raises(KeyboardInterrupt):
-        reader.fine_tune(one, dies, tmp_path / "cut", 0, Step1Log(tmp_path / "cut", "Step 1", one, probe_of(one)))
+        reader.fine_tune(one, dies, tmp_path / "cut", 0, Step1Log(tmp_path / "cut", "Step 1", one.settings, lambda _: one, probe_of(one)))
     assert places(tmp_path / "cut", "step") == list(range(9))
     one = one_reader()
-    again = Step1Log(tmp_path / "cut", "Step 1", one, probe_of(one))
+    again = Step1Log(tmp_path / "cut", "Step 1", one.settings, lambda _: one, probe_of(one))
     again.reach(5, 1.0)
     assert places(tmp_path / "cut", "step") == list(range(6))
     one = one_reader()
-    assert reader.fine_tune(one, draw, tmp_path / "cut", 0, Step1Log(tmp_path / "cut", "Step 1", one, probe_of(one))) == whole
+    assert reader.fine_tune(one, draw, tmp_path / "cut", 0, Step1Log(tmp_path / "cut", "Step 1", one.settings, lambda _: one, probe_of(one))) == whole
     measured = [[{k: v for k, v in row.items() if k not in ("seconds", "left")} for row in read(tmp_path / name / FILE)] for name in ("whole", "cut")]
     assert measured[0] == measured[1]
     assert [row["step"] for row in measured[0] if "answer lift" in row] == [0, 6, 12]
@@ -139,7 +139,7 @@ def test_a_training_ends_the_same_with_and_without_a_log(tmp_path):
     ends = []
     for logged in (False, True):
         one = one_reader()
-        report = [Step1Log(tmp_path, "Step 1", one, probe_of(one))] if logged else []
+        report = [Step1Log(tmp_path, "Step 1", one.settings, lambda _, one=one: one, probe_of(one))] if logged else []
         (tmp_path / str(logged)).mkdir()
         losses = reader.fine_tune(one, draw, tmp_path / str(logged), 0, *report)
         ends.append((losses, torch.get_rng_state(), list(one.model.parameters())))
@@ -196,7 +196,7 @@ def test_a_loss_that_is_not_a_number_stands_in_the_log_until_the_training_is_gon
     one = one_reader()
     with torch.no_grad():
         one.model.transformer.ln_f.weight.fill_(float("nan"))
-    with pytest.raises(ReaderError), Step1Log(tmp_path, "Step 1", one, lambda _: {}) as report:
+    with pytest.raises(ReaderError), Step1Log(tmp_path, "Step 1", one.settings, lambda _: one, lambda _: {}) as report:
         reader.fine_tune(one, draw, tmp_path, 0, report)
     word, reason = verdict(read(tmp_path / FILE))
     assert word == NOT_WORKING

@@ -101,6 +101,9 @@ def test_training_takes_sixteen_bytes_a_weight():
     assert memory.trained(shape, 4) == 16 * shape.parameters  # 21 GB for Falcon-RW-1B
     assert memory.trained(shape, 2) == 18 * shape.parameters  # and a copy in bfloat16
     assert memory.trained(shape, 4, lora_rank=16) < 0.6 * memory.trained(shape, 4)
+    on_eight = memory.trained(shape, 2, parts=8)  # FSDP: an eighth of all states, and whole a moment what is computed with
+    assert memory.trained(shape, 4) / 8 < on_eight < memory.trained(shape, 4) / 2
+    assert on_eight >= 4.5 * shape.parameters  # it begins with the whole weights
     whole = memory.kept(shape, 8, 1000, 2)
     assert memory.kept(shape, 8, 1000, 2, checkpointing=True) < 0.2 * whole < whole
 
@@ -157,6 +160,9 @@ def test_what_does_not_fit_on_the_gpu_is_named_with_what_helps():
     assert enough <= {one.rsplit(":", 1)[0] for one in found if one.endswith("which fits")}
     assert "reader.lora_rank: 16" in plan_text.text(ground, made)
     assert all(made.fits(need) for made in [planned(paper(reader={"gradient_checkpointing": True}))[1]] for need in made.needs)
+    assert not any("reader.shard" in one for one in found)
+    on_four = planned(paper(machine={"processes": 4}), replace(small, gpu_memory=24e9))
+    assert any(one.startswith("reader.shard: true") and one.endswith("which fits") for one in advice(*on_four, "step1"))
 
 
 def test_where_no_setting_alone_is_enough_all_are_tried_together():
