@@ -221,7 +221,6 @@ def cut_token(reader: Reader, questions: list[Question], found: list[list[Passag
 def calibrate(profile: Profile, sizes: dict[str, SetSize], reader: Shape, retriever: Shape, device: str, folder: Path) -> dict[str, Costs]:
     """Seconds of a unit of work, by set and unit; `folder` stands on the disk that the run will write to."""
     fleet.start(profile.machine.model_copy(update={"device": device}), profile.threads)
-    faiss.omp_set_num_threads(profile.threads)
     a_byte = written_byte(folder)
     stacks: dict[str, Stack] = {}
     in_place_of_gpu = device != profile.machine.device  # 16-bit numbers are a GPU's: here they would be slower than float32

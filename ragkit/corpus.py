@@ -105,14 +105,14 @@ def read_questions(path: Path, passages: Sequence[Passage]) -> list[Question]:
     return questions
 
 
-def build(settings: QuestionSet, folder: Path) -> None:
-    """Writes the question set that a profile describes; its passages go to disk as they come."""
+def build(settings: QuestionSet, folder: Path, with_passages: bool = False) -> None:
+    """Writes the question set that a profile describes; its passages go to disk as they come, or are there already (of a hub's set)."""
     made = (
         build_world(settings)
         if isinstance(settings, WorldSet)
         else build_files(settings, folder)
         if isinstance(settings, FileSet)
-        else build_hub(settings, folder)
+        else build_hub(settings, folder, with_passages)
     )
     made.save(folder)
 
@@ -171,7 +171,7 @@ def build_files(settings: FileSet, folder: Path) -> Corpus:
     return Corpus(settings.name, passages, split(questions, sizes, random.Random(f"split {settings.seed}"), settings.questions))
 
 
-def build_hub(settings: HubSet, folder: Path) -> Corpus:
+def build_hub(settings: HubSet, folder: Path, with_passages: bool) -> Corpus:
     """A question set of the hub: distill and dev carved from one split by the seed, test drawn from another."""
     table, rng = settings.questions, random.Random(f"split {settings.seed}")
     columns = ("question", "answer", *settings.pools, *(("gold",) if "gold" in table.columns else ()))
@@ -186,7 +186,7 @@ def build_hub(settings: HubSet, folder: Path) -> Corpus:
         pooled, golds = pools(settings, rows)
         passages = write_passages(folder / PASSAGES, pooled)
     else:
-        passages, golds = write_passages(folder / PASSAGES, hub_passages(settings)), {}
+        passages, golds = Passages(folder / PASSAGES) if with_passages else write_passages(folder / PASSAGES, hub_passages(settings)), {}
     questions = {
         part: [Question(name, *text_and_answers(row, f"{table.dataset}, row {name}"), golds.get(name, ())) for name, row in rows[part]] for part in PARTS
     }

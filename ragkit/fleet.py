@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
+import faiss
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
@@ -44,6 +45,7 @@ def start(settings: MachineSettings, threads: int) -> None:
         raise MachineError(f"This process already computes on {PartialState().device.type}: start another for a profile on {settings.device}.")
     PartialState(cpu=settings.device == "cpu")
     torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)
     if settings.device == "cuda":
         backends = torch.backends.cuda
         switches = {"flash": backends.enable_flash_sdp, "efficient": backends.enable_mem_efficient_sdp, "math": backends.enable_math_sdp}

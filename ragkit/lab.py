@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-import os
 import shutil
+from contextlib import nullcontext
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from ragkit.stages import (
     make_teacher,
     model_hashes,
 )
-from ragkit.store import write_json
+from ragkit.store import linked, write_json
 
 log = logging.getLogger(__name__)
 
@@ -51,14 +52,6 @@ TARGETS = {
 }
 
 
-def linked(source: str, copy: str) -> None:
-    """A second name for a file of a stage, which is never changed in place; a copy where the disk knows no links."""
-    try:
-        os.link(source, copy)
-    except OSError:
-        shutil.copy2(source, copy)
-
-
 def teacher_of(target: str) -> tuple[str, str] | None:
     """The reader and the signal of a target; None for a control that needs no reader."""
     if target == "shuffled":
@@ -73,7 +66,6 @@ class Lab(Retrieval):
     def __init__(self, profile: str | Profile = "tiny", runs: Path | str = "runs") -> None:
         super().__init__(profile, runs)
         self.style_scores = cache(self._style_scores)
-        self.before: Lab | None = None  # the lab before an index refresh, whose looks at the same candidates are kept
 
     def varied(self, variation: str, set_name: str) -> Lab:
         """A lab with one choice taken otherwise."""
@@ -92,13 +84,15 @@ class Lab(Retrieval):
         It begins with this lab's stages (the very files, where the disk can link them): only what the change touches is made anew.
         """
         home = self.store.folder / "varied" / name
-        for kind in kinds:
-            made, copy = (folder / "stages" / kind / set_name for folder in (self.store.folder, home))
-            if fleet.is_main() and made.is_dir() and not copy.exists():
-                aside = copy.with_name(f"{set_name}.new")
-                shutil.rmtree(aside, ignore_errors=True)
-                shutil.copytree(made, aside, copy_function=linked)
-                aside.rename(copy)
+        taken = itertools.product(filter(None, (set_name, self.profile.twin(set_name))), kinds)
+        with self.store.alone(f"beside-{name}", name) if fleet.is_main() else nullcontext():
+            for one, kind in taken if fleet.is_main() else ():
+                made, copy = (folder / "stages" / kind / one for folder in (self.store.folder, home))
+                if made.is_dir() and not copy.exists():
+                    aside = copy.with_name(f"{one}.new")
+                    shutil.rmtree(aside, ignore_errors=True)
+                    shutil.copytree(made, aside, copy_function=linked)
+                    aside.rename(copy)
         fleet.wait()
         return Lab(profile.model_copy(update={"name": name}), home.parent)
 
@@ -290,7 +284,10 @@ class Lab(Retrieval):
         With `index_refreshes` in the profile the curve is that of the last part, from the last refresh on.
         """
         if self.profile.index_refreshes:
-            return self.refreshed(set_name, target, seed).distilled(set_name, target, seed)
+            other, name = self.refreshed(set_name, target, seed), self.step2_name(set_name, target, seed)
+            result = other.distilled(set_name, target, seed)
+            self.elsewhere[name] = other.key(name)
+            return result
         upstream = self.seen_by(set_name, target)
         record = {
             "distill": self.profile.distill.model_dump(exclude={"seeds"}),

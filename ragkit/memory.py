@@ -162,6 +162,8 @@ class Memory:
         """Bytes that the stage leaves behind."""
         profile, size, k = self.profile, self.size, self.profile.k
         d, questions = self.retriever.hidden, min(profile.distill.questions, size.questions["distill"])
+        if stage.kind in ("corpus", "vectors", "index") and not stage.home and profile.twin(stage.set_name):
+            return 0.0  # links to those of another set
         if stage.kind == "corpus":
             return size.bytes_on_disk
         if stage.kind == "retriever":

@@ -185,8 +185,8 @@ def predicted_against_measured(profile: Profile, run: Path) -> pd.DataFrame:
 
     A row a kind of stage, then `notebooks` and `all`. Only stages that both know are compared. Raises PlanError where the folder holds no plan.
     """
-    needs = Ground.of(profile).needs(read_costs(profile, run))
-    seconds = measured(run)
+    costs, seconds = read_costs(profile, run), measured(run)
+    needs = Ground.of(profile).needs(costs)
     seconds["", "notebooks"] = sum(json.loads(file.read_text("utf8"))["seconds"] for file in (run / "notebooks").glob("*.json"))
     rows = [
         {"kind": need.stage.kind, "stages": 1, "predicted": need.seconds, "measured": seconds[need.stage.home, need.stage.name]}

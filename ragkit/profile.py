@@ -290,6 +290,18 @@ class Profile(Section):
             raise ValueError("reader.shard: needs several machine.processes, every weight trained (reader.lora_rank: 0), and reader.dtype bfloat16 or float32")
         return self
 
+    def twin(self, set_name: str) -> str | None:
+        """The first set before this one over the same passages of the hub: one file, one encoding and one index serve both.
+
+        The embedded retriever is trained on a set's passages with its seed; another is the same for all sets.
+        """
+        sources: dict[str, Any] = {}
+        for one in self.sets:
+            if isinstance(one, HubSet) and one.passages is not None and self.retriever.model != "embedded":
+                sources[one.name] = (one.passages, one.passage_split, one.most_passages, one.most_passages and one.seed)
+        first = next((name for name in sources if sources[name] == sources.get(set_name)), set_name)
+        return None if first == set_name else first
+
 
 def varied(profile: Profile, name: str) -> Profile:
     """A profile with one of VARIATIONS made."""

@@ -19,7 +19,7 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from ragkit import plots, reference, sliders, views
+from ragkit import plan, plots, reference, sliders, views
 from ragkit.profile import Profile
 
 SHOWN_ROWS = 12  # of a figure's table
@@ -179,8 +179,20 @@ def seeds_of(profile: dict[str, Any]) -> list[tuple[str, Any]]:
     return [("models", profile["seed"]), ("Step 1", step1), ("Step 2", ", ".join(map(str, profile["distill"]["seeds"]))), *worlds]
 
 
-def manifest_html(manifest: dict[str, Any]) -> str:
-    """What was run, from what, on what, and how long it took."""
+def plan_html(run: Path, profile: Profile) -> str:
+    """What `make plan` had said of this run beside what it took, by kind of stage; how to get that where there is no plan of this profile."""
+    try:
+        table = plan.predicted_against_measured(profile, run)
+    except plan.PlanError:
+        return "<p>No plan of this profile lies beside the run. After <code>make plan</code> and <code>make report</code> the comparison stands here.</p>"
+    whole = table["ratio"].iloc[-1]
+    told = f"Predicted over measured: {whole:.2f} for all of it, {'within' if 0.5 <= whole <= 2 else 'not within'} a factor of two."
+    shown = table.rename(columns={"predicted": "predicted, s", "measured": "measured, s"}).round({"predicted, s": 0, "measured, s": 0, "ratio": 2})
+    return f"<p>{told} The plan is for a quiet machine.</p>{wide(shown.to_html(index=False, border=0, classes='numbers'))}"
+
+
+def manifest_html(run: Path, manifest: dict[str, Any]) -> str:
+    """What was run, from what, on what, how long it took, and how long it had been planned to take."""
     call = [
         ("commit", manifest["git"]),
         ("seconds of this call", manifest["seconds_of_this_call"]),
@@ -195,6 +207,7 @@ def manifest_html(manifest: dict[str, Any]) -> str:
         ("The run", rows_html(call)),
         ("Notebooks", rows_html((name.replace("_", " "), what) for name, what in manifest["notebooks"].items())),
         ("Stages", stages_html(manifest["stages"])),
+        ("The plan", plan_html(run, Profile.model_validate(manifest["profile"]))),
         ("Seeds", rows_html(seeds_of(manifest["profile"]))),
         ("Machine", rows_html(machine)),
         ("Versions", rows_html(versions)),
@@ -265,7 +278,7 @@ def write(run: Path, figures: Path) -> tuple[Path, reference.Comparison]:
         "index.html": (f"Run {manifest['profile']['name']}", overview_html(run, manifest, notebooks, compared)),
         "gallery.html": ("Gallery", gallery_html(drawn)),
         "sliders.html": ("Sliders", played),
-        "manifest.html": ("Manifest", manifest_html(manifest)),
+        "manifest.html": ("Manifest", manifest_html(run, manifest)),
         "paper_scale.html": ("Paper scale", prose_html(resources.files("ragkit").joinpath("assets/paper_scale.md").read_text("utf8"))),
     }
     for file, (title, body) in bodies.items():

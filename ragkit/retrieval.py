@@ -19,7 +19,7 @@ from ragkit.passages import Passage
 from ragkit.profile import Profile, QuestionSet, WorldSet, load_profile
 from ragkit.retriever import Retriever
 from ragkit.stages import make_candidates, make_corpus, make_index, make_nouns, make_retriever, make_vectors, model_hashes
-from ragkit.store import Store
+from ragkit.store import Store, link_stage
 from ragkit.vectors import Vectors
 
 SEARCH = ("corpus", "retriever", "vectors", "index", "candidates")  # the stages from the question set to the initial candidates
@@ -33,6 +33,8 @@ class Retrieval:
         fleet.start(self.profile.machine, self.profile.threads)
         self.store = Store(Path(runs) / self.profile.name)
         self.opened: dict[str, Path] = {}
+        self.elsewhere: dict[str, str] = {}  # keys of stages that lie in another run's folder
+        self.before: Any = None  # the run before an index refresh, whose looks at the same candidates are kept
         self.corpora: dict[str, Corpus] = {}
 
     @cached_property
@@ -42,16 +44,23 @@ class Retrieval:
     def open(self, name: str, make: Any, settings: Any, upstream: list[str], code: list[Any]) -> Path:
         """A stage's folder; within one session it is checked once."""
         if name not in self.opened:
-            keys = {other: self.store.key(other) for other in upstream}
+            keys = {other: self.key(other) for other in upstream}
             self.opened[name] = self.store.stage(name, make, settings, keys, code)
         return self.opened[name]
+
+    def key(self, name: str) -> str:
+        """The key of a stage that is made, wherever it lies."""
+        return self.elsewhere.get(name) or self.store.key(name)
 
     def corpus(self, set_name: str) -> Corpus:
         """Passages and questions of a set."""
         if set_name not in self.corpora:
-            settings = self.sets[set_name]
+            settings, twin = self.sets[set_name], self.profile.twin(set_name)
+            if twin:
+                self.corpus(twin)
+            same = [f"corpus/{twin}"] if twin else []
             record = {**settings.model_dump(), "contents": corpora.input_hashes(settings)}
-            folder = self.open(f"corpus/{set_name}", lambda f: make_corpus(settings, f), record, [], [make_corpus])
+            folder = self.open(f"corpus/{set_name}", lambda f: make_corpus(settings, f, *(self.opened[one] for one in same)), record, same, [make_corpus])
             self.corpora[set_name] = Corpus.load(set_name, folder)
             index.check_k(self.profile.k, len(self.corpora[set_name].passages))
         return self.corpora[set_name]
@@ -72,24 +81,40 @@ class Retrieval:
         """The initial retriever."""
         return Retriever.load(str(self._retriever_folder(set_name) / "model"), self.profile.retriever)
 
+    def twin(self, set_name: str) -> str | None:
+        """The set whose vectors and index serve this one too; none once its retriever has learnt."""
+        return None if self.before else self.profile.twin(set_name)
+
     def vectors(self, set_name: str) -> Vectors:
         """The initial retriever's vectors of all passages."""
-        folder, settings = self._retriever_folder(set_name), self.profile.index
+        folder, settings, twin = self._retriever_folder(set_name), self.profile.index, self.twin(set_name)
+        if twin:
+            self.vectors(twin)
 
         def make(place: Path) -> None:
-            make_vectors(self.corpus(set_name), Retriever.load(str(folder / "model"), self.profile.retriever), settings, place)
+            if twin:
+                link_stage(self.opened[f"vectors/{twin}"], place)
+            else:
+                make_vectors(self.corpus(set_name), Retriever.load(str(folder / "model"), self.profile.retriever), settings, place)
 
-        return Vectors(self.open(f"vectors/{set_name}", make, settings.model_dump(include={"dtype", "shard"}), [f"retriever/{set_name}"], [make_vectors]))
+        upstream = [f"retriever/{set_name}", *([f"vectors/{twin}"] if twin else [])]
+        return Vectors(self.open(f"vectors/{set_name}", make, settings.model_dump(include={"dtype", "shard"}), upstream, [make_vectors]))
 
     def index(self, set_name: str) -> Index:
         """What searches them."""
-        vectors, settings = self.vectors(set_name), self.profile.index
+        vectors, settings, seed, twin = self.vectors(set_name), self.profile.index, self.profile.seed, self.twin(set_name)
         record = settings.model_dump(exclude={"dtype", "shard", "probes", "candidates"}) if settings.kind != "exact" else {"kind": "exact"}
-        seed = self.profile.seed
-        folder = self.open(
-            f"index/{set_name}", lambda f: make_index(vectors, settings, seed, f), record | {"seed": seed}, [f"vectors/{set_name}"], [make_index]
-        )
-        return index.open_index(vectors, settings, folder)
+        if twin:
+            self.index(twin)
+
+        def make(place: Path) -> None:
+            if twin:
+                link_stage(self.opened[f"index/{twin}"], place)
+            else:
+                make_index(vectors, settings, seed, place)
+
+        upstream = [f"vectors/{set_name}", *([f"index/{twin}"] if twin else [])]
+        return index.open_index(vectors, settings, self.open(f"index/{set_name}", make, record | {"seed": seed}, upstream, [make_index]))
 
     def candidates(self, set_name: str) -> dict[str, NDArray[np.int64]]:
         """The first 20 passages of each question, by part `[questions, 20]`, as the initial retriever finds them."""

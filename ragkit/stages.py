@@ -15,14 +15,14 @@ from torch import Tensor
 
 from ragkit import corpus as corpora
 from ragkit import distill, fleet, index, metrics, nouns, teacher, vectors, world
-from ragkit.corpus import PARTS, Corpus, Question
+from ragkit.corpus import PARTS, PASSAGES, Corpus, Question
 from ragkit.index import Index
 from ragkit.passages import Passage
 from ragkit.profile import DistillSettings, IndexSettings, QuestionSet, RetrieverSettings, WorldSet
 from ragkit.reader import Reader, fine_tune, note_trimmed
 from ragkit.retriever import Retriever, passage_text, train_by_cropping
 from ragkit.speech import parts_of_speech
-from ragkit.store import input_hash, write_arrays, write_json
+from ragkit.store import input_hash, linked, write_arrays, write_json
 from ragkit.vectors import Vectors
 
 log = logging.getLogger(__name__)
@@ -33,9 +33,13 @@ TAGGED_ENTITIES, TAGGED_PASSAGES = 240, 120
 SAME_KIND_SHARE = 0.3  # of Step 1's prompts: all passages state the same kind of fact about different entities
 
 
-def make_corpus(settings: QuestionSet, folder: Path) -> None:
+def make_corpus(settings: QuestionSet, folder: Path, same: Path | None = None) -> None:
+    """The questions with their passages; these are taken from the folder `same` where another set has them already."""
     if fleet.is_main():
-        corpora.build(settings, folder)
+        if same:
+            (folder / PASSAGES).unlink(missing_ok=True)
+            linked(same / PASSAGES, folder / PASSAGES)
+        corpora.build(settings, folder, bool(same))
 
 
 def make_retriever(corpus: Corpus, world_name: str | None, settings: RetrieverSettings, seed: int, folder: Path) -> None:

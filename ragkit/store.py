@@ -85,6 +85,22 @@ def write_whole(path: Path, text: str) -> None:
     aside.replace(path)
 
 
+def linked(source: str | Path, copy: str | Path) -> None:
+    """A second name for a file of a stage, which is never changed in place; a copy where the disk knows no links."""
+    try:
+        os.link(source, copy)
+    except OSError:
+        shutil.copy2(source, copy)
+
+
+def link_stage(made: Path, folder: Path) -> None:
+    """Fills a stage's folder with the files of another stage, which hold just what it would make."""
+    for file in sorted(made.iterdir()) if fleet.is_main() else []:
+        copy = folder / file.name
+        if not file.name.startswith("stage.json") and not copy.exists():
+            linked(file, copy)
+
+
 def write_json(path: Path, value: Any) -> None:
     """A JSON file of a stage, written by the main process."""
     if fleet.is_main():

@@ -83,6 +83,11 @@ class SetWork:
         return isinstance(self.settings, WorldSet)
 
     @property
+    def is_twin(self) -> bool:
+        """Whether passages, vectors and index are those of an earlier set."""
+        return self.profile.twin(self.settings.name) is not None
+
+    @property
     def has_clozes(self) -> bool:
         """Whether every set of the run can also ask by the beginning of a statement: as `Lab.has_clozes`."""
         return all(isinstance(s, WorldSet) for s in self.profile.sets)
@@ -139,9 +144,10 @@ class SetWork:
         """From a retriever to the first candidates; `stored` leaves out what makes and indexes the passages' vectors."""
         profile, size, asked = self.profile, self.size, sum(self.size.questions.values())
         if not stored:
-            yield self.stage("vectors", "", {"passages encoded": size.passages, "vectors written": size.passages}, home)
-            learnt = min(size.passages, profile.index.trained_on) if profile.index.kind == "ivfpq" else 0
-            yield self.stage("index", "", {"vectors learnt from": learnt, "vectors indexed": 0 if profile.index.kind == "exact" else size.passages}, home)
+            new = 0 if self.is_twin and not home else size.passages
+            yield self.stage("vectors", "", {"passages encoded": new, "vectors written": new}, home)
+            learnt = min(new, profile.index.trained_on) if profile.index.kind == "ivfpq" else 0
+            yield self.stage("index", "", {"vectors learnt from": learnt, "vectors indexed": 0 if profile.index.kind == "exact" else new}, home)
         units: Units = {"questions encoded": asked} | searched(profile, size, asked, len(PARTS))
         if profile.index.kind != "exact":  # how many of the true ones it finds, at two depths
             units |= {"exact searches": 2 * RECALL_QUESTIONS, "vectors read": 2 * size.passages}
@@ -169,7 +175,7 @@ class SetWork:
     def first_run(self) -> Iterator[Stage]:
         """What the profile asks for with the first seed of Step 1."""
         profile, size = self.profile, self.size
-        yield self.stage("corpus", "", {"passages prepared": size.passages})
+        yield self.stage("corpus", "", {"passages prepared": 0 if self.is_twin else size.passages})
         yield self.stage("retriever", "", {"crop steps": profile.retriever.crop_steps if profile.retriever.model == "embedded" else 0})
         yield from self.search(stored=False)
         yield self.step1(profile)

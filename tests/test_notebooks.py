@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import nbformat
@@ -11,8 +12,9 @@ import pytest
 from nbclient import NotebookClient
 from safetensors.numpy import load_file
 
-from ragkit import course, plan
+from ragkit import course, measured, plan
 from ragkit.course import exercises_of
+from ragkit.lab import Lab
 from ragkit.profile import load_profile
 from ragkit.training_log import read
 
@@ -71,6 +73,18 @@ def test_an_index_refresh_gives_the_reader_new_candidates(smoke):
     assert np.array_equal((scores[0] != scores[1]).any(axis=(1, 2, 3, 4, 5)), moved)
     assert (other / "step1" / "trivia" / "model.safetensors").read_bytes() == (home / "step1" / "trivia" / "model.safetensors").read_bytes()
     assert [row["epoch"] for row in json.loads((other / "step2" / "trivia" / "fine-tuned-attention-0" / "curve.json").read_text())] == [0, 0.5, 1]
+
+
+def test_a_profile_with_index_refreshes_answers_with_the_last_retriever(smoke, tmp_path):
+    profile = load_profile("smoke").model_copy(update={"name": "refreshing", "index_refreshes": 1})
+    shutil.copytree(smoke / "smoke" / "stages", tmp_path / "refreshing" / "stages")
+    lab = Lab(profile, tmp_path)
+    rows = measured.answer_rows(lab, "almanac", ["answer string"])
+    assert set(rows["system"]) == {"closed book", "BM25", "initial", "answer string"}
+    last = tmp_path / "refreshing" / "varied" / "refreshed-answer-string-0" / "stages" / "step2" / "almanac" / "answer-string-0"
+    answers = json.loads((lab.store.folder / "stages" / "answers" / "almanac" / "answer-string-fine-tuned-0" / "stage.json").read_text())
+    assert answers["record"]["upstream"]["step2/almanac/answer-string-0"] == json.loads((last / "stage.json").read_text())["key"]
+    assert lab.store.status["answers/almanac/initial-fine-tuned-0"] == "reused"
 
 
 @pytest.mark.parametrize("system", ["closed-book", "initial", "BM25", "fine-tuned-attention"])
@@ -150,6 +164,10 @@ def test_the_plan_foresees_every_stage_of_the_smoke_run(smoke, ragkit):
     assert set(table.index) == {*(need.stage.kind for need in needs), "notebooks", "all"}
     assert table.loc["all", "stages"] == len(planned) + 1
     assert 0.05 < table.loc["all", "ratio"] < 20  # of a machine that may be busy with other things
+    manifest = run / "report" / "manifest.html"
+    assert "No plan of this profile lies beside the run" in manifest.read_text()
+    assert ragkit("report", "--profile", "smoke", "--runs", str(smoke)).returncode == 0
+    assert f"Predicted over measured: {table.loc['all', 'ratio']:.2f} for all of it" in manifest.read_text()
 
 
 def test_a_wrong_profile_ends_in_a_sentence(ragkit):

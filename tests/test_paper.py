@@ -112,6 +112,15 @@ def test_the_index_finds_what_an_exact_search_finds(run):
         assert json.loads((run / "stages" / "candidates" / name / "recall.json").read_text())["recall@5"] > 0.9
 
 
+def test_both_sets_share_one_file_of_passages_one_encoding_and_one_index(run):
+    files = [*(run / "stages" / "vectors" / "nq").glob("*.npy"), *(run / "stages" / "index" / "nq").glob("index*"), run / "stages/corpus/nq/passages.arrow"]
+    assert len(files) > 3
+    for file in files:
+        assert file.samefile(file.parent.parent / "trivia" / file.name)
+    work = json.loads((run / "stages" / "vectors" / "trivia" / "stage.json").read_text())["work"]
+    assert work.get("passages", 0) == 0
+
+
 def test_throughput_is_recorded(run):
     stages = json.loads((run / "manifest.json").read_text())["stages"]
     assert stages["vectors/nq"]["work"]["passages"] == 10_400

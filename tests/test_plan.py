@@ -195,6 +195,26 @@ def test_more_of_anything_takes_longer():
     assert smaller.disk < base.disk
 
 
+def test_sets_over_the_same_passages_are_encoded_once():
+    one = {**paper().sets[0].model_dump(), "name": "nq"}
+    sets = [
+        one,
+        {**one, "name": "trivia"},
+        {**one, "name": "fewer", "most_passages": 1000},
+        {**one, "name": "others", "most_passages": 1000, "seed": 1},
+    ]
+    profile = paper(sets=sets)
+    assert [profile.twin(s["name"]) for s in sets] == [None, "nq", None, None]
+    embedded = paper(sets=sets, retriever={"model": "embedded"})
+    assert embedded.twin("trivia") is None  # trained on each set's passages
+    encoded = {need.stage.set_name: need for need in planned(profile)[1].needs if need.stage.kind == "vectors"}
+    assert encoded["nq"].stage.units["passages encoded"] == 21_015_300
+    assert not encoded["trivia"].stage.units
+    assert (encoded["trivia"].disk, encoded["nq"].disk > 32e9) == (0, True)
+    again = planned(paper(sets=sets, distill={"side": "both", "epochs": 2}, index_refreshes=1))[1]
+    assert {need.stage.set_name for need in again.needs if need.stage.kind == "vectors" and need.stage.home and need.stage.units} >= {"nq", "trivia"}
+
+
 def test_sets_side_by_side_take_less_than_one_after_another():
     _, made = planned(load_profile("tiny"), LAPTOP)
     assert made.side_by_side == 2
