@@ -187,8 +187,10 @@ def plan_html(run: Path, profile: Profile) -> str:
         return "<p>No plan of this profile lies beside the run. After <code>make plan</code> and <code>make report</code> the comparison stands here.</p>"
     whole = table["ratio"].iloc[-1]
     told = f"Predicted over measured: {whole:.2f} for all of it, {'within' if 0.5 <= whole <= 2 else 'not within'} a factor of two."
-    shown = table.rename(columns={"predicted": "predicted, s", "measured": "measured, s"}).round({"predicted, s": 0, "measured, s": 0, "ratio": 2})
-    return f"<p>{told} The plan is for a quiet machine.</p>{wide(shown.to_html(index=False, border=0, classes='numbers'))}"
+    shown = table.rename(columns={"predicted": "predicted, s", "measured": "measured, s"})
+    columns = dict.fromkeys(("predicted, s", "measured, s"), "{:.0f}".format) | {"ratio": lambda ratio: f"{ratio:.2f}" if ratio == ratio else "–"}
+    body = shown.to_html(index=False, border=0, classes="numbers", formatters=columns)
+    return f"<p>{told} The plan is for a quiet machine.</p>{wide(body)}"
 
 
 def manifest_html(run: Path, manifest: dict[str, Any]) -> str:
