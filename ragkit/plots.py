@@ -21,6 +21,7 @@ from matplotlib.ticker import MaxNLocator
 
 PALETTE = sns.color_palette("colorblind")
 WIDTH = 5.6
+LABEL_MOVES = 300  # of names of points, away from each other and from the points
 # Colour, marker and shades of each kind of target.
 KINDS = {"attention": (PALETTE[0], "o", "Blues"), "perplexity": (PALETTE[1], "s", "Oranges"), "control": ("0.45", "D", "Greys")}
 
@@ -244,8 +245,13 @@ def followings(table: pd.DataFrame, measure: str, line: float | None = None) -> 
     axes[-1].set_xlabel(f"{measure}\n(a number: a reader after so many steps of Step 1)")
     if len(signals) > 1:
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(signals), frameon=False)
-    for axis, texts in names.items():
-        adjust_text(texts, ax=axis, arrowprops={"arrowstyle": "-", "color": "0.6"})
+    for axis, texts in names.items():  # a number of iterations, not of seconds: a busy machine draws the same figure
+        points = table[table["set"] == axis.get_title()]
+        where = {"x": points["value"].to_numpy(), "y": points["gain"].to_numpy()}
+        starts = [text.get_position() for text in texts]
+        adjust_text(texts, **where, ax=axis, expand=(1.15, 1.5), iter_lim=LABEL_MOVES)
+        for text, (x, y) in zip(texts, starts, strict=True):
+            axis.plot((x, text.get_position()[0]), (y, text.get_position()[1]), color="0.7", lw=0.8, zorder=1, scalex=False, scaley=False)
     told = [f"{r.set}, {r.reader}, {r.signal}: {r.value:.2f}, gain {r.gain:+.3f}" for r in table.itertuples(index=False)]
     return figure, f"{measure} of each reader against the gain in HR@5 of the retriever it taught. " + "; ".join(told) + "."
 
