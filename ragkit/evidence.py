@@ -117,8 +117,8 @@ def indicator_two(analysis: Analysis) -> Part:
         if space == lab.profile.indicators.space:
             notes = [f"{name} {value}" for name, value in found.items()] + [f"Spearman of the {which} reader {value}" for which, value in means.items()]
     verdict = verdicts[lab.profile.indicators.space] if len(set(verdicts.values())) == 1 else "not comparable"
-    told = ", ".join(f"{space}: {verdict}" for space, verdict in verdicts.items())
-    return Part(verdict, f"fine-tuned minus off-the-shelf: HR@5 gain {gap}, {', '.join(notes)}; by space: {told}")
+    told = ", ".join(f"{space} {verdict}" for space, verdict in verdicts.items())
+    return Part(verdict, f"fine-tuned minus off-the-shelf: HR@5 gain {gap}, {', '.join(notes)} (by space: {told})")
 
 
 def rank_correlation(x: Floats, y: Floats) -> Floats:
@@ -173,8 +173,8 @@ def less_informative(analysis: Analysis) -> Part:
         for row in table[table["signal"].str.contains(" minus ")].itertuples():
             value = Interval(row.correlation, row.low, row.high, row.readers)
             verdicts.append(claims.above_zero(value) if row.readers >= ENOUGH_READERS else "undecided")
-            notes.append(f"{goal}, {row.measure}: {value}")
-    return Part(claims.together(verdicts), f"correlation with the gain, attention minus perplexity: {'; '.join(notes)}")
+            notes.append(f"{goal} {row.measure} {value}")
+    return Part(claims.together(verdicts), f"correlation with the gain, attention minus perplexity: {', '.join(notes)}")
 
 
 def leave_one_out(values: Floats, works: NDArray[np.bool_]) -> tuple[float, float]:

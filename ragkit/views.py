@@ -32,6 +32,15 @@ def marked_tokens(tokens: Sequence[str], weights: Sequence[float], owners: Seque
     return HTML(f"<div style='max-width:46em;background:#fff;color:#111;padding:.2em .6em'>{''.join(blocks)}</div>")
 
 
+def by_run(measured: str) -> str:
+    """What was measured on one set as an item of a list; several runs of Step 1 as a list of their own below it."""
+    name, _, told = html.escape(measured).partition(": ")
+    runs = told.split(" | ")
+    if len(runs) == 1:
+        return f"<li>{html.escape(measured)}</li>"
+    return f"<li>{name}<ul style='padding-left:1.2em'>{''.join(f'<li>{run}</li>' for run in runs)}</ul></li>"
+
+
 def ledger(table: pd.DataFrame, links: Mapping[str, str] | None = None) -> HTML:
     """The claims as cards, two or three beside each other where there is room, one below the other on a phone.
 
@@ -41,7 +50,7 @@ def ledger(table: pd.DataFrame, links: Mapping[str, str] | None = None) -> HTML:
     for row in table.fillna("").itertuples(index=False):
         colour = VERDICT_COLOURS.get(row.verdict, "#57606a")
         badge = f"<span style='background:{colour};color:#fff;border-radius:1em;padding:.1em .7em;white-space:nowrap'>{html.escape(row.verdict)}</span>"
-        measured = "".join(f"<li>{html.escape(part).replace(' | ', '<br>')}</li>" for part in row.measured.split("; ") if part)
+        measured = "".join(map(by_run, filter(None, row.measured.split("; "))))
         paper = f"<p style='margin:.4em 0'>In the paper: {html.escape(row.paper)}</p>" if row.paper else ""
         why = f"<p style='margin:.4em 0'>Why: {html.escape(row.why)}</p>" if row.why else ""
         cards.append(
