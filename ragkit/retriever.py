@@ -13,6 +13,7 @@ import transformers
 from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import AutoModel, AutoTokenizer, BatchEncoding, BertConfig, BertModel, PreTrainedTokenizerBase
 
@@ -24,6 +25,7 @@ from ragkit.vocabulary import build_tokenizer
 EMBEDDED_HIDDEN, EMBEDDED_LAYERS = 128, 2
 CROP_TEMPERATURE = 0.1
 KEEP_TITLE = 0.5
+CHUNK = 8  # batches that are cut into tokens together
 
 
 class RetrieverError(RagkitError):
@@ -69,22 +71,33 @@ class Retriever(nn.Module):
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Vectors `[texts, dimensions]` in the order given; encoded in order of length, so that little is padded.
+        """Vectors `[texts, dimensions]` in the order given; encoded in batches of like length in tokens, so that little is padded.
 
         The processes of a run share the texts, and each gets all vectors.
         """
         self.eval()
-        batches = fleet.by_length([len(text) for text in texts], self.settings.at_once)
+        chunks = fleet.by_length([len(text) for text in texts], CHUNK * self.settings.at_once)
 
-        def vectors_of(tokens: BatchEncoding) -> NDArray[np.float32]:
+        def vectors_of(batches: list[tuple[list[int], BatchEncoding]]) -> list[tuple[list[int], NDArray[np.float32]]]:
             with torch.autocast(fleet.device().type, getattr(torch, self.settings.dtype), enabled=self.settings.dtype != "float32"):
-                return self(tokens).float().cpu().numpy()
+                return [(places, self(tokens).float().cpu().numpy()) for places, tokens in batches]
 
-        made = fleet.spread(batches, lambda chosen: self.tokens([texts[i] for i in chosen]), vectors_of, "encode")
-        vectors = np.empty((len(texts), made[0].shape[1]), dtype=np.float32)
-        for chosen, part in zip(batches, made, strict=True):
-            vectors[chosen] = part
+        made = [part for parts in fleet.spread(chunks, lambda places: self.batches(texts, places), vectors_of, "encode") for part in parts]
+        vectors = np.empty((len(texts), made[0][1].shape[1]), dtype=np.float32)
+        for places, part in made:
+            vectors[places] = part
         return vectors
+
+    def batches(self, texts: Sequence[str], places: list[int]) -> list[tuple[list[int], BatchEncoding]]:
+        """The texts at `places` in batches of like length in tokens, each with its places; texts of one length in letters differ by a quarter in tokens."""
+        cut = self.tokenizer([texts[place] for place in places], truncation=True, max_length=self.settings.passage_tokens)["input_ids"]
+        made = []
+        for chosen in fleet.by_length([len(ids) for ids in cut], self.settings.at_once):
+            rows = [torch.tensor(cut[i]) for i in chosen]
+            ids = pad_sequence(rows, batch_first=True, padding_value=self.tokenizer.pad_token_id)
+            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+            made.append(([places[i] for i in chosen], BatchEncoding({"input_ids": ids, "attention_mask": mask})))
+        return made
 
     def save(self, folder: Path) -> None:
         """Writes model and tokenizer in Hugging Face's format."""
