@@ -253,6 +253,8 @@ def overview_html(run: Path, manifest: dict[str, Any], notebooks: list[Path], co
 
 
 def minutes(seconds: float) -> str:
+    if seconds < 1.5:
+        return "a second"
     return f"{seconds:.0f} seconds" if seconds < 90 else f"{seconds / 60:.0f} minutes"
 
 
