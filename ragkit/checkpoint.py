@@ -1,4 +1,4 @@
-"""Checkpoints of a training loop: one safetensors file, replaced in one step, safe to load."""
+"""Checkpoints of a training loop: one safetensors file, or one a process where the module is split; replaced in one step, safe to load."""
 
 from __future__ import annotations
 

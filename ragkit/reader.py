@@ -281,7 +281,7 @@ def fine_tune(
         reader.model.enable_input_require_grads()
     accelerator = fleet.accelerator(settings.dtype)
     if settings.shard:
-        kinds = reader.model._no_split_modules
+        kinds = reader.model._no_split_modules or ()
         fleet.shard(lesson, [part for part in reader.model.modules() if type(part).__name__ in kinds], settings.dtype)
     else:
         lesson = accelerator.prepare(lesson)
