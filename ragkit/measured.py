@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from ragkit import index, metrics
 from ragkit.lab import READERS, TARGETS, UNTAUGHT, Lab
 from ragkit.passages import Passage
+from ragkit.profile import WorldSet
 from ragkit.retriever import passage_text
 from ragkit.stages import DEPTH
 
@@ -102,3 +103,16 @@ def premises(lab: Lab, set_name: str) -> pd.DataFrame:
             results[case] = float(np.mean([metrics.exact_match(a, q.answers) for a, q in zip(answers, questions, strict=True)]))
         rows += [(f"{which}: EM, {case}", value) for case, value in results.items()]
     return pd.DataFrame(rows, columns=["premise", "value"]).assign(set=set_name)
+
+
+def ceiling(lab: Lab, set_name: str) -> pd.DataFrame:
+    """How far the oracle, the best possible teacher, takes the retriever: HR on dev after Step 2.
+
+    In an embedded world also with the passages' side trained, with the first seed, which shows what leaving the index as it is costs; on real
+    text that would mean to encode every passage again at every look. Columns set, trained, seed, HR.
+    """
+    cases = [(lab.profile.distill.side, seed, lab) for seed in lab.profile.distill.seeds]
+    if lab.profile.distill.side == "query" and isinstance(lab.sets[set_name], WorldSet):
+        cases.append(("both", lab.profile.distill.seeds[0], lab.varied("both sides", set_name)))
+    rows = [{"trained": side, "seed": seed, "HR": each.distilled(set_name, "oracle", seed)[1][-1]["hr"]} for side, seed, each in cases]
+    return pd.DataFrame(rows).assign(set=set_name)

@@ -194,6 +194,8 @@ class SetWork:
         for target in dict.fromkeys([*targets, *signals]):
             for seed in profile.distill.seeds:
                 yield from self.distilled(profile, target, seed)
+        if self.in_world and profile.distill.side == "query":
+            yield from self.distilled(varied(profile, "both sides"), "oracle", profile.distill.seeds[0], "varied/both-sides")
         yield from self.answers(targets)
 
     def answers(self, targets: list[str]) -> Iterator[Stage]:

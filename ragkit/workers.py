@@ -101,6 +101,7 @@ def make_set(profile: str, runs: Path, name: str, others: list[str], joined: tup
         lab = Lab(profile, runs)
         measured.premises(lab, name)
         measured.answer_rows(lab, name)
+        measured.ceiling(lab, name)
         analysis = Analysis(lab, name)
         for which in lab.readers():
             analysis.tokens(which)
