@@ -44,7 +44,7 @@ def column(heights: list[float], sharex: bool = True) -> tuple[Figure, list[Axes
 def caption(alt: str) -> str:
     """The line shown below a figure: the first sentence of its alt text."""
     first, dot, _ = alt.partition(". ")
-    return first + "." if dot else alt
+    return first[:1].upper() + first[1:] + dot.strip()
 
 
 def figure_html(svg: str, alt: str, extra: str = "") -> str:

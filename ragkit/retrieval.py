@@ -126,6 +126,13 @@ class Retrieval:
         folder = self.open(f"candidates/{set_name}", make, record, [f"retriever/{set_name}", f"index/{set_name}"], [make_candidates])
         return load_file(folder / "candidates.safetensors")
 
+    def example(self, set_name: str, part: str) -> int:
+        """The place of the first question of a part that finds a gold passage and others, for a close look; 0 if there is none."""
+        k = self.profile.k
+        rows, questions = self.candidates(set_name)[part][:, :k], self.corpus(set_name).questions[part]
+        found = (len(set(row.tolist()) & set(self.corpus(set_name).gold(q, row.tolist()))) for q, row in zip(questions, rows, strict=True))
+        return next((place for place, golds in enumerate(found) if 0 < golds < k), 0)
+
     def recall(self, set_name: str) -> dict[str, float]:
         """How many of the exact first passages an approximate index finds; empty for the exact one."""
         self.candidates(set_name)

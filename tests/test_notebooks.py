@@ -87,6 +87,25 @@ def test_a_profile_with_index_refreshes_answers_with_the_last_retriever(smoke, t
     assert lab.store.status["answers/almanac/initial-fine-tuned-0"] == "reused"
 
 
+def test_the_ceiling_is_the_oracle_on_the_query_side_and_on_both(smoke):
+    lab = Lab("smoke", smoke)
+    ends = measured.ceiling(lab, "almanac").set_index("trained")["HR"]
+    for side, home in (("query", smoke / "smoke"), ("both", smoke / "smoke" / "varied" / "both-sides")):
+        stage = home / "stages" / "step2" / "almanac" / "oracle-0"
+        assert ends[side] == json.loads((stage / "curve.json").read_text())[-1]["hr"]
+        assert json.loads((stage / "stage.json").read_text())["record"]["profile"]["distill"]["side"] == side
+    assert lab.store.status["step2/almanac/oracle-0"] == "reused"
+
+
+def test_the_example_finds_a_gold_passage_and_others(smoke):
+    lab = Lab("smoke", smoke)
+    place, questions = lab.example("trivia", "distill"), lab.corpus("trivia").questions["distill"]
+    found = [set(row[: lab.profile.k].tolist()) for row in lab.candidates("trivia")["distill"]]
+    mixed = [bool(row & set(q.gold)) and not row <= set(q.gold) for row, q in zip(found, questions, strict=True)]
+    assert mixed[place]
+    assert not any(mixed[:place])
+
+
 @pytest.mark.parametrize("system", ["closed-book", "initial", "BM25", "fine-tuned-attention"])
 def test_every_run_of_step_1_is_measured_against_its_own_reader(smoke, system):
     """The fine-tuned reader's answers depend on the Step 1 that made it; those of the reader before Step 1 do not."""

@@ -123,6 +123,7 @@ def test_the_main_job_on_real_text(tmp_path):
 def test_a_falcon_on_real_text(tmp_path, falcon):
     """The paper's architecture with its own tokenizer, through all stages, on a few questions."""
     lab = Lab(str(write_profile(tmp_path, falcon, {"distill": 12, "dev": 6, "test": 12}, 200, steps=2, epochs=1, answered=4)), tmp_path / "runs")
+    assert set(measured.ceiling(lab, "nq")["trained"]) == {"query"}  # both sides would encode all passages again at every look
     table = measured.per_question(lab, "nq")
     assert set(table["system"]) == {"BM25", "initial", *lab.targets}
     assert np.isfinite(lab.teacher("nq", "fine-tuned")["attention"]).all()
