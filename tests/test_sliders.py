@@ -194,15 +194,31 @@ def test_the_pages_formulas_give_what_ragkit_gives(run, choice):
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+def opened(run, folder, address=""):
+    """What a browser makes of the page at an address."""
+    (folder / "sliders.html").write_text(report.page("Sliders", sliders.body(run, PROFILE), [("Sliders", "sliders.html")], "sliders.html"), "utf8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", f"--user-data-dir={folder / 'browser'}"]
+    page = f"file://{folder}/sliders.html{address}"
+    return subprocess.run([BROWSER, *flags, "--dump-dom", page], capture_output=True, text=True, check=True, timeout=120).stdout
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium to open the page in")
+def test_the_page_opens_with_a_question_whose_gold_passage_was_found(run, tmp_path):
+    held = sliders.data(run, PROFILE)["sets"][0]
+    with_gold = [bool(row.any()) for row in array(held["gold"])]
+    first = with_gold.index(True)
+    assert first > 0, "the first question has one: this would show nothing"
+    shown = opened(run, tmp_path)
+    assert html.unescape(re.search(r'<p id="question">(.*?)</p>', shown)[1]) == held["examples"][first]["question"]
+    assert '<span class="gold">' in shown
+
+
 @pytest.mark.skipif(not BROWSER, reason="no Chromium to open the page in")
 @pytest.mark.parametrize("choice", CHOICES[:2])
 def test_the_page_shows_it_in_a_browser(run, tmp_path, choice):
     reader, rows, norm, layer, pooling, temperature = choice
-    (tmp_path / "sliders.html").write_text(report.page("Sliders", sliders.body(run, PROFILE), [("Sliders", "sliders.html")], "sliders.html"), "utf8")
-    address = urlencode({"reader": reader, "question": 2, "rows": rows, "norm": norm, "layer": layer, "pooling": pooling, "temperature": temperature})
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", f"--user-data-dir={tmp_path / 'browser'}"]
-    page = f"file://{tmp_path}/sliders.html#{address}"
-    shown = subprocess.run([BROWSER, *flags, "--dump-dom", page], capture_output=True, text=True, check=True, timeout=120).stdout
+    asked = {"reader": reader, "question": 2, "rows": rows, "norm": norm, "layer": layer, "pooling": pooling, "temperature": temperature}
+    shown = opened(run, tmp_path, f"#{urlencode(asked)}")
     p, used, top = expected(run, *choice)
     bars = [float(v) for v in re.findall(r'class="bar attn">.*?<b>([\d.]+)</b>', shown)]
     assert np.allclose(bars, p[1], atol=1.5e-3)
