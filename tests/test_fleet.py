@@ -2,15 +2,12 @@
 
 import json
 import multiprocessing
-import os
 import shutil
-import signal
 import threading
 import time
 from collections import defaultdict
 
 import numpy as np
-import psutil
 import pytest
 import sharding
 import torch
@@ -177,9 +174,9 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(tmp_path, runs):
         while not list(tmp_path.glob("with-2/stages/candidates/almanac")):
             time.sleep(0.02)
         time.sleep(1)
-        workers = [p for p in psutil.Process().children() if "spawn_main" in " ".join(p.cmdline())]
-        killed.append(workers[-1].pid)
-        os.kill(workers[-1].pid, signal.SIGKILL)
+        worker = multiprocessing.active_children()[-1]
+        killed.append(worker.pid)
+        worker.kill()
 
     threading.Thread(target=kill, daemon=True).start()
     with pytest.raises(RagkitError, match=r"The process that made the stages of almanac \(number \d of 2\) ended with -9.*The same command goes on"):
