@@ -1,21 +1,9 @@
 """ragkit: the package behind the companion notebooks on attention distillation.
 
-`ragkit.judge` (see `ragkit.judging`) judges a reader of one's own; everything else is in the modules.
+Seven rooms, in the order in which a question travels: `data`, `attention`, `models`, `distillation`,
+`indicators`, `experiment`, `pages`. A room imports only rooms before it.
 """
 
-from __future__ import annotations
+from ragkit.errors import RagkitError
 
-from typing import Any
-
-
-class RagkitError(Exception):
-    """A problem the user can mend; the message says what was wrong, where, and what to do."""
-
-
-def __getattr__(name: str) -> Any:
-    """`ragkit.judge` is loaded when it is asked for, so that importing the package, or one small module of it, stays light."""
-    if name == "judge":
-        from ragkit.judging import judge
-
-        return judge
-    raise AttributeError(f"module 'ragkit' has no attribute {name!r}")
+__all__ = ["RagkitError"]

@@ -19,16 +19,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from ragkit import RagkitError
-from ragkit.workers import make_sets, start_logging
+from ragkit.errors import NotebookError, RagkitError
+from ragkit.experiment.workers import make_sets, start_logging
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 REFERENCE = NOTEBOOKS.parent / "figures"
 log = logging.getLogger("ragkit")
-
-
-class NotebookError(RagkitError):
-    """A notebook that cannot be run, or that failed."""
 
 
 def doctor() -> None:
@@ -36,7 +32,7 @@ def doctor() -> None:
     import psutil
     import torch
 
-    from ragkit.reader import embedded_reader
+    from ragkit.models.reader import embedded_reader
 
     memory, disk = psutil.virtual_memory().total / 2**30, shutil.disk_usage(".").free / 2**30
     rows = [
@@ -45,8 +41,18 @@ def doctor() -> None:
         ("cores", str(os.cpu_count()), (os.cpu_count() or 1) >= 2),
         ("memory", f"{memory:.0f} GiB", memory >= 4),
         ("free disk", f"{disk:.0f} GiB", disk >= 2),
-        ("embedded reader", str(embedded_reader()), (embedded_reader() / "model.safetensors").is_file()),
-        ("GPU", torch.cuda.get_device_name() if torch.cuda.is_available() else "none (not needed for tiny)", True),
+        (
+            "embedded reader",
+            str(embedded_reader()),
+            (embedded_reader() / "model.safetensors").is_file(),
+        ),
+        (
+            "GPU",
+            torch.cuda.get_device_name()
+            if torch.cuda.is_available()
+            else "none (not needed for tiny)",
+            True,
+        ),
     ]
     for name, value, fine in rows:
         sys.stdout.write(f"{'ok ' if fine else 'BAD'}  {name:16} {value}\n")
@@ -61,14 +67,18 @@ def reproduce(profile_name: str, runs: Path, changes: list[str]) -> None:
     """
     from ragkit.profile import load_profile, save_profile
 
-    profile = load_profile(profile_name, changes)  # before the slow imports: a slip is named at once
-    from ragkit import report
-    from ragkit.lab import Lab
-    from ragkit.store import room_on_disk, write_whole
+    profile = load_profile(
+        profile_name, changes
+    )  # before the slow imports: a slip is named at once
+    from ragkit.experiment.lab import Lab
+    from ragkit.experiment.store import room_on_disk, write_whole
+    from ragkit.pages import report
 
     lab = Lab(profile, runs)
     began, started = time.time(), time.monotonic()
-    if changes:  # the notebooks and the processes beside this one read the profile as it was changed
+    if (
+        changes
+    ):  # the notebooks and the processes beside this one read the profile as it was changed
         profile_name = str(lab.store.folder / "profile.yaml")
         save_profile(profile, Path(profile_name))
     with lab.store.only_run(), room_on_disk(lab.store.folder, "notebooks and report"):
@@ -86,26 +96,46 @@ def run_notebooks(lab: Any, profile_name: str, runs: Path) -> dict[str, str]:
 
     They begin in order, on a CPU two at a time: every stage is made by then, and what a notebook itself works on needs one core.
     """
-    from ragkit.kernels import stoppable
-    from ragkit.lab import Lab
-    from ragkit.store import code_of, file_hash, write_whole
+    from ragkit.experiment.kernels import stoppable
+    from ragkit.experiment.lab import Lab
+    from ragkit.experiment.store import code_of, file_hash, write_whole
 
     folder = lab.store.folder / "notebooks"
     folder.mkdir(exist_ok=True)
-    used = ("plots", "views", "claims", "metrics", "measured", "world", "corpus", "analysis", "indicators", "monitor")
+    used = (
+        "plots",
+        "views",
+        "claims",
+        "metrics",
+        "measured",
+        "world",
+        "corpus",
+        "analysis",
+        "indicators",
+        "monitor",
+    )
     code = {name: file_hash(Path(__file__).parent / f"{name}.py")[:16] for name in used}
     code |= code_of([Lab])
     profile = str(Path(profile_name).resolve()) if Path(profile_name).is_file() else profile_name
     parameters = {"PROFILE": profile, "RUNS": str(runs.resolve())}
     inputs, sound = lab.inputs(), lab.store.sound()
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(NOTEBOOKS.parent), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(NOTEBOOKS.parent), os.environ.get("PYTHONPATH")])
+    )
     sources = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
     if not sources:
-        raise NotebookError(f"There are no notebooks in {NOTEBOOKS}. Run this from a checkout of the repository, installed with pip install -e.")
+        raise NotebookError(
+            f"There are no notebooks in {NOTEBOOKS}. Run this from a checkout of the repository, installed with pip install -e."
+        )
     status, waiting = dict.fromkeys((source.stem for source in sources), "reused"), {}
     for source in sources:
         check_parameters(source, parameters)
-        record = {"source": file_hash(source), "profile": lab.profile.model_dump(mode="json"), "inputs": inputs, "code": code}
+        record = {
+            "source": file_hash(source),
+            "profile": lab.profile.model_dump(mode="json"),
+            "inputs": inputs,
+            "code": code,
+        }
         if is_reusable(folder / source.name, folder / f"{source.stem}.json", record, sound):
             log.info("reused   notebook %s", source.stem)
         else:
@@ -113,18 +143,30 @@ def run_notebooks(lab: Any, profile_name: str, runs: Path) -> dict[str, str]:
 
     def run(source: Path) -> None:
         log.info("running  notebook %s", source.stem)
-        started, unfinished, done = time.monotonic(), lab.store.folder / "partial" / source.name, folder / source.name
+        started, unfinished, done = (
+            time.monotonic(),
+            lab.store.folder / "partial" / source.name,
+            folder / source.name,
+        )
         execute(source, unfinished, parameters)
         unfinished.replace(done)
         seconds = round(time.monotonic() - started, 1)
-        stamp = {"record": waiting[source], "seconds": seconds, "hash": file_hash(done), "stages": lab.store.sound()}
+        stamp = {
+            "record": waiting[source],
+            "seconds": seconds,
+            "hash": file_hash(done),
+            "stages": lab.store.sound(),
+        }
         write_whole(folder / f"{source.stem}.json", json.dumps(stamp))
         log.info("done     notebook %s in %.0f s", source.stem, seconds)
         status[source.stem] = f"ran in {seconds} s"
 
     if waiting:
         make_sets(profile, runs, list(lab.sets))
-        stoppable([partial(run, source) for source in waiting], 2 if lab.profile.machine.device == "cpu" else 1)
+        stoppable(
+            [partial(run, source) for source in waiting],
+            2 if lab.profile.machine.device == "cpu" else 1,
+        )
     return status
 
 
@@ -134,16 +176,22 @@ def check_parameters(source: Path, parameters: dict[str, str]) -> None:
 
     known = papermill.inspect_notebook(str(source))
     if unknown := sorted(set(parameters) - set(known)):
-        raise NotebookError(f"{source.name} does not know the parameter {', '.join(unknown)}: give it a line in its cell tagged 'parameters'.")
+        raise NotebookError(
+            f"{source.name} does not know the parameter {', '.join(unknown)}: give it a line in its cell tagged 'parameters'."
+        )
 
 
 def is_reusable(done: Path, stamp: Path, record: dict[str, Any], sound: dict[str, str]) -> bool:
     """Whether an executed notebook is whole, was made from just these things, and the stages it left are still there."""
-    from ragkit.store import file_hash
+    from ragkit.experiment.store import file_hash
 
     try:
         saved = json.loads(stamp.read_text("utf8"))
-        return bool(saved["record"] == record and saved["hash"] == file_hash(done) and saved["stages"].items() <= sound.items())
+        return bool(
+            saved["record"] == record
+            and saved["hash"] == file_hash(done)
+            and saved["stages"].items() <= sound.items()
+        )
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
@@ -189,7 +237,9 @@ def own_errors() -> set[str]:
     return names
 
 
-def collect_manifest(lab: Any, notebooks: dict[str, str], began: float, seconds: float) -> dict[str, Any]:
+def collect_manifest(
+    lab: Any, notebooks: dict[str, str], began: float, seconds: float
+) -> dict[str, Any]:
     """What was run, from what, on what, how long each stage took, and which of them were made since `began` (seconds since the epoch)."""
     import psutil
     import torch
@@ -199,22 +249,35 @@ def collect_manifest(lab: Any, notebooks: dict[str, str], began: float, seconds:
     for name, saved in lab.store.records().items():
         home = lab.store.folder / "stages" / name
         made = (home / "stage.json").stat().st_mtime >= began
-        stages[name] = {part: saved[part] for part in ("key", "seconds", "peak_mib", "work")} | {"this_call": "ran" if made else "reused"}
+        stages[name] = {part: saved[part] for part in ("key", "seconds", "peak_mib", "work")} | {
+            "this_call": "ran" if made else "reused"
+        }
         if "trimmed.json" in saved["files"]:
             counts = json.loads((home / "trimmed.json").read_text("utf8"))
             trimmed |= {name: counts} if counts["trimmed"] else {}
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=NOTEBOOKS.parent, capture_output=True, text=True, check=False)
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"],
+        cwd=NOTEBOOKS.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     return {
         "profile": lab.profile.model_dump(mode="json"),
         "git": git.stdout.strip() or "not a git checkout",
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "numpy", "scipy", "faiss-cpu", "papermill")},
+        "versions": {
+            name: metadata.version(name)
+            for name in ("torch", "transformers", "numpy", "scipy", "faiss-cpu", "papermill")
+        },
         "python": platform.python_version(),
         "machine": {
             "cores": os.cpu_count(),
             "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
             "threads": torch.get_num_threads(),
         },
-        "peak_memory_mib_of_a_notebook": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024),
+        "peak_memory_mib_of_a_notebook": round(
+            resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        ),
         "seconds_of_this_call": round(seconds, 1),
         "notebooks": notebooks,
         "trimmed_prompts": trimmed,
@@ -234,7 +297,9 @@ def copy_for_lab(runs: Path) -> None:
         if copy.exists():
             log.info("kept     %s (remove it to get a fresh copy)", copy)
         else:  # the copy stands one folder nearer to the runs than its original
-            copy.write_text(source.read_text("utf8").replace('RUNS = \\"../runs\\"', 'RUNS = \\"..\\"'), "utf8")
+            copy.write_text(
+                source.read_text("utf8").replace('RUNS = \\"../runs\\"', 'RUNS = \\"..\\"'), "utf8"
+            )
     sys.stdout.write(f"{folder}\n")
 
 
@@ -244,7 +309,9 @@ def finished_run(profile_name: str, runs: Path) -> Path:
 
     run = runs / load_profile(profile_name).name
     if not (run / "manifest.json").is_file():
-        raise RagkitError(f"There is no finished run in {run}. First: python -m ragkit reproduce --profile {profile_name} --runs {runs}")
+        raise RagkitError(
+            f"There is no finished run in {run}. First: python -m ragkit reproduce --profile {profile_name} --runs {runs}"
+        )
     return run
 
 
@@ -252,7 +319,9 @@ def plan_run(profile_name: str, runs: Path, changes: list[str]) -> None:
     """Says what a run of a profile would fetch, need and take, and keeps the plan in the run's folder."""
     from ragkit.profile import load_profile
 
-    profile = load_profile(profile_name, changes)  # before the slow imports: a slip is named at once
+    profile = load_profile(
+        profile_name, changes
+    )  # before the slow imports: a slip is named at once
     os.environ["TQDM_DISABLE"] = "1"  # a hundred small measurements need no bar
     from ragkit import plan, plan_text
 
@@ -265,8 +334,8 @@ def plan_run(profile_name: str, runs: Path, changes: list[str]) -> None:
 def rewrite_report(profile_name: str, runs: Path) -> None:
     """Writes the report of a finished run again."""
     run = finished_run(profile_name, runs)  # before the slow imports: a slip is named at once
-    from ragkit import report
-    from ragkit.store import room_on_disk
+    from ragkit.experiment.store import room_on_disk
+    from ragkit.pages import report
 
     with room_on_disk(run, "report"):
         index, compared = report.write(run, REFERENCE)
@@ -278,7 +347,7 @@ def rewrite_report(profile_name: str, runs: Path) -> None:
 def publish_reference(profile_name: str, runs: Path) -> None:
     """Makes a finished run the reference: figures, tables and manifest to `figures/`, the ledger's verdicts into the README."""
     run = finished_run(profile_name, runs)
-    from ragkit import reference
+    from ragkit.pages import reference
 
     reference.publish(run, REFERENCE, NOTEBOOKS.parent / "README.md")
 
@@ -286,7 +355,7 @@ def publish_reference(profile_name: str, runs: Path) -> None:
 def make_course(profile_name: str, runs: Path) -> None:
     """Writes student and solution notebooks and the lesson plan, tried on a profile's finished run."""
     run = finished_run(profile_name, runs)
-    from ragkit import course
+    from ragkit.pages import course
 
     profile = str(Path(profile_name).resolve()) if Path(profile_name).is_file() else profile_name
     log.info("course: %s", course.write(NOTEBOOKS, run, profile))
@@ -295,15 +364,23 @@ def make_course(profile_name: str, runs: Path) -> None:
 def judge_reader(reader: str, questions: str, nouns: str, space: str | None, out: Path) -> None:
     """Judges a reader of one's own, says the verdict with its reasons, and writes the page."""
     if out.is_dir() or not out.absolute().parent.is_dir():  # before minutes of work
-        raise RagkitError(f"The page cannot be written to {out}: it is a folder, or its folder is not there. Choose another place with --out.")
+        raise RagkitError(
+            f"The page cannot be written to {out}: it is a folder, or its folder is not there. Choose another place with --out."
+        )
     from ragkit import judge
-    from ragkit.judge_page import write_html
+    from ragkit.pages.judge_page import write_html
 
     judged = judge(reader, questions, nouns, space)
     write_html(judged, out)
     for one in (*judged.checks, judged.direct):
         log.info("%-14s %s. %s", one.verdict, one.name, one.told)
-    log.info("verdict: %s (%d questions, %.0f s). The page: %s", judged.verdict, judged.questions, judged.seconds, out)
+    log.info(
+        "verdict: %s (%d questions, %.0f s). The page: %s",
+        judged.verdict,
+        judged.questions,
+        judged.seconds,
+        out,
+    )
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -311,16 +388,34 @@ def command_line() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("doctor", "plan", "reproduce", "report", "reference", "lab", "course"):
         command = commands.add_parser(name)
-        command.add_argument("--profile", default="tiny", help="a shipped profile or a path to a YAML file")
+        command.add_argument(
+            "--profile", default="tiny", help="a shipped profile or a path to a YAML file"
+        )
         command.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept")
         if name in ("plan", "reproduce"):
-            command.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE", help="change a value of the profile for this run")
+            command.add_argument(
+                "--set",
+                action="append",
+                default=[],
+                dest="changes",
+                metavar="KEY=VALUE",
+                help="change a value of the profile for this run",
+            )
     judged = commands.add_parser("judge", help="is a reader of your own fit to teach a retriever?")
     judged.add_argument("reader", help="a folder, a hub name, or 'embedded'")
-    judged.add_argument("questions", help="JSONL with question, answer and passages, a few hundred lines")
-    judged.add_argument("--nouns", default="en_core_web_sm", help="a spaCy pipeline, by name or folder")
-    judged.add_argument("--space", help="the reader in whose input embeddings closeness is measured (default: the judged one)")
-    judged.add_argument("--out", type=Path, default=Path("judgement.html"), help="where the page is written")
+    judged.add_argument(
+        "questions", help="JSONL with question, answer and passages, a few hundred lines"
+    )
+    judged.add_argument(
+        "--nouns", default="en_core_web_sm", help="a spaCy pipeline, by name or folder"
+    )
+    judged.add_argument(
+        "--space",
+        help="the reader in whose input embeddings closeness is measured (default: the judged one)",
+    )
+    judged.add_argument(
+        "--out", type=Path, default=Path("judgement.html"), help="where the page is written"
+    )
     return parser
 
 
@@ -342,7 +437,13 @@ def main() -> int:
         elif arguments.command == "course":
             make_course(arguments.profile, arguments.runs)
         elif arguments.command == "judge":
-            judge_reader(arguments.reader, arguments.questions, arguments.nouns, arguments.space, arguments.out)
+            judge_reader(
+                arguments.reader,
+                arguments.questions,
+                arguments.nouns,
+                arguments.space,
+                arguments.out,
+            )
         else:
             copy_for_lab(arguments.runs)
     except RagkitError as error:

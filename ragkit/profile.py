@@ -12,16 +12,12 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ragkit import RagkitError
+from ragkit.errors import ProfileError
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Precision = Literal["float32", "bfloat16", "float16"]
-
-
-class ProfileError(RagkitError):
-    """The profile cannot be used; the message names the file and the key."""
 
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # it becomes a folder's name
@@ -72,7 +68,9 @@ class HubTable(Section):
 
     dataset: Annotated[str, Field(min_length=1)]
     config: str | None = None
-    files: str | None = None  # read these files of it (a pattern; {split} stands for the split), as where it holds a loading script
+    files: str | None = (
+        None  # read these files of it (a pattern; {split} stands for the split), as where it holds a loading script
+    )
     revision: str = "main"
     licence: str = "not stated"
     columns: dict[str, str] = {}
@@ -96,7 +94,9 @@ class HubSet(Section):
     passages: HubTable | str | None = None
     passage_split: str = "train"
     pools: tuple[str, ...] = Field(default=(), strict=False)
-    most_passages: Count | None = None  # of the table or file, drawn by the seed; all of them by default
+    most_passages: Count | None = (
+        None  # of the table or file, drawn by the seed; all of them by default
+    )
     seed: int = 0
     distill: Count = 2000
     dev: Count = 500
@@ -105,7 +105,9 @@ class HubSet(Section):
     @model_validator(mode="after")
     def passages_come_from_one_place(self) -> HubSet:
         if (self.passages is None) == (not self.pools):
-            raise ValueError("give either 'passages' (a table, or the path of a DPR-format TSV) or 'pools' (columns of the questions)")
+            raise ValueError(
+                "give either 'passages' (a table, or the path of a DPR-format TSV) or 'pools' (columns of the questions)"
+            )
         return self
 
 
@@ -120,7 +122,9 @@ class RetrieverSettings(Section):
     pooling: Literal["mean", "cls"] = "mean"
     normalise: bool = True  # unit vectors; Contriever's own score is the plain dot product: false
     passage_tokens: Count = 256
-    dtype: Precision = "float32"  # of the encoding; training keeps float32 weights and computes in this
+    dtype: Precision = (
+        "float32"  # of the encoding; training keeps float32 weights and computes in this
+    )
     at_once: Count = 128  # texts in one pass: less needs less memory and changes no result
     crop_steps: Count = 800
     crop_batch: Count = 64
@@ -133,7 +137,9 @@ class IndexSettings(Section):
     kind: Literal["exact", "ivfpq", "hnsw"] = "exact"
     dtype: Literal["float32", "float16"] = "float32"  # of the vectors kept on disk
     shard: Count = 100_000  # passages encoded, added and written at a time
-    trained_on: Count = 650_000  # vectors that the quantiser of ivfpq learns from: 39 a list or more
+    trained_on: Count = (
+        650_000  # vectors that the quantiser of ivfpq learns from: 39 a list or more
+    )
     lists: Count = 16_384  # cells of ivfpq; for 21 million passages, fewer for fewer (1 to 4 times the root of their number)
     probes: Count = 64  # cells of ivfpq searched for a query
     code_bytes: Count = 64  # of a vector in ivfpq
@@ -150,8 +156,12 @@ class ReaderSettings(Section):
     context: Count = 1024
     dtype: Precision = "float32"  # of the reader's computations; Step 1 keeps float32 weights
     at_once: Count = 16  # prompts in one pass: less needs less memory and changes no result
-    gradient_checkpointing: bool = False  # Step 1 computes activations twice instead of keeping them
-    lora_rank: Annotated[int, Field(ge=0)] = 0  # of the adapters that Step 1 trains (peft); 0 trains every weight
+    gradient_checkpointing: bool = (
+        False  # Step 1 computes activations twice instead of keeping them
+    )
+    lora_rank: Annotated[int, Field(ge=0)] = (
+        0  # of the adapters that Step 1 trains (peft); 0 trains every weight
+    )
     shard: bool = False  # Step 1 splits weights, gradients and optimizer over the processes (FSDP), for a reader whose training fits no single GPU
     answer_tokens: Count = 8
     order: Literal["passages first", "question first"] = "passages first"
@@ -159,12 +169,16 @@ class ReaderSettings(Section):
     batch: Count = 8
     rate: Positive = 1e-3
     gold_share: Share = 0.8
-    checkpoints: Annotated[int, Field(ge=0, le=10)] = 5  # readers on the way that are judged too: at a half, a quarter... of the steps
+    checkpoints: Annotated[int, Field(ge=0, le=10)] = (
+        5  # readers on the way that are judged too: at a half, a quarter... of the steps
+    )
 
     @property
     def kept_steps(self) -> list[int]:
         """Steps of Step 1 after which the reader is kept, in order."""
-        return sorted({self.steps // 2**halving for halving in range(1, self.checkpoints + 1)} - {0})
+        return sorted(
+            {self.steps // 2**halving for halving in range(1, self.checkpoints + 1)} - {0}
+        )
 
 
 class AttentionSettings(Section):
@@ -186,15 +200,21 @@ class DistillSettings(Section):
     rate: Positive = 2e-4
     entropy: Share = 0.5  # mean entropy of every non-uniform target, as a share of log(k): it fixes each temperature
     retriever_temperature: Positive = 0.1
-    direction: Literal["target || retriever", "retriever || target"] = "target || retriever"  # of the divergence
-    side: Literal["query", "both"] = "query"  # 'both' trains the passages' vectors too and encodes them again
+    direction: Literal["target || retriever", "retriever || target"] = (
+        "target || retriever"  # of the divergence
+    )
+    side: Literal["query", "both"] = (
+        "query"  # 'both' trains the passages' vectors too and encodes them again
+    )
 
 
 class IndicatorSettings(Section):
     """How the indicators are read from attention; every choice is varied in notebook 08."""
 
     questions: Count = 200
-    share: Annotated[float, Field(gt=0, lt=1)] = 0.1  # of a question's passage tokens: the 'closest'
+    share: Annotated[float, Field(gt=0, lt=1)] = (
+        0.1  # of a question's passage tokens: the 'closest'
+    )
     space: Literal["input", "own", "retriever", "contextual"] = "input"
 
 
@@ -219,7 +239,16 @@ class ChoiceSettings(Section):
     """Which choices notebook 08 runs Step 2 again for: names of VARIATIONS, each under the first of `distill.seeds`."""
 
     variations: tuple[str, ...] = Field(
-        default=("rows: predicting", "rows: consuming", "no value norm", "mean over tokens", "sharper target", "flatter target", "reverse KL"), strict=False
+        default=(
+            "rows: predicting",
+            "rows: consuming",
+            "no value norm",
+            "mean over tokens",
+            "sharper target",
+            "flatter target",
+            "reverse KL",
+        ),
+        strict=False,
     )
 
     @field_validator("variations")
@@ -228,7 +257,14 @@ class ChoiceSettings(Section):
         for name in names:
             if name not in VARIATIONS:
                 near = difflib.get_close_matches(name, VARIATIONS, 1)
-                raise ValueError(f"no variation {name!r}" + (f"; the nearest is {near[0]!r}" if near else f"; there are {', '.join(VARIATIONS)}"))
+                raise ValueError(
+                    f"no variation {name!r}"
+                    + (
+                        f"; the nearest is {near[0]!r}"
+                        if near
+                        else f"; there are {', '.join(VARIATIONS)}"
+                    )
+                )
         return names
 
 
@@ -251,7 +287,9 @@ class MachineSettings(Section):
 
     device: Literal["cpu", "cuda"] = "cpu"
     processes: Count = 1  # that share encoding, scoring and training (Accelerate): one a GPU
-    kernel: Literal["auto", "flash", "efficient", "math"] = "auto"  # of scaled_dot_product_attention on a GPU
+    kernel: Literal["auto", "flash", "efficient", "math"] = (
+        "auto"  # of scaled_dot_product_attention on a GPU
+    )
 
 
 class Profile(Section):
@@ -261,16 +299,22 @@ class Profile(Section):
     judge: bool = True
     seed: int = 0
     threads: Count = 1  # a process; sets are worked on side by side, and results do not depend on the machine's cores
-    step1_seeds: tuple[int, ...] = Field(default=(0,), min_length=1, strict=False)  # claims are judged on every run; notebooks 02 to 08 show the first
+    step1_seeds: tuple[int, ...] = Field(
+        default=(0,), min_length=1, strict=False
+    )  # claims are judged on every run; notebooks 02 to 08 show the first
     k: Annotated[int, Field(ge=2, le=20)] = 5  # 20 candidates are kept for each question
-    sets: tuple[Annotated[QuestionSet, Field(discriminator="source")], ...] = Field(min_length=1, strict=False)
+    sets: tuple[Annotated[QuestionSet, Field(discriminator="source")], ...] = Field(
+        min_length=1, strict=False
+    )
     machine: MachineSettings = MachineSettings()
     retriever: RetrieverSettings = RetrieverSettings()
     index: IndexSettings = IndexSettings()
     reader: ReaderSettings = ReaderSettings()
     attention: AttentionSettings = AttentionSettings()
     distill: DistillSettings = DistillSettings()
-    index_refreshes: Annotated[int, Field(ge=0)] = 0  # times within Step 2 that the retriever looks for new candidates and the reader looks at them
+    index_refreshes: Annotated[int, Field(ge=0)] = (
+        0  # times within Step 2 that the retriever looks for new candidates and the reader looks at them
+    )
     nouns: NounSettings = NounSettings()
     indicators: IndicatorSettings = IndicatorSettings()
     choices: ChoiceSettings = ChoiceSettings()
@@ -283,11 +327,19 @@ class Profile(Section):
             if twice := [value for value, times in Counter(values).items() if times > 1]:
                 raise ValueError(f"{key}: {twice[0]!r} stands there twice; each needs its own")
         if self.index_refreshes >= self.distill.epochs:
-            raise ValueError(f"index_refreshes: {self.index_refreshes} parts Step 2 into more pieces than distill.epochs ({self.distill.epochs})")
+            raise ValueError(
+                f"index_refreshes: {self.index_refreshes} parts Step 2 into more pieces than distill.epochs ({self.distill.epochs})"
+            )
         if self.machine.processes > min(self.reader.batch, self.distill.batch):
-            raise ValueError(f"machine.processes: {self.machine.processes} cannot share a batch of fewer (reader.batch, distill.batch)")
-        if self.reader.shard and (self.machine.processes < 2 or self.reader.lora_rank or self.reader.dtype == "float16"):
-            raise ValueError("reader.shard: needs several machine.processes, every weight trained (reader.lora_rank: 0), and reader.dtype bfloat16 or float32")
+            raise ValueError(
+                f"machine.processes: {self.machine.processes} cannot share a batch of fewer (reader.batch, distill.batch)"
+            )
+        if self.reader.shard and (
+            self.machine.processes < 2 or self.reader.lora_rank or self.reader.dtype == "float16"
+        ):
+            raise ValueError(
+                "reader.shard: needs several machine.processes, every weight trained (reader.lora_rank: 0), and reader.dtype bfloat16 or float32"
+            )
         return self
 
     def twin(self, set_name: str) -> str | None:
@@ -297,21 +349,36 @@ class Profile(Section):
         """
         sources: dict[str, Any] = {}
         for one in self.sets:
-            if isinstance(one, HubSet) and one.passages is not None and self.retriever.model != "embedded":
-                sources[one.name] = (one.passages, one.passage_split, one.most_passages, one.most_passages and one.seed)
+            if (
+                isinstance(one, HubSet)
+                and one.passages is not None
+                and self.retriever.model != "embedded"
+            ):
+                sources[one.name] = (
+                    one.passages,
+                    one.passage_split,
+                    one.most_passages,
+                    one.most_passages and one.seed,
+                )
         first = next((name for name in sources if sources[name] == sources.get(set_name)), set_name)
         return None if first == set_name else first
 
 
 def varied(profile: Profile, name: str) -> Profile:
     """A profile with one of VARIATIONS made."""
-    changes = {key: getattr(profile, key).model_copy(update=new) if isinstance(new, dict) else new for key, new in VARIATIONS[name].items()}
+    changes = {
+        key: getattr(profile, key).model_copy(update=new) if isinstance(new, dict) else new
+        for key, new in VARIATIONS[name].items()
+    }
     return profile.model_copy(update=changes)
 
 
 def shipped() -> list[str]:
     """Names of the profiles that come with the package."""
-    return sorted(p.name.removesuffix(".yaml") for p in resources.files("ragkit").joinpath("assets/profiles").iterdir())
+    return sorted(
+        p.name.removesuffix(".yaml")
+        for p in resources.files("ragkit").joinpath("assets/profiles").iterdir()
+    )
 
 
 def known_keys() -> set[str]:
@@ -326,16 +393,24 @@ def load_profile(name_or_path: str, changes: Sequence[str] = ()) -> Profile:
     key, and for unknown keys the nearest valid one.
     """
     if name_or_path in shipped():
-        text = resources.files("ragkit").joinpath(f"assets/profiles/{name_or_path}.yaml").read_text("utf8")
+        text = (
+            resources.files("ragkit")
+            .joinpath(f"assets/profiles/{name_or_path}.yaml")
+            .read_text("utf8")
+        )
     elif Path(name_or_path).is_file():
         try:
             text = Path(name_or_path).read_text("utf8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ProfileError(f"Profile {name_or_path} cannot be read as UTF-8 text: {error}") from None
+            raise ProfileError(
+                f"Profile {name_or_path} cannot be read as UTF-8 text: {error}"
+            ) from None
     else:
         near = difflib.get_close_matches(name_or_path, shipped(), 1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ProfileError(f"No profile {name_or_path!r}: give one of {', '.join(shipped())} or a path to a YAML file.{hint}")
+        raise ProfileError(
+            f"No profile {name_or_path!r}: give one of {', '.join(shipped())} or a path to a YAML file.{hint}"
+        )
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -349,7 +424,10 @@ def load_profile(name_or_path: str, changes: Sequence[str] = ()) -> Profile:
     try:
         profile = Profile.model_validate(values)
     except ValidationError as error:
-        raise ProfileError(f"Profile {name_or_path}:\n" + "\n".join(explain(e["loc"], e["msg"], e["type"]) for e in error.errors())) from None
+        raise ProfileError(
+            f"Profile {name_or_path}:\n"
+            + "\n".join(explain(e["loc"], e["msg"], e["type"]) for e in error.errors())
+        ) from None
     if name_or_path in shipped():
         return with_whole_paths(profile, Path.cwd()) if changes else profile
     return with_whole_paths(profile, Path(name_or_path).resolve().parent)
@@ -360,7 +438,9 @@ def put(values: dict[str, Any], change: str) -> None:
     key, equals, text = change.partition("=")
     *path, last = key.strip().split(".")
     if not equals or not last:
-        raise ProfileError(f"{change!r} is no change of a profile: write key=value, such as reader.batch=4.")
+        raise ProfileError(
+            f"{change!r} is no change of a profile: write key=value, such as reader.batch=4."
+        )
     place: Any = values
     try:
         for part in path:
@@ -374,7 +454,9 @@ def put(values: dict[str, Any], change: str) -> None:
 
 def save_profile(profile: Profile, path: Path) -> None:
     """Writes a profile as YAML; `load_profile` reads the same again."""
-    path.write_text(yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf8")
+    path.write_text(
+        yaml.safe_dump(profile.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf8"
+    )
 
 
 def with_whole_paths(profile: Profile, folder: Path) -> Profile:
@@ -390,14 +472,27 @@ def with_whole_paths(profile: Profile, folder: Path) -> Profile:
         if isinstance(one, WorldSet):
             return one
         if isinstance(one, HubSet):
-            passages = one.passages if one.passages is None else table(one.passages) if isinstance(one.passages, HubTable) else str(folder / one.passages)
+            passages = (
+                one.passages
+                if one.passages is None
+                else table(one.passages)
+                if isinstance(one.passages, HubTable)
+                else str(folder / one.passages)
+            )
             return one.model_copy(update={"questions": table(one.questions), "passages": passages})
-        return one.model_copy(update={"passages": str(folder / one.passages), "questions": str(folder / one.questions)})
+        return one.model_copy(
+            update={
+                "passages": str(folder / one.passages),
+                "questions": str(folder / one.questions),
+            }
+        )
 
     return profile.model_copy(
         update={
             "sets": tuple(files(one) for one in profile.sets),
-            "retriever": profile.retriever.model_copy(update={"model": model(profile.retriever.model)}),
+            "retriever": profile.retriever.model_copy(
+                update={"model": model(profile.retriever.model)}
+            ),
             "reader": profile.reader.model_copy(update={"model": model(profile.reader.model)}),
             "nouns": profile.nouns.model_copy(update={"model": model(profile.nouns.model)}),
         }
@@ -409,5 +504,7 @@ def explain(location: tuple[int | str, ...], message: str, kind: str) -> str:
     key = ".".join(str(part) for part in location) or "(the whole file)"
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(str(location[-1]), known_keys(), 1)
-        return f"  {key}: unknown key." + (f" The nearest valid key is {near[0]!r}." if near else "")
+        return f"  {key}: unknown key." + (
+            f" The nearest valid key is {near[0]!r}." if near else ""
+        )
     return f"  {key}: {message}"

@@ -7,7 +7,9 @@ def write_nq(folder, questions, held_out):
     """NQ-open's own layout: one configuration, two splits, `question` and a list of `answer`."""
     (folder / "nq_open").mkdir(parents=True)
     for split, rows in (("train", questions), ("validation", held_out)):
-        table = datasets.Dataset.from_dict({"question": [q for q, _ in rows], "answer": [list(a) for _, a in rows]})
+        table = datasets.Dataset.from_dict(
+            {"question": [q for q, _ in rows], "answer": [list(a) for _, a in rows]}
+        )
         table.to_parquet(folder / "nq_open" / f"{split}-00000-of-00001.parquet")
     (folder / "README.md").write_text(
         "---\nlicense: cc-by-sa-3.0\nconfigs:\n- config_name: nq_open\n  data_files:\n  - split: train\n    path: nq_open/train-*\n"
@@ -20,8 +22,22 @@ def write_trivia(folder, questions, held_out):
     """TriviaQA's `unfiltered.nocontext`: answers are objects with `value` and `aliases`, beside many other columns."""
     (folder / "unfiltered.nocontext").mkdir(parents=True)
     for split, rows in (("train", questions), ("validation", held_out)):
-        answers = [{"value": a[0], "aliases": list(a), "normalized_value": a[0].lower(), "type": "WikipediaEntity"} for _, a in rows]
-        table = datasets.Dataset.from_dict({"question": [q for q, _ in rows], "question_id": [f"tc_{i}" for i in range(len(rows))], "answer": answers})
+        answers = [
+            {
+                "value": a[0],
+                "aliases": list(a),
+                "normalized_value": a[0].lower(),
+                "type": "WikipediaEntity",
+            }
+            for _, a in rows
+        ]
+        table = datasets.Dataset.from_dict(
+            {
+                "question": [q for q, _ in rows],
+                "question_id": [f"tc_{i}" for i in range(len(rows))],
+                "answer": answers,
+            }
+        )
         table.to_parquet(folder / "unfiltered.nocontext" / f"{split}-00000-of-00001.parquet")
     (folder / "README.md").write_text(
         "---\nconfigs:\n- config_name: unfiltered.nocontext\n  data_files:\n  - split: train\n    path: unfiltered.nocontext/train-*\n"
@@ -37,7 +53,13 @@ def write_wiki(folder, passages, files=2):
     size = -(-len(passages) // files)
     for number in range(files):
         part = passages[number * size : (number + 1) * size]
-        table = datasets.Dataset.from_dict({"id": [p.id for p in part], "text": [p.text for p in part], "title": [p.title for p in part]})
+        table = datasets.Dataset.from_dict(
+            {
+                "id": [p.id for p in part],
+                "text": [p.text for p in part],
+                "title": [p.title for p in part],
+            }
+        )
         table.to_parquet(home / f"train-{number:05}-of-{files:05}.parquet")
     return folder
 

@@ -44,7 +44,10 @@ def read_qed(path: Path) -> list[Explained]:
         note = row["annotation"]
         if note["explanation_type"] != "single_sentence":
             continue
-        pairs = [(place(pair["question_reference"]), place(pair["sentence_reference"])) for pair in note["referential_equalities"]]
+        pairs = [
+            (place(pair["question_reference"]), place(pair["sentence_reference"]))
+            for pair in note["referential_equalities"]
+        ]
         found.append(
             Explained(
                 question=row["question_text"],

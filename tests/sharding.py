@@ -5,9 +5,10 @@ import os
 from pathlib import Path
 from unittest.mock import patch
 
-from ragkit import fleet, reader
-from ragkit.corpus import Question
-from ragkit.passages import Passage
+from ragkit.data.passages import Passage
+from ragkit.data.questions import Question
+from ragkit.models import device as fleet
+from ragkit.models import reader
 from ragkit.profile import MachineSettings, ReaderSettings
 
 SETTINGS = {"steps": 7, "checkpoints": 1, "batch": 5, "at_once": 2, "rate": 1e-3}
@@ -18,14 +19,24 @@ def draw(rng):
     """A question about two people, of whom the asked one's town is wanted."""
     one, other = rng.sample(NAMES, 2)
     towns = rng.sample(("Rome", "Oslo", "Lima", "Bonn"), 2)
-    passages = [Passage(str(i), who, f"{who} lives in {town}.") for i, (who, town) in enumerate(zip((one, other), towns, strict=True))]
-    return Question(id=one, text=f"Where does {one} live?", answers=(towns[0],), gold=()), rng.sample(passages, 2)
+    passages = [
+        Passage(str(i), who, f"{who} lives in {town}.")
+        for i, (who, town) in enumerate(zip((one, other), towns, strict=True))
+    ]
+    return Question(
+        id=one, text=f"Where does {one} live?", answers=(towns[0],), gold=()
+    ), rng.sample(passages, 2)
 
 
 def learn(rank: int, size: int, port: int, folder: Path, dies_at: int | None = None) -> None:
     """Step 1 of the embedded reader, split over the processes if there are several, with a checkpoint every two steps; dies where it is told to."""
     if size > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(size),
+        }
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     fleet.start(MachineSettings(processes=size), 1)
     settings = ReaderSettings(**SETTINGS, shard=size > 1)

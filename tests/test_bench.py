@@ -7,8 +7,9 @@ import pytest
 from benchmarks import attention as bench
 from benchmarks import index as index_bench
 
-from ragkit import index, plots
-from ragkit.attention_cost import Shape, recorded_bytes
+from ragkit.attention.cost import Shape, recorded_bytes
+from ragkit.models import index
+from ragkit.pages import plots
 
 
 @pytest.fixture
@@ -20,28 +21,48 @@ def tiny(monkeypatch, capsys):
         bench.measure(kind, tokens, ways, repeats)
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
-    monkeypatch.setattr(bench.torch, "set_num_threads", lambda count: None)  # here it would outlive the test
+    monkeypatch.setattr(
+        bench.torch, "set_num_threads", lambda count: None
+    )  # here it would outlive the test
     peak = bench.peak
-    monkeypatch.setattr(bench, "peak", lambda *given: max(1, peak(*given)))  # so small a pass may need no new page
+    monkeypatch.setattr(
+        bench, "peak", lambda *given: max(1, peak(*given))
+    )  # so small a pass may need no new page
     monkeypatch.setattr(bench, "apart", here)
     monkeypatch.setattr(bench, "EAGER_UP_TO", 128)
 
 
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Peak memory is measured on Linux only.")
-def test_a_bench_makes_a_table_and_a_figure_and_goes_on_where_it_stopped(tiny, tmp_path, monkeypatch):
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="Peak memory is measured on Linux only."
+)
+def test_a_bench_makes_a_table_and_a_figure_and_goes_on_where_it_stopped(
+    tiny, tmp_path, monkeypatch
+):
     bench.table_of(["falcon"], [64], 1, tmp_path)
     measured = []
     apart = bench.apart
-    monkeypatch.setattr(bench, "apart", lambda kind, tokens, *rest: measured.append((kind, tokens)) or apart(kind, tokens, *rest))
+    monkeypatch.setattr(
+        bench,
+        "apart",
+        lambda kind, tokens, *rest: measured.append((kind, tokens)) or apart(kind, tokens, *rest),
+    )
     table = bench.table_of(["falcon", "llama"], [64, 256], 1, tmp_path)
     assert set(measured) == {("llama", 64), ("falcon", 256), ("llama", 256)}
     ways = {64: ("fused", "ours", "eager"), 256: ("fused", "ours")}
-    expected = [(kind, tokens, way) for kind in ("falcon", "llama") for tokens in ways for way in ways[tokens]]
+    expected = [
+        (kind, tokens, way)
+        for kind in ("falcon", "llama")
+        for tokens in ways
+        for way in ways[tokens]
+    ]
     assert [tuple(row) for row in table[["kind", "tokens", "way"]].to_numpy()] == expected
     assert (table["seconds"] > 0).all()
     assert (table.loc[table["way"] == "fused", ["time ratio", "memory ratio"]] == 1).all(None)
     last = table[(table["kind"] == "llama") & (table["tokens"] == 256)].set_index("way")
-    assert last.loc["ours", "modelled MB"] == pytest.approx(last.loc["fused", "MB"] + recorded_bytes(bench.SHAPES["llama"], 256, bench.ROWS) / 1e6, abs=0.1)
+    assert last.loc["ours", "modelled MB"] == pytest.approx(
+        last.loc["fused", "MB"] + recorded_bytes(bench.SHAPES["llama"], 256, bench.ROWS) / 1e6,
+        abs=0.1,
+    )
     figure, alt = plots.attention_cost(table)
     assert "llama, 256 tokens, ours" in alt
     assert len(figure.axes) == 4
@@ -49,13 +70,33 @@ def test_a_bench_makes_a_table_and_a_figure_and_goes_on_where_it_stopped(tiny, t
 
 def test_a_bench_of_an_index_ends_in_its_two_tables(tmp_path, monkeypatch):
     for name in ("learn_ivfpq", "write_index"):
-        monkeypatch.setattr(index, name, getattr(index, name))  # the bench wraps them: here it would outlive the test
-    small = {"DIMENSIONS": 16, "RANK": 4, "SHARD": 5000, "QUERIES": 40, "THREADS": 1, "PROBES": (2, 32), "CANDIDATES": (5, 100)}
+        monkeypatch.setattr(
+            index, name, getattr(index, name)
+        )  # the bench wraps them: here it would outlive the test
+    small = {
+        "DIMENSIONS": 16,
+        "RANK": 4,
+        "SHARD": 5000,
+        "QUERIES": 40,
+        "THREADS": 1,
+        "PROBES": (2, 32),
+        "CANDIDATES": (5, 100),
+    }
     for name, value in small.items():
         monkeypatch.setattr(index_bench, name, value)
-    monkeypatch.setattr(index_bench, "SETTINGS", index_bench.SETTINGS.model_copy(update={"trained_on": 10_000, "lists": 32, "code_bytes": 4}))
+    monkeypatch.setattr(
+        index_bench,
+        "SETTINGS",
+        index_bench.SETTINGS.model_copy(
+            update={"trained_on": 10_000, "lists": 32, "code_bytes": 4}
+        ),
+    )
     steps, recall = index_bench.bench(tmp_path, 12_000)
     assert (steps["seconds"] >= 0).all()
     assert {"make the vectors", "- learn", "build", "open"} < set(steps["step"])
-    assert steps.loc[steps["step"] == "make the vectors", "MB on disk"].item() == pytest.approx(12_000 * 16 * 2 / 1e6, abs=0.1)
-    assert recall["recall@5"].iloc[-1] > max(0.95, recall["recall@5"].iloc[0])  # every list searched, many candidates scored again
+    assert steps.loc[steps["step"] == "make the vectors", "MB on disk"].item() == pytest.approx(
+        12_000 * 16 * 2 / 1e6, abs=0.1
+    )
+    assert recall["recall@5"].iloc[-1] > max(
+        0.95, recall["recall@5"].iloc[0]
+    )  # every list searched, many candidates scored again

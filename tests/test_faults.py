@@ -19,17 +19,19 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from ragkit import RagkitError, __main__, checkpoint, reader, report, teacher
-from ragkit.__main__ import NotebookError
-from ragkit.attention import AttentionError
-from ragkit.corpus import Question
-from ragkit.index import SearchError
-from ragkit.lab import Lab
-from ragkit.passages import Passage
+from ragkit import __main__
+from ragkit.attention.record import AttentionError
+from ragkit.data.passages import Passage
+from ragkit.data.questions import Question
+from ragkit.distillation import teacher
+from ragkit.errors import NotebookError, RagkitError, SearchError, StoreError
+from ragkit.experiment.lab import Lab
+from ragkit.experiment.retrieval import SEARCH
+from ragkit.experiment.store import Store, file_hash
+from ragkit.models import checkpoint, reader
+from ragkit.models.reader import Reader
+from ragkit.pages import report
 from ragkit.profile import ReaderSettings
-from ragkit.reader import Reader
-from ragkit.retrieval import SEARCH
-from ragkit.store import Store, StoreError, file_hash
 
 ROOT = Path(__file__).parent.parent
 PROFILE = """
@@ -58,12 +60,24 @@ def sentence(ended, *words):
     ("arguments", "words"),
     [
         (["reproduce", "--profile", "nonsense"], ["No profile 'nonsense'", "smoke, tiny"]),
-        (["report", "--profile", "smoke", "--runs", "nowhere"], ["no finished run", "python -m ragkit reproduce --profile smoke"]),
+        (
+            ["report", "--profile", "smoke", "--runs", "nowhere"],
+            ["no finished run", "python -m ragkit reproduce --profile smoke"],
+        ),
         (["reproduse"], ["invalid choice"]),
     ],
 )
 def test_an_odd_command_gets_a_sentence(arguments, words):
-    sentence(subprocess.run([sys.executable, "-m", "ragkit", *arguments], cwd=ROOT, capture_output=True, text=True, check=False), *words)
+    sentence(
+        subprocess.run(
+            [sys.executable, "-m", "ragkit", *arguments],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+        ),
+        *words,
+    )
 
 
 def command(monkeypatch, *arguments):
@@ -74,7 +88,10 @@ def command(monkeypatch, *arguments):
 
 def test_a_file_where_the_run_folder_should_be(tmp_path, monkeypatch, caplog):
     (tmp_path / "runs").write_text("a file")
-    assert command(monkeypatch, "reproduce", "--profile", "smoke", "--runs", str(tmp_path / "runs")) == 2
+    assert (
+        command(monkeypatch, "reproduce", "--profile", "smoke", "--runs", str(tmp_path / "runs"))
+        == 2
+    )
     assert "cannot be made" in caplog.text
     assert "--runs" in caplog.text
 
@@ -83,8 +100,15 @@ def test_a_file_where_the_run_folder_should_be(tmp_path, monkeypatch, caplog):
 
 
 def notebook(folder, *cells, parameters="PROFILE = 'tiny'\nRUNS = '..'"):
-    made = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
-    made.cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}), *map(nbformat.v4.new_code_cell, cells)]
+    made = nbformat.v4.new_notebook(
+        metadata={
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
+        }
+    )
+    made.cells = [
+        nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+        *map(nbformat.v4.new_code_cell, cells),
+    ]
     path = folder / "05_toy.ipynb"
     nbformat.write(made, path)
     return path
@@ -93,9 +117,18 @@ def notebook(folder, *cells, parameters="PROFILE = 'tiny'\nRUNS = '..'"):
 @pytest.mark.parametrize(
     ("cell", "words"),
     [
-        ("from ragkit.profile import ProfileError\nraise ProfileError('mine.yaml: k: too large')", ["cell 4: mine.yaml: k: too large"]),
-        ("# a look at it\nvalues = []\nvalues[3]", ["cell 4 ('# a look at it')", "IndexError: list index out of range", "traceback: "]),
-        ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", ["its Python process was killed", "memory"]),
+        (
+            "from ragkit.profile import ProfileError\nraise ProfileError('mine.yaml: k: too large')",
+            ["cell 4: mine.yaml: k: too large"],
+        ),
+        (
+            "# a look at it\nvalues = []\nvalues[3]",
+            ["cell 4 ('# a look at it')", "IndexError: list index out of range", "traceback: "],
+        ),
+        (
+            "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+            ["its Python process was killed", "memory"],
+        ),
     ],
 )
 def test_a_failing_notebook_is_named_with_its_cell(tmp_path, monkeypatch, cell, words):
@@ -109,7 +142,13 @@ def test_a_failing_notebook_is_named_with_its_cell(tmp_path, monkeypatch, cell, 
 
 
 def test_every_error_of_the_package_is_known_as_its_own():
-    assert {"RagkitError", "DataError", "ClaimError", "StoreError", "CheckpointError"} <= __main__.own_errors()
+    assert {
+        "RagkitError",
+        "DataError",
+        "ClaimError",
+        "StoreError",
+        "CheckpointError",
+    } <= __main__.own_errors()
     assert "ValueError" not in __main__.own_errors()
 
 
@@ -123,7 +162,9 @@ def test_an_executed_notebook_counts_only_with_its_stages(tmp_path):
     done, stamp = tmp_path / "a.ipynb", tmp_path / "a.json"
     done.write_text("{}")
     record = {"source": "x"}
-    stamp.write_text(json.dumps({"record": record, "hash": file_hash(done), "stages": {"corpus/a": "k1"}}))
+    stamp.write_text(
+        json.dumps({"record": record, "hash": file_hash(done), "stages": {"corpus/a": "k1"}})
+    )
     assert __main__.is_reusable(done, stamp, record, {"corpus/a": "k1", "other": "k"})
     assert not __main__.is_reusable(done, stamp, record, {"corpus/a": "k2"})
     assert not __main__.is_reusable(done, stamp, record, {})
@@ -138,7 +179,9 @@ def test_an_executed_notebook_counts_only_with_its_stages(tmp_path):
 
 
 def test_a_missing_model_folder():
-    with pytest.raises(RagkitError, match=r"'/no/such/model' cannot be loaded.*Give a local folder"):
+    with pytest.raises(
+        RagkitError, match=r"'/no/such/model' cannot be loaded.*Give a local folder"
+    ):
         Reader.load("/no/such/model", ReaderSettings())
 
 
@@ -148,7 +191,10 @@ def test_a_hub_name_without_network(monkeypatch):
 
     monkeypatch.setattr(socket.socket, "connect", unreachable)
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
-    with pytest.raises(RagkitError, match=r"'some-lab/some-reader' cannot be loaded.*no network.*Give a local folder"):
+    with pytest.raises(
+        RagkitError,
+        match=r"'some-lab/some-reader' cannot be loaded.*no network.*Give a local folder",
+    ):
         Reader.load("some-lab/some-reader", ReaderSettings())
 
 
@@ -186,7 +232,9 @@ def test_a_context_larger_than_the_models_positions_is_refused(tmp_path):
     folder = embedded_copy(tmp_path / "gpt2")
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         (folder / name).unlink()
-    GPT2LMHeadModel(GPT2Config(vocab_size=3000, n_positions=64, n_embd=16, n_layer=1, n_head=2)).save_pretrained(folder)
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=3000, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    ).save_pretrained(folder)
     with pytest.raises(RagkitError, match=r"64 positions.*reader\.context"):
         Reader.load(str(folder), ReaderSettings(context=65))
     assert Reader.load(str(folder), ReaderSettings(context=64)).settings.context == 64
@@ -198,23 +246,39 @@ def test_a_context_larger_than_the_models_positions_is_refused(tmp_path):
 def test_attention_that_is_not_a_number_is_refused():
     one = Reader.load("embedded", ReaderSettings())
     with torch.no_grad():
-        next(p for name, p in one.model.named_parameters() if "query_key_value.weight" in name).fill_(float("nan"))
+        next(
+            p for name, p in one.model.named_parameters() if "query_key_value.weight" in name
+        ).fill_(float("nan"))
     question = Question("q", "where was orla venn born", ("Ulm",), (0,))
     with pytest.raises(AttentionError, match="not a number"):
-        teacher.look(one, [question], [[Passage("0", "Orla Venn", "Orla Venn was born in Ulm."), Passage("1", "T", "Another text.")]])
+        teacher.look(
+            one,
+            [question],
+            [
+                [
+                    Passage("0", "Orla Venn", "Orla Venn was born in Ulm."),
+                    Passage("1", "T", "Another text."),
+                ]
+            ],
+        )
 
 
 # Prompts longer than the context
 
 
 def test_trimmed_prompts_are_counted_and_reported(tmp_path):
-    lab = Lab(small_profile(tmp_path, reader="{steps: 2, batch: 2, context: 80}"), tmp_path / "runs")
+    lab = Lab(
+        small_profile(tmp_path, reader="{steps: 2, batch: 2, context: 80}"), tmp_path / "runs"
+    )
     scores = lab.teacher("almanac", "off-the-shelf")
     lab.reader("almanac", "fine-tuned")
     cut = int((scores["trimmed"] > 0).sum())
     assert cut > 0
     manifest = __main__.collect_manifest(lab, {}, 0.0, 0.0)
-    assert manifest["trimmed_prompts"]["teacher/almanac/off-the-shelf"] == {"trimmed": cut, "prompts": 40}
+    assert manifest["trimmed_prompts"]["teacher/almanac/off-the-shelf"] == {
+        "trimmed": cut,
+        "prompts": 40,
+    }
     assert "step1/almanac" in manifest["trimmed_prompts"]
     shown = report.trimmed_html(manifest["trimmed_prompts"])
     assert f"teacher/almanac/off-the-shelf: {cut} of 40" in shown
@@ -255,7 +319,10 @@ def test_an_edited_data_file_is_read_again(tmp_path):
 def small_profile(folder, **sections):
     text = PROFILE
     for section, values in sections.items():
-        text = "\n".join(f"{section}: {values}" if line.startswith(f"{section}:") else line for line in text.splitlines())
+        text = "\n".join(
+            f"{section}: {values}" if line.startswith(f"{section}:") else line
+            for line in text.splitlines()
+        )
     (folder / "faults.yaml").write_text(text)
     return str(folder / "faults.yaml")
 
@@ -290,7 +357,9 @@ def test_kill_9_after_a_checkpoint(tmp_path, caplog, upstream, work, stage, resu
         shutil.copytree(runs, tmp_path / copy)
     work(profile, tmp_path / "whole")
 
-    process = multiprocessing.get_context("spawn").Process(target=work, args=(profile, tmp_path / "cut"))
+    process = multiprocessing.get_context("spawn").Process(
+        target=work, args=(profile, tmp_path / "cut")
+    )
     process.start()
     partial = tmp_path / "cut" / "faults" / "partial"
     while not list(partial.glob(f"*/{checkpoint.FILE}")):
@@ -304,7 +373,10 @@ def test_kill_9_after_a_checkpoint(tmp_path, caplog, upstream, work, stage, resu
         work(profile, tmp_path / "cut")
     assert "going on from the checkpoint" in caplog.text
     for name in results:
-        one, two = ((tmp_path / copy / "faults" / "stages" / stage / name).read_bytes() for copy in ("whole", "cut"))
+        one, two = (
+            (tmp_path / copy / "faults" / "stages" / stage / name).read_bytes()
+            for copy in ("whole", "cut")
+        )
         assert one == two, name
     assert not list((tmp_path / "cut" / "faults" / "stages" / stage).glob("checkpoint*"))
 
@@ -313,13 +385,24 @@ def test_a_corrupted_stage_file_is_found_and_made_again(tmp_path, upstream):
     profile, runs = upstream
     shutil.copytree(runs, tmp_path / "runs")
     lab = Lab(profile, tmp_path / "runs")
-    vectors = tmp_path / "runs" / "faults" / "stages" / "candidates" / "almanac" / "candidates.safetensors"
+    vectors = (
+        tmp_path
+        / "runs"
+        / "faults"
+        / "stages"
+        / "candidates"
+        / "almanac"
+        / "candidates.safetensors"
+    )
     whole = vectors.read_bytes()
     vectors.write_bytes(whole[:-8] + b"\0" * 8)
     before = {f"{kind}/almanac" for kind in SEARCH}
     assert set(lab.store.sound()) == before - {"candidates/almanac"}
     lab.candidates("almanac")
-    assert lab.store.status["candidates/almanac"] == "ran: candidates.safetensors is damaged or missing"
+    assert (
+        lab.store.status["candidates/almanac"]
+        == "ran: candidates.safetensors is damaged or missing"
+    )
     assert vectors.read_bytes() == whole
     assert set(lab.store.sound()) == before
 
@@ -351,11 +434,15 @@ def test_a_file_that_finds_no_room(tmp_path, work):
     assert len(list(home.iterdir())) == 2
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a tiny disk; the test above needs no root")
+@pytest.mark.skipif(
+    os.geteuid() != 0, reason="only root can mount a tiny disk; the test above needs no root"
+)
 def test_a_really_full_disk(tmp_path):
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting is not allowed here (a container without that right); the test above meets a full disk without it")
+        pytest.skip(
+            "mounting is not allowed here (a container without that right); the test above meets a full disk without it"
+        )
     try:
         with pytest.raises(StoreError, match="No space left on device"):
             Store(tmp_path).stage("big", write_a_lot, {}, {}, [write_a_lot])
@@ -399,10 +486,18 @@ def hear_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_a_second_run_is_refused_and_ctrl_c_ends_the_first_with_a_sentence(tmp_path, monkeypatch, caplog):
+def test_a_second_run_is_refused_and_ctrl_c_ends_the_first_with_a_sentence(
+    tmp_path, monkeypatch, caplog
+):
     log, arguments = tmp_path / "log", ["reproduce", "--profile", "smoke", "--runs", str(tmp_path)]
     with open(log, "w") as out:
-        process = subprocess.Popen([sys.executable, "-m", "ragkit", *arguments], cwd=ROOT, stdout=out, stderr=out, preexec_fn=hear_ctrl_c)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "ragkit", *arguments],
+            cwd=ROOT,
+            stdout=out,
+            stderr=out,
+            preexec_fn=hear_ctrl_c,
+        )
     try:
         until(process, log, "done     notebook 00")
         assert command(monkeypatch, *arguments) == 2
@@ -413,6 +508,8 @@ def test_a_second_run_is_refused_and_ctrl_c_ends_the_first_with_a_sentence(tmp_p
         process.kill()
     said = log.read_text()
     assert "Traceback" not in said
-    assert said.rstrip().endswith("Stopped. What was finished is kept; the same command goes on from there.")
+    assert said.rstrip().endswith(
+        "Stopped. What was finished is kept; the same command goes on from there."
+    )
     assert (tmp_path / "smoke" / "notebooks" / "00_start_here.ipynb").is_file()
     assert not (tmp_path / "smoke" / "manifest.json").exists()

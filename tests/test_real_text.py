@@ -16,16 +16,29 @@ import pytest
 import torch
 from qed import read_qed
 from scipy.stats import rankdata
-from transformers import AutoModel, AutoTokenizer, FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    FalconConfig,
+    FalconForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-from ragkit import corpus, index, indicators, measured, metrics
-from ragkit.lab import Lab
-from ragkit.nouns import find_nouns
-from ragkit.passages import read_tsv
+from ragkit.data import questions as corpus
+from ragkit.data.passages import read_tsv
+from ragkit.experiment import tables as measured
+from ragkit.experiment.lab import Lab
+from ragkit.indicators import measures as indicators
+from ragkit.indicators import metrics
+from ragkit.indicators.nouns import find_nouns
+from ragkit.models import index
+from ragkit.models.retriever import Retriever, passage_text
 from ragkit.profile import RetrieverSettings, load_profile
-from ragkit.retriever import Retriever, passage_text
 
-pytestmark = pytest.mark.skipif("RAGKIT_REAL_DATA" not in os.environ, reason="RAGKIT_REAL_DATA is not set: no real data to run on")
+pytestmark = pytest.mark.skipif(
+    "RAGKIT_REAL_DATA" not in os.environ,
+    reason="RAGKIT_REAL_DATA is not set: no real data to run on",
+)
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("RAGKIT_REAL_DATA", ".")).resolve()
 PASSAGES, QUESTIONS = DATA / "wiki/psgs_w100.sample.tsv.gz", DATA / "nq/nq-open-gold.jsonl.gz"
@@ -43,8 +56,12 @@ def falcon(tmp_path_factory):
     """A small random Falcon with Falcon's real tokenizer."""
     folder = tmp_path_factory.mktemp("falcon")
     torch.manual_seed(0)
-    (folder / "tokenizer.json").write_bytes(gzip.decompress((DATA / "tokenizers/falcon.tokenizer.json.gz").read_bytes()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|endoftext|>")
+    (folder / "tokenizer.json").write_bytes(
+        gzip.decompress((DATA / "tokenizers/falcon.tokenizer.json.gz").read_bytes())
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_file=str(folder / "tokenizer.json"), eos_token="<|endoftext|>"
+    )
     model = FalconForCausalLM(FalconConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True,
                                            multi_query=False, parallel_attn=False, new_decoder_architecture=False))  # fmt: skip
     model.save_pretrained(folder)
@@ -54,12 +71,18 @@ def falcon(tmp_path_factory):
 
 def write_profile(folder, reader, asked, n_passages, **values):
     """A profile beside its data: the first questions' gold passages among the first of the sample; returns its path."""
-    with gzip.open(PASSAGES, "rt", encoding="utf8", newline="") as source, open(folder / "p.tsv", "w", encoding="utf8", newline="") as out:
+    with (
+        gzip.open(PASSAGES, "rt", encoding="utf8", newline="") as source,
+        open(folder / "p.tsv", "w", encoding="utf8", newline="") as out,
+    ):
         rows = csv.writer(out, delimiter="\t")
         for row, _ in zip(csv.reader(source, delimiter="\t"), range(n_passages + 1), strict=False):
             rows.writerow(row)
     with gzip.open(QUESTIONS, "rt", encoding="utf8") as source:
-        (folder / "q.jsonl").write_text("".join(line for line, _ in zip(source, range(sum(asked.values())), strict=False)), "utf8")
+        (folder / "q.jsonl").write_text(
+            "".join(line for line, _ in zip(source, range(sum(asked.values())), strict=False)),
+            "utf8",
+        )
     parts = ", ".join(f"{part}: {n}" for part, n in asked.items())
     steps, epochs, answered = values["steps"], values["epochs"], values["answered"]
     (folder / "real.yaml").write_text(
@@ -81,7 +104,16 @@ evaluate: {{answered: {answered}, bootstrap: 200}}
 
 def reproduce(folder, profile):
     """The whole main job from another folder than the profile's; returns the run's folder."""
-    command = [sys.executable, "-m", "ragkit", "reproduce", "--profile", str(profile), "--runs", str(folder / "runs")]
+    command = [
+        sys.executable,
+        "-m",
+        "ragkit",
+        "reproduce",
+        "--profile",
+        str(profile),
+        "--runs",
+        str(folder / "runs"),
+    ]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr[-3000:]
     return folder / "runs" / "real"
@@ -112,29 +144,56 @@ def check_run(run, asked, steps):
 def test_the_main_job_on_real_text(tmp_path):
     """MiniLM and the trained 260k Llama; 200 questions in Step 1 and Step 2."""
     asked = {"distill": 200, "dev": 20, "test": 40}
-    run = reproduce(tmp_path, write_profile(tmp_path, LLAMA, asked, 800, steps=25, epochs=1, answered=10))
+    run = reproduce(
+        tmp_path, write_profile(tmp_path, LLAMA, asked, 800, steps=25, epochs=1, answered=10)
+    )
     check_run(run, asked, 25)
     manifest = json.loads((run / "manifest.json").read_text())
-    cut = manifest["trimmed_prompts"]["teacher/nq/fine-tuned"]  # 512 positions do not hold three passages in this tokenizer
+    cut = manifest["trimmed_prompts"][
+        "teacher/nq/fine-tuned"
+    ]  # 512 positions do not hold three passages in this tokenizer
     assert 0 < cut["trimmed"] <= cut["prompts"] == 200
     assert "Prompts longer than the reader" in (run / "report" / "index.html").read_text("utf8")
 
 
 def test_a_falcon_on_real_text(tmp_path, falcon):
     """The paper's architecture with its own tokenizer, through all stages, on a few questions."""
-    lab = Lab(str(write_profile(tmp_path, falcon, {"distill": 12, "dev": 6, "test": 12}, 200, steps=2, epochs=1, answered=4)), tmp_path / "runs")
-    assert set(measured.ceiling(lab, "nq")["trained"]) == {"query"}  # both sides would encode all passages again at every look
+    lab = Lab(
+        str(
+            write_profile(
+                tmp_path,
+                falcon,
+                {"distill": 12, "dev": 6, "test": 12},
+                200,
+                steps=2,
+                epochs=1,
+                answered=4,
+            )
+        ),
+        tmp_path / "runs",
+    )
+    assert set(measured.ceiling(lab, "nq")["trained"]) == {
+        "query"
+    }  # both sides would encode all passages again at every look
     table = measured.per_question(lab, "nq")
     assert set(table["system"]) == {"BM25", "initial", *lab.targets}
     assert np.isfinite(lab.teacher("nq", "fine-tuned")["attention"]).all()
     assert measured.answer_rows(lab, "nq")["EM"].between(0, 1).all()
-    assert lab.reader("nq", "off-the-shelf").style == "question"  # real questions come without clozes
+    assert (
+        lab.reader("nq", "off-the-shelf").style == "question"
+    )  # real questions come without clozes
 
 
 @pytest.mark.slow
 def test_the_main_job_with_a_falcon(tmp_path, falcon):
     asked = {"distill": 200, "dev": 20, "test": 40}
-    check_run(reproduce(tmp_path, write_profile(tmp_path, falcon, asked, 800, steps=25, epochs=1, answered=10)), asked, 25)
+    check_run(
+        reproduce(
+            tmp_path, write_profile(tmp_path, falcon, asked, 800, steps=25, epochs=1, answered=10)
+        ),
+        asked,
+        25,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -145,9 +204,17 @@ def everything():
 
 def hit_rates(ranking, passages, questions):
     """HR@1, 5, 20 by gold passage, and by answer string in the passage's text."""
-    holds = [[metrics.holds_answer(passages[i].text, q.answers) for i in row] for row, q in zip(ranking.tolist(), questions, strict=True)]
-    by_gold = {f"gold HR@{k}": float(metrics.hits(ranking.tolist(), [q.gold for q in questions], k).mean()) for k in metrics.CUTS}
-    return by_gold | {f"answer HR@{k}": float(np.mean([any(row[:k]) for row in holds])) for k in metrics.CUTS}
+    holds = [
+        [metrics.holds_answer(passages[i].text, q.answers) for i in row]
+        for row, q in zip(ranking.tolist(), questions, strict=True)
+    ]
+    by_gold = {
+        f"gold HR@{k}": float(metrics.hits(ranking.tolist(), [q.gold for q in questions], k).mean())
+        for k in metrics.CUTS
+    }
+    return by_gold | {
+        f"answer HR@{k}": float(np.mean([any(row[:k]) for row in holds])) for k in metrics.CUTS
+    }
 
 
 def check_rates(rates):
@@ -160,7 +227,11 @@ def check_rates(rates):
 
 def test_bm25_on_all_questions(everything, record_property):
     passages, questions = everything
-    rates = hit_rates(index.bm25([q.text for q in questions], [passage_text(p) for p in passages], 20), passages, questions)
+    rates = hit_rates(
+        index.bm25([q.text for q in questions], [passage_text(p) for p in passages], 20),
+        passages,
+        questions,
+    )
     record_property("BM25", rates)
     print("BM25", rates)
     check_rates(rates)
@@ -177,7 +248,11 @@ def test_minilm_on_all_questions(everything, record_property):
     record_property("MiniLM", rates)
     print("MiniLM", rates)
     check_rates(rates)
-    words = hit_rates(index.bm25([q.text for q in questions], [passage_text(p) for p in passages], 20), passages, questions)
+    words = hit_rates(
+        index.bm25([q.text for q in questions], [passage_text(p) for p in passages], 20),
+        passages,
+        questions,
+    )
     assert all(rates[f"gold HR@{k}"] > words[f"gold HR@{k}"] for k in metrics.CUTS)
 
 
@@ -194,23 +269,50 @@ def chance_closer(close, linked):
 
 def linked_tokens(tokenizer, example, nouns):
     """Passage tokens `[tokens]`, which of them people linked to a phrase with a noun, and the tokens of these phrases' nouns."""
-    pairs = [(asked, said) for asked, said in example.links if any(asked[0] <= start and end <= asked[1] for start, end in nouns)]
-    inside = [noun for noun in nouns if any(asked[0] <= noun[0] and noun[1] <= asked[1] for asked, _ in pairs)]
-    ids, linked = zip(*indicators.within_spans(SimpleNamespace(tokenizer=tokenizer), example.passage, [said for _, said in pairs]), strict=True)
-    wanted = [i for i, is_noun in indicators.within_spans(SimpleNamespace(tokenizer=tokenizer), example.question, inside) if is_noun]
+    pairs = [
+        (asked, said)
+        for asked, said in example.links
+        if any(asked[0] <= start and end <= asked[1] for start, end in nouns)
+    ]
+    inside = [
+        noun
+        for noun in nouns
+        if any(asked[0] <= noun[0] and noun[1] <= asked[1] for asked, _ in pairs)
+    ]
+    ids, linked = zip(
+        *indicators.within_spans(
+            SimpleNamespace(tokenizer=tokenizer), example.passage, [said for _, said in pairs]
+        ),
+        strict=True,
+    )
+    wanted = [
+        i
+        for i, is_noun in indicators.within_spans(
+            SimpleNamespace(tokenizer=tokenizer), example.question, inside
+        )
+        if is_noun
+    ]
     return np.array(ids), np.array(linked), np.array(wanted, dtype=np.int64)
 
 
 def closer_by_question(folder, examples, nouns):
     """AUC of each question `[questions]`: of all tokens and without the nouns' own, in a model's input embeddings and in these dealt out anew."""
-    tokenizer, table = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).get_input_embeddings().weight.detach().double().numpy()
+    tokenizer, table = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModel.from_pretrained(folder).get_input_embeddings().weight.detach().double().numpy(),
+    )
     rng = np.random.default_rng(0)
     found = {name: [] for name in ("all", "all, permuted", "no exact", "no exact, permuted")}
     for example, places in zip(examples, nouns, strict=True):
         ids, linked, wanted = linked_tokens(tokenizer, example, places)
         other = ~np.isin(ids, wanted)
-        for name, order in (("", np.arange(len(table))), (", permuted", rng.permutation(len(table)))):  # for each question another
-            close = indicators.closeness(table[order[ids]], table[order[wanted]]).round(12)  # what is equal must tie
+        for name, order in (
+            ("", np.arange(len(table))),
+            (", permuted", rng.permutation(len(table))),
+        ):  # for each question another
+            close = indicators.closeness(table[order[ids]], table[order[wanted]]).round(
+                12
+            )  # what is equal must tie
             found["all" + name].append(chance_closer(close, linked))
             found["no exact" + name].append(chance_closer(close[other], linked[other]))
     return {name: np.array(values) for name, values in found.items()}
@@ -222,8 +324,14 @@ def test_closeness_finds_what_people_linked(space, ewt, record_property):
 
     In part because they are the same words: hence also without these, and against embeddings that know no meaning.
     """
-    examples = [example for example in read_qed(DATA / "qed" / "qed-dev.jsonlines") if example.links]
-    found = closer_by_question(minilm() if space == "MiniLM" else LLAMA, examples, find_nouns(ewt, [example.question for example in examples]))
+    examples = [
+        example for example in read_qed(DATA / "qed" / "qed-dev.jsonlines") if example.links
+    ]
+    found = closer_by_question(
+        minilm() if space == "MiniLM" else LLAMA,
+        examples,
+        find_nouns(ewt, [example.question for example in examples]),
+    )
     for kind in ("all", "no exact"):
         found[f"{kind}, lead"] = found[kind] - found[f"{kind}, permuted"]
     told = {name: metrics.interval(values[np.isfinite(values)]) for name, values in found.items()}
@@ -233,6 +341,8 @@ def test_closeness_finds_what_people_linked(space, ewt, record_property):
     assert told["all"].low > 0.5
     assert told["all, permuted"].low > 0.5  # the same words
     assert told["no exact, permuted"].low < 0.55
-    if space == "MiniLM":  # the Llama's 512 tokens are pieces of words: without the nouns' own nothing is asked of them
+    if (
+        space == "MiniLM"
+    ):  # the Llama's 512 tokens are pieces of words: without the nouns' own nothing is asked of them
         assert told["no exact"].low > 0.5
         assert told["no exact, lead"].low > 0

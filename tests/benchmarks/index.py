@@ -26,18 +26,27 @@ import pandas as pd
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from ragkit import index
-from ragkit.index import build, exact_search, open_index
+from ragkit.models import index
+from ragkit.models.index import build, exact_search, open_index
+from ragkit.models.vectors import Vectors, shards, write_shard
 from ragkit.profile import IndexSettings
-from ragkit.vectors import Vectors, shards, write_shard
 
 THREADS = 2
 DIMENSIONS, RANK, SHARD, QUERIES, K, SEED = 768, 256, 50_000, 1000, 5, 0
 TOPICS, OF_A_TOPIC = 200, 32  # directions of a topic
-APART, WITHIN, NOISE = 0.4, 0.8, 0.4  # how far topics, vectors of a topic, and vectors by themselves lie apart
+APART, WITHIN, NOISE = (
+    0.4,
+    0.8,
+    0.4,
+)  # how far topics, vectors of a topic, and vectors by themselves lie apart
 FAR = (APART**2 + WITHIN**2 + NOISE**2) ** 0.5  # is a vector from the mean
-MEAN, LENGTHS = 0.16, 0.12  # the mean's length, as a share of FAR, and the spread of the lengths' logarithm
-SETTINGS = IndexSettings(kind="ivfpq", dtype="float16", shard=SHARD, trained_on=200_000, lists=2048, code_bytes=64)
+MEAN, LENGTHS = (
+    0.16,
+    0.12,
+)  # the mean's length, as a share of FAR, and the spread of the lengths' logarithm
+SETTINGS = IndexSettings(
+    kind="ivfpq", dtype="float16", shard=SHARD, trained_on=200_000, lists=2048, code_bytes=64
+)
 PROBES, CANDIDATES = (4, 8, 16, 32, 64, 128), (5, 20, 100, 400)
 GOAL = 0.9  # recall@5
 
@@ -54,18 +63,25 @@ def make_shard(number: int, rows: int) -> NDArray[np.float16]:
     fixed, rng = np.random.default_rng(SEED + 1), np.random.default_rng([SEED, number])
     mean = MEAN * FAR * fixed.standard_normal(DIMENSIONS, np.float32) / DIMENSIONS**0.5
     centres = APART * fixed.standard_normal((TOPICS, RANK), np.float32)
-    directions = WITHIN * fixed.standard_normal((TOPICS, OF_A_TOPIC, RANK), np.float32) / OF_A_TOPIC**0.5
+    directions = (
+        WITHIN * fixed.standard_normal((TOPICS, OF_A_TOPIC, RANK), np.float32) / OF_A_TOPIC**0.5
+    )
     topic = rng.integers(TOPICS, size=rows)
     inside = centres[topic] + NOISE * rng.standard_normal((rows, RANK), np.float32)
     for one in range(TOPICS):
         here = np.flatnonzero(topic == one)
         inside[here] += rng.standard_normal((len(here), OF_A_TOPIC), np.float32) @ directions[one]
-    return ((mean + inside @ plane()) * np.exp(LENGTHS * rng.standard_normal((rows, 1), np.float32))).astype(np.float16)
+    return (
+        (mean + inside @ plane()) * np.exp(LENGTHS * rng.standard_normal((rows, 1), np.float32))
+    ).astype(np.float16)
 
 
 def make_queries(vectors: Vectors) -> NDArray[np.float32]:
     rng = np.random.default_rng(SEED + 2)
-    return vectors.take(rng.integers(len(vectors), size=QUERIES)) + FAR * rng.standard_normal((QUERIES, RANK), np.float32) @ plane()
+    return (
+        vectors.take(rng.integers(len(vectors), size=QUERIES))
+        + FAR * rng.standard_normal((QUERIES, RANK), np.float32) @ plane()
+    )
 
 
 class Steps:
@@ -80,10 +96,16 @@ class Steps:
         started = time.perf_counter()
         yield
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-        line = {"step": name, "seconds": round(time.perf_counter() - started, 2), "peak MiB so far": peak}
+        line = {
+            "step": name,
+            "seconds": round(time.perf_counter() - started, 2),
+            "peak MiB so far": peak,
+        }
         if made is not None:
             files = [made] if made.is_file() else made.rglob("*")
-            line["MB on disk"] = round(sum(file.stat().st_size for file in files if file.is_file()) / 1e6, 1)
+            line["MB on disk"] = round(
+                sum(file.stat().st_size for file in files if file.is_file()) / 1e6, 1
+            )
         self.lines.append(line)
         print(line, flush=True)
 
@@ -103,8 +125,12 @@ def bench(folder: Path, count: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     faiss.omp_set_num_threads(THREADS)
     steps, home = Steps(), folder / "index"
     with steps.step("make the vectors", folder / "vectors"):
-        for number in tqdm(sorted({*range(-(-count // SHARD))} - {*shards(folder / "vectors")}), desc="vectors"):
-            write_shard(folder / "vectors", number, make_shard(number, min(SHARD, count - number * SHARD)))
+        for number in tqdm(
+            sorted({*range(-(-count // SHARD))} - {*shards(folder / "vectors")}), desc="vectors"
+        ):
+            write_shard(
+                folder / "vectors", number, make_shard(number, min(SHARD, count - number * SHARD))
+            )
     vectors = Vectors(folder / "vectors")
     queries = make_queries(vectors)
     steps.inside("- learn", "learn_ivfpq")
@@ -120,13 +146,26 @@ def bench(folder: Path, count: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     with steps.step(f"{len(PROBES) * len(CANDIDATES)} approximate searches of {QUERIES} queries"):
         for probes in PROBES:
             for candidates in CANDIDATES:
-                opened = open_index(vectors, SETTINGS.model_copy(update={"probes": probes, "candidates": candidates}), home)
-                opened.search(queries[:20], K)  # the lists are mapped anew; reading them for the first time is not counted
+                opened = open_index(
+                    vectors,
+                    SETTINGS.model_copy(update={"probes": probes, "candidates": candidates}),
+                    home,
+                )
+                opened.search(
+                    queries[:20], K
+                )  # the lists are mapped anew; reading them for the first time is not counted
                 started = time.perf_counter()
                 found = opened.search(queries, K)[0]
                 seconds = time.perf_counter() - started
                 recall = float((best[:, :, None] == found[:, None, :]).any(2).mean())
-                lines.append({"probes": probes, "candidates": candidates, f"recall@{K}": round(recall, 4), "queries a second": round(QUERIES / seconds, 1)})
+                lines.append(
+                    {
+                        "probes": probes,
+                        "candidates": candidates,
+                        f"recall@{K}": round(recall, 4),
+                        "queries a second": round(QUERIES / seconds, 1),
+                    }
+                )
                 print(lines[-1], flush=True)
     return pd.DataFrame(steps.lines), pd.DataFrame(lines)
 
@@ -144,7 +183,10 @@ def main() -> None:
     reached = recall[recall[f"recall@{K}"] >= GOAL]
     if reached.empty:
         raise SystemExit(f"No setting reached recall@{K} of {GOAL}.")
-    print(f"\nFastest of those with recall@{K} of {GOAL} or more:", reached.loc[reached["queries a second"].idxmax()].to_dict())
+    print(
+        f"\nFastest of those with recall@{K} of {GOAL} or more:",
+        reached.loc[reached["queries a second"].idxmax()].to_dict(),
+    )
 
 
 if __name__ == "__main__":

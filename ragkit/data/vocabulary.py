@@ -1,0 +1,43 @@
+"""The one tokenizer of the embedded models: whole words, and names cut into their two pieces."""
+
+from __future__ import annotations
+
+import string
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from ragkit.data import worlds as world
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A lower-casing WordPiece tokenizer over the worlds' vocabulary.
+
+    Names become a start and an ending piece, years two pieces; letters are kept as a fallback, so that any other word
+    can be written too.
+    """
+    tokens = ["[PAD]", "[UNK]", "[BOS]", "[EOS]", *string.punctuation]
+    for letter in string.ascii_lowercase + string.digits:
+        tokens += [letter, "##" + letter]
+    tokens += sorted(world.plain_words())
+    for kind in world.spec()["names"].values():
+        tokens += kind.get("starts", []) + ["##" + end for end in kind.get("ends", [])]
+    tokens += [str(n) for n in range(10, 60)] + [f"##{n:02d}" for n in range(100)]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[BOS] $A", special_tokens=[("[BOS]", vocabulary["[BOS]"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        bos_token="[BOS]",
+        eos_token="[EOS]",
+        model_max_length=1024,
+    )

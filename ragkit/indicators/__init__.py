@@ -1,0 +1,1 @@
+"""Closeness, the nouns of a question, both indicators, and measures with intervals."""

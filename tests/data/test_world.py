@@ -1,0 +1,125 @@
+"""The embedded worlds: reproducible, sound, and without leaks."""
+
+import random
+
+import pytest
+
+from ragkit.data import questions as corpus
+from ragkit.data import worlds as world
+from ragkit.data.vocabulary import build_tokenizer
+from ragkit.indicators.metrics import holds_answer
+from ragkit.profile import WorldSet
+
+WORLDS = ("almanac", "trivia")
+
+
+def small(name: str, seed: int = 5) -> corpus.Corpus:
+    return corpus.build_world(
+        WorldSet(
+            source="world",
+            name=name,
+            world=name,
+            seed=seed,
+            entities=36,
+            distill=100,
+            dev=40,
+            test=40,
+        )
+    )
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_one_seed_gives_one_world(name):
+    assert small(name) == small(name)
+    assert small(name) != small(name, seed=6)
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_gold_passages_hold_the_answer_and_name_the_entity(name):
+    made = small(name)
+    for part in made.questions.values():
+        for question in part:
+            assert len(question.gold) == 2
+            for place in question.gold:
+                assert holds_answer(made.passages[place].text, question.answers), question
+                assert made.passages[place].title == question.entity
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_every_entity_has_twelve_passages(name):
+    made = small(name)
+    titles = [p.title for p in made.passages]
+    assert {titles.count(t) for t in titles} == {12}
+
+
+def test_held_out_wordings_are_not_in_the_distillation_part():
+    for name in WORLDS:
+        made = small(name)
+        last = {len(rel["questions"]) - 1 for rel in world.relations(name).values()}
+        assert last == {3}
+        assert {q.wording for q in made.questions["distill"]} == {0, 1, 2}
+        assert 3 in {q.wording for q in made.questions["test"]}
+
+
+def training_pages(i: int) -> list[list[world.Span]]:
+    rng = random.Random(i)
+    return [world.register_page(rng, 3, 1.0, 2), world.passages_page(rng, 4, 2, 1.0, 10, 2)]
+
+
+def training_text(n: int) -> list[str]:
+    """Both kinds of pretraining pages, as text."""
+    return ["".join(text for text, _ in page) for i in range(n) for page in training_pages(i)]
+
+
+def test_measured_names_never_stand_in_training_text():
+    """Words of people, towns and companies in the frozen worlds do not occur in any training page."""
+    frozen = {
+        w for n in WORLDS for p in small(n).passages for w in p.title.lower().split()
+    } - world.plain_words()
+    pages = " ".join(training_text(300)).lower()
+    assert frozen
+    assert not frozen & set(
+        pages.replace(":", " ").replace(".", " ").replace(",", " ").replace("?", " ").split()
+    )
+
+
+@pytest.mark.parametrize("kind", ["first", "last", "town", "river", "company", "press", "medal"])
+def test_every_name_word_is_two_tokens(kind):
+    tokenizer = build_tokenizer()
+    for reserved in (True, False):
+        for word in world.name_words(kind, reserved):
+            pieces = tokenizer.tokenize(word)
+            assert len(pieces) == 2, (word, pieces)
+            assert word == pieces[0] + pieces[1].removeprefix("##")
+
+
+def test_training_pages_need_no_unknown_token():
+    tokenizer = build_tokenizer()
+    assert not any(tokenizer.unk_token_id in ids for ids in tokenizer(training_text(200)).input_ids)
+
+
+def test_facts_told_again_were_told_before():
+    """Nearly all answers marked as told again stand in the page's own passages or entries; the rest under another alias."""
+    found = []
+    for page in (page for i in range(100) for page in training_pages(i)):
+        told = "".join(text for text, kind in page if kind == "given").lower()
+        found += [text.lower() in told for text, kind in page if kind == "answer"]
+    assert len(found) > 1000
+    assert 0.9 < sum(found) / len(found) < 1
+
+
+def test_a_question_in_training_text_is_left_open():
+    """The prose that carries a question's wording never goes on with its answer's passage wording."""
+    sentences = world.open_prose("almanac", 50, random.Random(0))
+    assert all(
+        any(s.startswith(f.split("{")[0]) for f in world.spec()["prose"]["open"]) for s in sentences
+    )
+
+
+def test_the_answer_span_of_a_passage_is_where_it_says():
+    rng = random.Random(3)
+    for name in WORLDS:
+        for entity in world.make_entities(name, 12, rng, reserved=True):
+            for relation, golds in entity.facts.items():
+                text, (start, end) = world.write_passage(entity, relation, 0, rng)
+                assert text[start:end].lower() in {g.lower() for g in golds}

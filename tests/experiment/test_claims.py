@@ -1,0 +1,177 @@
+"""Verdicts follow the rules, the unhappy ones too."""
+
+import pytest
+
+from ragkit.errors import ClaimError
+from ragkit.experiment import claims, evidence
+from ragkit.experiment.claims import Gain, Part
+from ragkit.indicators.metrics import Interval
+
+
+def gain(mean, low, high, seeds=3):
+    return Gain(Interval(mean, low, high, 100), seeds)
+
+
+UP, FLAT, DOWN = gain(0.2, 0.1, 0.3), gain(0.0, -0.05, 0.05), gain(-0.2, -0.3, -0.1)
+NOTHING = Interval(float("nan"), float("nan"), float("nan"), 0)
+
+
+@pytest.mark.parametrize(
+    ("good", "poor", "c1", "c2"),
+    [
+        (UP, FLAT, "reproduced", "reproduced"),
+        (UP, DOWN, "reproduced", "reproduced"),
+        (UP, UP, "reproduced", "not reproduced"),
+        (UP, gain(0.08, 0.0, 0.15), "reproduced", "undecided"),
+        (FLAT, FLAT, "undecided", "undecided"),
+        (DOWN, FLAT, "not reproduced", "undecided"),
+        (gain(0.2, 0.1, 0.3, seeds=1), FLAT, "partly", "partly"),
+    ],
+)
+def test_c1_and_c2(good, poor, c1, c2):
+    assert (claims.improves(good), claims.fails(poor, good)) == (c1, c2)
+
+
+@pytest.mark.parametrize(
+    ("top", "lead", "verdict"),
+    [
+        (Interval(2.0, 1.5, 2.5, 9), UP.value, "reproduced"),
+        (
+            Interval(2.0, 1.5, 2.5, 9),
+            DOWN.value,
+            "partly",
+        ),  # above the average, but another tenth gets more
+        (Interval(1.1, 0.9, 1.3, 9), FLAT.value, "undecided"),
+        (Interval(0.5, 0.4, 0.6, 9), DOWN.value, "not reproduced"),
+    ],
+)
+def test_c3_and_c4(top, lead, verdict):
+    assert claims.most(top, lead) == verdict
+
+
+@pytest.mark.parametrize(
+    ("difference", "works", "verdict"),
+    [
+        (UP, UP, "reproduced"),
+        (DOWN, UP, "not reproduced"),
+        (FLAT, UP, "undecided"),
+        (UP, FLAT, "undecided"),  # no reader teaches more: nothing to tell
+        (
+            DOWN,
+            DOWN,
+            "reproduced",
+        ),  # the off-the-shelf reader teaches more, and has the higher indicator
+        (UP, DOWN, "not reproduced"),
+    ],
+)
+def test_c5_and_c6(difference, works, verdict):
+    assert claims.higher_when_it_works(difference.value, works.value) == verdict
+
+
+@pytest.mark.parametrize(
+    ("good", "poor", "works", "verdict"),
+    [
+        (Interval(0.5, 0.4, 0.6, 9), Interval(0.1, 0.0, 0.2, 9), UP, "reproduced"),
+        (Interval(0.5, 0.4, 0.6, 9), Interval(0.4, 0.35, 0.5, 9), UP, "not reproduced"),
+        (Interval(0.1, 0.0, 0.2, 9), Interval(0.0, -0.1, 0.1, 9), UP, "not reproduced"),
+        (Interval(0.3, 0.2, 0.4, 9), Interval(0.0, -0.1, 0.1, 9), UP, "undecided"),
+        (Interval(0.5, 0.4, 0.6, 9), Interval(0.1, 0.0, 0.2, 9), FLAT, "undecided"),
+        (Interval(0.1, 0.0, 0.2, 9), Interval(0.5, 0.4, 0.6, 9), DOWN, "reproduced"),
+        (NOTHING, NOTHING, UP, "undecided"),
+    ],
+)
+def test_the_line_of_c6(good, poor, works, verdict):
+    assert (
+        claims.divided_by(0.3, {"fine-tuned": good, "off-the-shelf": poor}, works.value) == verdict
+    )
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "one_reader", "several"),
+    [
+        (["reproduced"], "partly", "reproduced"),
+        (["reproduced", "reproduced"], "reproduced", "reproduced"),
+        (["reproduced", "undecided"], "partly", "partly"),
+        (["undecided", "not reproduced"], "undecided", "undecided"),
+        (["not reproduced"], "not reproduced", "not reproduced"),
+    ],
+)
+def test_a_claim_must_hold_in_every_run_of_step_1(verdicts, one_reader, several):
+    class Runs:
+        def runs(self):
+            return dict(enumerate(verdicts))
+
+    judged = evidence.over_runs(lambda verdict: Part(verdict, f"value of {verdict}"))(Runs())
+    assert judged.verdict == one_reader
+    found = claims.over_runs(
+        {seed: Part(verdict, f"value {seed}") for seed, verdict in enumerate(verdicts)}
+    )
+    assert found.verdict == several
+    assert all(f"value {seed}" in found.measured for seed in range(len(verdicts)))
+
+
+def parts(*verdicts):
+    return {
+        claim: Part(verdict, "x")
+        for claim, verdict in zip(("C1", "C2", "C3", "C4", "C5", "C6", "C7"), verdicts, strict=True)
+    }
+
+
+def test_sets_that_disagree():
+    holds, fails = parts(*["reproduced"] * 7), parts(*["not reproduced"] * 7)
+    ledger = claims.decide({"a": holds, "b": fails}, judge=True)
+    assert {ledger[f"C{i}"]["verdict"] for i in range(1, 8)} == {"partly"}
+    assert ledger["C8"]["verdict"] == "not reproduced"
+    assert claims.decide({"a": holds, "b": holds}, judge=True)["C8"]["verdict"] == "reproduced"
+    assert claims.decide({"a": fails, "b": fails}, judge=True)["C8"]["verdict"] == "not reproduced"
+    some = parts("reproduced", *["undecided"] * 6)
+    assert claims.decide({"a": some, "b": some}, judge=True)["C8"]["verdict"] == "partly"
+
+
+def test_what_could_not_be_computed_is_not_reproduced_by_silence():
+    none = parts(
+        "reproduced",
+        "reproduced",
+        "partly",
+        "not yet measured",
+        "partly",
+        "not yet measured",
+        "undecided",
+    )
+    ledger = claims.decide({"a": none, "b": none}, judge=True)
+    assert ledger["C4"]["verdict"] == ledger["C6"]["verdict"] == "not yet measured"
+
+
+def test_a_small_profile_is_never_judged():
+    ledger = claims.decide({"a": parts(*["reproduced"] * 7)}, judge=False)
+    assert {row["verdict"] for row in ledger.values()} == {"not comparable"}
+
+
+def test_every_verdict_is_a_known_one():
+    for first in claims.VERDICTS:
+        for second in claims.VERDICTS:
+            ledger = claims.decide(
+                {"a": parts(*[first] * 7), "b": parts(*[second] * 7)}, judge=True
+            )
+            assert {row["verdict"] for row in ledger.values()} <= set(claims.VERDICTS)
+
+
+def test_every_claim_has_a_rule():
+    assert list(claims.statements()) == [f"C{i}" for i in range(1, 9)]
+    assert all(
+        set(text) == {"claim", "rule"} and len(text["rule"]) > 10
+        for text in claims.statements().values()
+    )
+
+
+def test_the_papers_values_are_empty_as_shipped_and_checked_when_filled(tmp_path):
+    assert claims.paper_values() == {}
+    filled = tmp_path / "paper.yaml"
+    filled.write_text("C9: {value: 1, page: 2}")
+    with pytest.raises(ClaimError, match="C9"):
+        claims.paper_values(filled)
+    filled.write_text("C1: {value: '1', page: 2}")
+    ledger = claims.table(
+        claims.decide({"a": parts(*["undecided"] * 7)}, judge=True), claims.paper_values(filled)
+    )
+    assert ledger.set_index("claim")["paper"]["C1"] == "1 (p. 2)"

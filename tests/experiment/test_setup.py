@@ -1,0 +1,158 @@
+"""Setting up: one list of dependencies, the Makefile's commands, working copies, the wheel."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from ragkit import __main__
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
+
+
+def make(*arguments, **environment):
+    """What make would run, without running it, in a checkout that is not set up yet."""
+    given = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("CONDA_DEFAULT_ENV", "MAKEFLAGS", "MAKELEVEL")
+    }
+    ended = subprocess.run(
+        ["make", "-B", "-n", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        env=given | environment,
+    )
+    return ended.stdout
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("reproduce", "python -m ragkit reproduce --profile 'tiny'"),
+        ("test", "python -m pytest tests"),
+        ("slow", "python -m pytest tests -m slow"),
+        ("lint", "ruff check ragkit tests"),
+        ("report", "python -m ragkit report --profile 'tiny'"),
+        ("doctor", "python -m ragkit doctor"),
+        ("lab", "jupyter lab $(.venv/bin/python -m ragkit lab)"),
+        ("course", "python -m ragkit course --profile 'tiny'"),
+        ("pretrain", "python -m ragkit.pretrain ragkit/assets/reader"),
+    ],
+)
+def test_each_command_sets_itself_up_first(target, words):
+    said = make(target)
+    assert words in said
+    assert said.index("pip install --quiet -e '.[dev]'") < said.index(words)
+
+
+def test_a_profile_is_passed_on_and_conda_is_respected():
+    assert "--profile 'my own/mine.yaml'" in make("reproduce", "PROFILE=my own/mine.yaml")
+    said = make("reproduce", CONDA_DEFAULT_ENV="ragkit")
+    assert ".venv" not in said
+    assert "python -m ragkit reproduce" in said
+    assert ".venv/bin/python" in make("reproduce", CONDA_DEFAULT_ENV="base")
+
+
+def test_help_lists_every_target():
+    targets = set(
+        re.search(r"\.PHONY: (.*)", (ROOT / "Makefile").read_text("utf8")).group(1).split()
+    )
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert {line.split()[0] for line in shown.splitlines()} == targets
+
+
+def test_clean_touches_only_what_make_and_runs_made():
+    (line,) = (line for line in make("clean").splitlines() if line.startswith("rm -rf"))
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert not {path.split("/")[0] for path in tracked} & set(line.split()[2:])
+
+
+def test_environment_yml_takes_everything_from_pyproject():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text("utf8"))
+    assert environment["name"] == "ragkit"
+    *conda, pip = environment["dependencies"]
+    assert pip == {"pip": ["-e .[dev]"]}
+    assert {item.split("=")[0] for item in conda} == {"python", "make", "pip"}
+    (version,) = (item.split("=")[1] for item in conda if item.startswith("python="))
+    assert PROJECT["requires-python"].startswith(f">={version}")
+
+
+def test_the_one_list_is_pinned():
+    heavy = {re.split(r"[=><]", item)[0]: item for item in PROJECT["dependencies"]}
+    assert all("==" in item or ("<" in item and ">=" in item) for item in heavy.values()), heavy
+    assert not list(ROOT.glob("requirements*.txt"))
+
+
+def test_ci_runs_the_three_commands_in_order():
+    script = (ROOT / ".ci" / "run").read_text("utf8")
+    assert re.findall(r"^make (\w+)", script, re.M) == ["lint", "test", "reproduce"]
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_working_copies_find_the_runs_and_never_touch_the_originals(tmp_path, capsys):
+    before = {path.name: path.read_bytes() for path in __main__.NOTEBOOKS.glob("*.ipynb")}
+    __main__.copy_for_lab(tmp_path)
+    folder = Path(capsys.readouterr().out.strip())
+    assert folder == tmp_path / "lab"
+    for copy in folder.glob("*.ipynb"):
+        (cell,) = (
+            c
+            for c in nbformat.read(copy, as_version=4).cells
+            if "parameters" in c.metadata.get("tags", [])
+        )
+        values: dict[str, str] = {}
+        exec(cell.source, values)
+        assert (folder / values["RUNS"]).resolve() == tmp_path.resolve()
+    edited = folder / "00_start_here.ipynb"
+    edited.write_text("mine")
+    __main__.copy_for_lab(tmp_path)
+    assert edited.read_text() == "mine"
+    assert before == {path.name: path.read_bytes() for path in __main__.NOTEBOOKS.glob("*.ipynb")}
+    ignored = subprocess.run(
+        ["git", "check-ignore", "runs/lab/00_start_here.ipynb"],
+        cwd=ROOT,
+        check=False,
+        capture_output=True,
+    )
+    assert ignored.returncode == 0
+
+
+def test_a_wheel_holds_the_assets_and_builds_without_warnings(tmp_path):
+    shutil.copytree(
+        ROOT / "ragkit", tmp_path / "ragkit", ignore=shutil.ignore_patterns("__pycache__")
+    )
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    build = [
+        sys.executable,
+        "-c",
+        "from setuptools import build_meta; print(build_meta.build_wheel('.'))",
+    ]
+    ended = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "Warning" not in ended.stdout + ended.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = set(zipfile.ZipFile(wheel).namelist())
+    tracked = subprocess.run(
+        ["git", "ls-files", "ragkit"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert set(tracked) <= packed

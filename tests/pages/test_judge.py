@@ -1,0 +1,653 @@
+"""A reader of one's own judged: numbers by hand, everything that can be undefined, the page, and the command line."""
+
+import gzip
+import json
+import os
+import re
+import sys
+from collections import Counter
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import spacy
+import torch
+from scipy import stats
+from test_fid import make as fid
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ragkit import __main__, judge
+from ragkit.attention.record import record
+from ragkit.data import questions as corpus
+from ragkit.data.passages import Passage, read_tsv
+from ragkit.data.questions import Question
+from ragkit.data.vocabulary import build_tokenizer
+from ragkit.errors import DataError, JudgeError
+from ragkit.indicators import metrics
+from ragkit.indicators.measures import look_at_tokens
+from ragkit.indicators.metrics import Interval
+from ragkit.pages import judge as judging
+from ragkit.pages import judge_page
+from ragkit.pages.asked import read_asked
+from ragkit.pages.judge import ABOVE, BELOW, ENOUGH, UNSURE, Look
+
+NASTY = "<script src='https://example.com/x.js'>alert(1)</script>"
+SVG_NAMES = {
+    "http://www.w3.org/2000/svg",
+    "http://www.w3.org/1999/xlink",
+}  # names, which no browser opens
+TEXTS = [
+    "Orla Venn was born in Ulm. The family moved away in 1810.",
+    "Old Tarholm lies on the river Lyda.",
+    "Maro Elm was born in the old town of Tarholm.",
+]
+NOUNS = ["orla", "venn", "town", "family", "river", "maro", "elm"]
+
+
+def row(question="where was orla venn born", answer="Ulm", texts=TEXTS, **more):
+    return {
+        "question": question,
+        "answer": answer,
+        "passages": [{"title": text.split(" ")[0], "text": text} for text in texts],
+        **more,
+    }
+
+
+def lines(path, rows):
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows), "utf8")
+    return path
+
+
+def llama(folder, change=lambda model: None, positions=256):
+    """A tiny Llama with random weights and the embedded tokenizer, saved."""
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, max_position_embeddings=positions,
+        initializer_range=0.3, attention_bias=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        change(model)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    return llama(tmp_path_factory.mktemp("reader"))
+
+
+@pytest.fixture(scope="module")
+def nouns(tmp_path_factory):
+    """A pipeline that knows a few nouns by heart."""
+    folder = tmp_path_factory.mktemp("nouns")
+    pipeline = spacy.blank("en")
+    rule = {"patterns": [[{"LOWER": {"IN": NOUNS}}]], "attrs": {"POS": "NOUN"}}
+    pipeline.add_pipe("attribute_ruler").add(**rule)
+    pipeline.to_disk(folder)
+    return str(folder)
+
+
+def test_one_question_by_hand(reader, nouns):
+    """Attention from the recorder, everything after it written out: lift, cosine, the closest tenth, Spearman by SciPy."""
+    asked = row()
+    judged = judge(reader, [asked], nouns)
+    one = judging.load(reader)
+    passages = [Passage("", p["title"], p["text"]) for p in asked["passages"]]
+    prompt = one.prompt(Question("", asked["question"], ("Ulm",), ()), passages)
+    ids, mask = one.batch([prompt])
+    seen = record(one.model, ids, mask, torch.tensor([[len(prompt.ids) - 1]]))
+    inside = np.array(prompt.owner) >= 0
+    attention = (seen.alpha[:, 0, :, 0] * seen.norms[:, 0]).mean((0, 1)).double().numpy()[inside]
+    table = one.model.get_input_embeddings().weight.detach().double().numpy()
+    units = table / np.maximum(
+        np.linalg.norm(table, axis=1, keepdims=True), 1e-12
+    )  # that of the padding is zero
+    tokens = np.array(prompt.ids)[inside]
+    lift = attention / attention.mean()
+    got = judged.numbers.set_index(["goal", "space", "number"])["mean"]
+    for goal, text in (("answer", "Ulm"), ("nouns", "orla venn")):
+        wanted = one.tokenizer(text, add_special_tokens=False).input_ids
+        exact = np.isin(tokens, wanted)
+        assert exact.any()
+        present = np.unique([*tokens, *wanted])
+        dealt = units.copy()
+        dealt[present] = units[np.random.default_rng(0).permutation(present)]
+        for space, vectors in (("measured", units), ("permuted", dealt)):
+            close = (
+                (vectors[tokens] @ vectors[wanted].T).max(1).round(12)
+            )  # a token's repeats tie, and so do the wanted tokens themselves
+            for ending, kept in (("", np.ones(len(tokens), bool)), (" (no exact)", ~exact)):
+                near = np.argsort(-close[kept], kind="stable")[: round(0.1 * kept.sum())]
+                near = close[kept] >= close[kept][near].min()
+                assert got[goal, space, "attention" + ending] == pytest.approx(
+                    lift[kept][near].mean(), rel=1e-4
+                )
+                assert got[goal, space, "Spearman" + ending] == pytest.approx(
+                    stats.spearmanr(lift[kept], close[kept]).statistic, abs=1e-6
+                )
+        assert got[goal, "overlap", "attention"] == pytest.approx(lift[exact].mean(), rel=1e-4)
+    alpha = seen.alpha[:, 0, :, 0].mean((0, 1)).numpy()
+    assert judged.mass["passages"] == pytest.approx(alpha[inside].sum(), abs=1e-5)
+    assert judged.mass["first token"] == pytest.approx(alpha[0], abs=1e-5)
+    assert sum(judged.mass.values()) == pytest.approx(1, abs=1e-5)
+    assert judged.verdict == UNSURE
+    assert all("too few to tell" in one.told for one in judged.checks)
+    shown = judged.examples[0]
+    assert shown.lifts == pytest.approx(lift.tolist(), rel=1e-4)
+    assert (
+        "".join(token.removeprefix("##") for token in shown.tokens)
+        == "".join(TEXTS).replace(" ", "").lower()
+    )
+
+
+def test_questions_with_other_numbers_of_passages_do_not_touch_each_other(reader, nouns, tmp_path):
+    rows = [
+        row(),
+        row(
+            texts=TEXTS[:2], question="on which river lies old tarholm", answer=["Lyda", "the Lyda"]
+        ),
+        row(texts=TEXTS[::-1]),
+    ]
+    together = judge(reader, lines(tmp_path / "q.jsonl", rows), nouns)
+    assert together.questions == 3
+    assert together.passages == pytest.approx(8 / 3)
+    alone = pd.concat([judge(reader, [one], nouns).per_question for one in rows], ignore_index=True)
+    pd.testing.assert_frame_equal(
+        together.per_question.drop(columns="question"), alone.drop(columns="question"), atol=1e-4
+    )
+    assert together.per_question["question"].tolist() == ["q.jsonl:1", "q.jsonl:2", "q.jsonl:3"]
+
+
+def test_dprs_ctxs_and_triviaqas_answers_are_read():
+    ctxs = row()["passages"]
+    (question, passages), *_ = read_asked(
+        [
+            {
+                "question": " q ",
+                "answers": {"value": "b", "aliases": ["b", "c"]},
+                "ctxs": ctxs,
+                "gold": [1],
+            }
+        ]
+    )
+    assert (question.text, question.answers, question.gold) == ("q", ("b", "c"), (1,))
+    assert [p.text for p in passages] == TEXTS
+    assert (
+        read_asked([{**row(), "passages": [{"text": "a"}, {"text": "b", "title": None}]}])[0][1][
+            1
+        ].title
+        == ""
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"question": " "}, "'question' is missing or empty"),
+        ({"question": None}, "'question' is missing or empty"),
+        ({"answer": []}, "no answers"),
+        ({"answer": {"value": " ", "aliases": None}}, "no answers"),
+        ({"passages": "text"}, "a list of 2 to 20"),
+        ({"passages": [{"text": "one"}]}, "a list of 2 to 20"),
+        ({"passages": [{"text": "one"}] * 21}, "a list of 2 to 20"),
+        (
+            {"passages": [{"text": "one"}, {"title": "two"}]},
+            r"passage 1 \(counted from 0\) has no 'text'",
+        ),
+        ({"gold": [3]}, "places of passages, 0 to 2"),
+        ({"gold": [True]}, "places of passages"),
+    ],
+)
+def test_a_slip_in_the_questions_is_named_with_its_line(change, words, tmp_path):
+    with pytest.raises(DataError, match=rf"q\.jsonl, line 2: .*{words}"):
+        read_asked(lines(tmp_path / "q.jsonl", [row(), {**row(), **change}]))
+    with pytest.raises(DataError, match=words):
+        read_asked([{**row(), **change}])
+
+
+def test_files_that_hold_no_questions(tmp_path):
+    with pytest.raises(DataError, match="There is no file"):
+        read_asked(tmp_path / "none.jsonl")
+    (tmp_path / "q.jsonl").write_text("\n{\n")
+    with pytest.raises(DataError, match="line 2: not valid JSON"):
+        read_asked(tmp_path / "q.jsonl")
+    with pytest.raises(DataError, match="no questions"):
+        read_asked([])
+    with pytest.raises(DataError, match="expected an object"):
+        read_asked(["a question"])
+
+
+def counted(judged, *words):
+    """The count of the one thing whose name holds the words."""
+    (count,) = (
+        count for what, count in judged.counts.items() if all(word in what for word in words)
+    )
+    return count
+
+
+def number(judged, goal, name, space="measured"):
+    table = judged.numbers
+    return table[
+        (table["goal"] == goal) & (table["number"] == name) & (table["space"] == space)
+    ].iloc[0]
+
+
+def test_odd_answers_and_questions_are_counted(reader, nouns):
+    rows = [
+        row(),
+        row(answer="zzz"),
+        row(answer="u"),
+        row(answer="?!"),
+        row(question="where is it"),
+        row(answer="\u0301"),
+    ]
+    judged = judge(reader, rows, nouns)
+    assert judged.questions == 5
+    assert counted(judged, "no token for the answer") == 1
+    assert counted(judged, "in no passage") == 3  # signs too stand nowhere in that order
+    assert counted(judged, "one character") == 1
+    assert counted(judged, "punctuation") == 1
+    assert counted(judged, "without a noun") == 1
+    assert (
+        number(judged, "answer", "Spearman")["n"] == number(judged, "nouns", "Spearman")["n"] == 4
+    )
+    assert judged.per_question["nouns Spearman"].isna().tolist() == [
+        False,
+        False,
+        False,
+        False,
+        True,
+    ]
+    assert not any("left out of the Spearman" in what for what in judged.counts)
+    assert "Nothing." in judge_page.body(replace(judged, counts={}))
+
+
+def flat(model):
+    """All queries are zero and all values alike: every token gets the same attention and the same contribution."""
+    for layer in model.model.layers:
+        for part in (layer.self_attn.q_proj, layer.self_attn.v_proj):
+            part.weight.zero_()
+            part.bias.fill_(0.0 if part is layer.self_attn.q_proj else 1.0)
+
+
+def silent(model):
+    """No token contributes anything."""
+    for layer in model.model.layers:
+        layer.self_attn.v_proj.weight.zero_()
+        layer.self_attn.v_proj.bias.zero_()
+
+
+@pytest.mark.parametrize("change", [flat, silent])
+def test_constant_attention_is_counted_and_left_out(change, nouns, tmp_path):
+    judged = judge(llama(tmp_path, change), [row(), row()], nouns)
+    for goal in ("answer", "nouns"):
+        assert (
+            counted(judged, "left out of the Spearman", judging.GOALS[goal], "same attention") == 2
+        )
+        assert number(judged, goal, "Spearman")["n"] == 0
+        assert np.isnan(number(judged, goal, "Spearman")["mean"])
+    assert judged.verdict == UNSURE
+    judge_page.write_html(judged, tmp_path / "page.html")
+    assert (
+        "nan"
+        not in re.sub(r"<[^>]*>", "", (tmp_path / "page.html").read_text("utf8"))
+        .lower()
+        .split("the numbers")[1]
+    )
+
+
+def test_constant_closeness_is_counted_and_left_out(reader, nouns):
+    judged = judge(reader, [row(texts=["river river river"] * 2), row()], nouns)
+    assert counted(judged, "Spearman", "Indicator 1", "equally close") == 1
+    assert counted(judged, "Spearman", "Indicator 2", "equally close") == 1
+    assert number(judged, "answer", "Spearman")["n"] == 1
+    assert number(judged, "answer", "attention")["n"] == 2
+
+
+def test_a_question_of_two_passage_tokens(reader, nouns):
+    assert (
+        counted(
+            judge(reader, [row(texts=["river", "town"]), row()], nouns),
+            "Indicator 1",
+            "fewer than three",
+        )
+        == 1
+    )
+
+
+def test_a_space_with_another_tokenizer(reader, nouns, tmp_path):
+    """The space knows the letters a to m only: tokens without any of them have no embedding there."""
+    letters = Tokenizer(
+        models.WordLevel(
+            {
+                "[UNK]": 0,
+                "[END]": 1,
+                **{letter: place for place, letter in enumerate("abcdefghijklm", 2)},
+            },
+            unk_token="[UNK]",
+        )
+    )
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(
+        tokenizer_object=letters, unk_token="[UNK]", eos_token="[END]"
+    ).save_pretrained(tmp_path)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=15,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=8,
+        )
+    ).save_pretrained(tmp_path)
+    judged = judge(reader, [row(), row(answer="or")], nouns, space_reader=str(tmp_path))
+    assert judged.space == str(tmp_path)
+    assert counted(judged, "without an embedding", "Indicator 1") > 0
+    assert number(judged, "nouns", "Spearman")["n"] == 2
+    none = judge(reader, [row(answer="zz"), row()], nouns, space_reader=str(tmp_path))
+    assert counted(none, "Spearman", "Indicator 1", "no embedding") == 1
+
+
+def test_an_encoder_decoder(nouns, tmp_path):
+    """Fusion-in-decoder: its cross-attention, with all blocks' tokens."""
+    fid().save(tmp_path)
+    judged = judge(str(tmp_path), [row(), row(texts=TEXTS[:2])], nouns)
+    assert (
+        number(judged, "answer", "Spearman")["n"] == number(judged, "nouns", "attention")["n"] == 2
+    )
+    assert sum(judged.mass.values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_prompts_that_do_not_fit(nouns, tmp_path):
+    short = llama(tmp_path, positions=60)
+    judged = judge(
+        short, [row(), row(question="where was orla venn born " * 20), row(texts=TEXTS[:2])], nouns
+    )
+    assert judged.questions == 2
+    assert counted(judged, "longer than the reader's context") == 1
+    assert counted(judged, "cut to the reader's context of 60 tokens") >= 1
+    with pytest.raises(JudgeError, match="none of the questions: 1 questions left out: longer"):
+        judge(short, [row(question="where was orla venn born " * 20)], nouns)
+
+
+def test_without_a_noun_finder_the_rest_is_computed(reader, caplog):
+    judged = judge(reader, [row()] * 3, "no_such_pipeline")
+    assert set(judged.numbers["goal"]) == {"answer"}
+    assert judged.checks[0].verdict == UNSURE
+    assert re.match(r"Not computed\. .*no_such_pipeline.*--nouns", judged.checks[0].told)
+    assert "nouns.model" not in judged.checks[0].told  # that is for profiles
+    assert "Indicator 2 is not computed" in caplog.text
+    assert "Not computed" in judge_page.body(judged)
+
+
+def test_a_tokenizer_without_an_end_is_refused(reader, tmp_path):
+    one = judging.load(reader)
+    one.tokenizer.eos_token = None
+    one.save(tmp_path)
+    with pytest.raises(JudgeError, match="names no end token"):
+        judging.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict"),
+    [
+        (Interval(0.4, 0.31, 0.5, ENOUGH), ABOVE),
+        (Interval(0.4, 0.29, 0.5, ENOUGH), UNSURE),
+        (Interval(0.2, 0.1, 0.29, ENOUGH), BELOW),
+        (Interval(0.4, 0.31, 0.5, ENOUGH - 1), UNSURE),
+        (Interval(float("nan"), float("nan"), float("nan"), 0), UNSURE),
+    ],
+)
+def test_which_side_of_the_line(value, verdict):
+    found = judging.check("name", value, 0.3, "Mean")
+    assert found.verdict == verdict
+    assert ("too few" in found.told) == (value.n < ENOUGH)
+    assert "nan" not in found.told
+
+
+def test_one_reason_below_is_enough():
+    checks = [judging.Check("", verdict, "") for verdict in (ABOVE, UNSURE, BELOW)]
+    assert judging.verdict_of(checks) == BELOW
+    assert judging.verdict_of(checks[:2]) == UNSURE
+    assert judging.verdict_of(checks[:1]) == ABOVE
+
+
+@pytest.fixture
+def look(reader):
+    """ENOUGH questions as a reader saw them, with attention still to be set."""
+    one = judging.load(reader)
+    asked = read_asked(
+        [row(texts=texts) for texts in (TEXTS, TEXTS[::-1], TEXTS[1:]) for _ in range(ENOUGH // 3)]
+    )
+    tokens = look_at_tokens(one, *zip(*asked, strict=True))
+    return Look(
+        one,
+        asked,
+        tokens,
+        np.ones(len(tokens.ids)),
+        one.model.get_input_embeddings().weight.detach(),
+        one.tokenizer,
+    )
+
+
+def test_attention_that_follows_closeness_lies_above_and_the_contrary_below(look):
+    wanted = {
+        goal: [look.reader.tokenizer(text, add_special_tokens=False).input_ids] * len(look.asked)
+        for goal, text in (("answer", "ulm"), ("nouns", "venn"))
+    }
+    close = look.closeness(wanted["nouns"]) + look.closeness(wanted["answer"])
+    for attention, verdict in (
+        (close - close.min() + 0.1, ABOVE),
+        (close.max() - close + 0.1, BELOW),
+    ):
+        seen = replace(look, attention=attention)
+        measured = {
+            goal: judging.measure(seen, goal, ids, Counter()) for goal, ids in wanted.items()
+        }
+        assert judging.verdict_of(judging.checks_of(measured, "")) == verdict
+
+
+def test_vectors_are_dealt_out_among_the_tokens_that_have_one(look):
+    """The same tokens are left out, a wanted token stays closest to itself, and each question gets its own deal."""
+    table = look.table.clone()
+    table[int(look.tokens.ids[1])] = torch.nan
+    goal = [int(look.tokens.ids[0])]
+    seen = replace(look, table=table)
+    close, dealt = (
+        seen.closeness([goal] * len(look.asked)),
+        seen.closeness([goal] * len(look.asked), np.random.default_rng(0)),
+    )
+    assert (np.isnan(close) == np.isnan(dealt)).all()
+    assert np.isnan(close).any()
+    assert dealt[look.tokens.ids == goal[0]] == pytest.approx(1)
+    assert not np.array_equal(dealt[look.of(0)], dealt[look.of(1)], equal_nan=True)
+    assert np.array_equal(close[look.of(0)], close[look.of(1)], equal_nan=True)
+
+
+def test_what_is_equal_ties_to_the_last_bit(look):
+    """All of the wanted tokens, and the repeats of any other: else ranks among them are rounding noise."""
+    goal = np.unique(look.tokens.ids)[::3].tolist()
+    close = look.closeness([goal] * len(look.asked))
+    assert len(np.unique(close[np.isin(look.tokens.ids, goal)])) == 1
+    assert all(
+        len(np.unique(close[look.tokens.ids == token])) == 1 for token in np.unique(look.tokens.ids)
+    )
+
+
+def test_the_direct_check_by_hand(look):
+    """Ulm stands in one of three passages, in the first or the last; the questions without it say nothing."""
+    on_first = replace(look, attention=np.where(look.tokens.owner == 0, 5.0, 0.1))
+    found = judging.direct_check(on_first)
+    assert "In 0.500 of the questions, against 0.333 by chance" in found.told
+    assert found.verdict == UNSURE  # two thirds of ENOUGH questions
+    nowhere = replace(
+        look, asked=[(replace(q, answers=("zzz",)), passages) for q, passages in look.asked]
+    )
+    assert "No question has its answer" in judging.direct_check(nowhere).told
+    gold = replace(
+        on_first, asked=[(replace(q, gold=(0,)), passages) for q, passages in look.asked]
+    )
+    assert judging.direct_check(gold).verdict == ABOVE
+
+
+def test_the_page_is_escaped_and_loads_nothing(nouns, tmp_path):
+    folder = tmp_path / "<b>$reader"
+    folder.mkdir()
+    rows = [
+        row(
+            question=f"where was orla venn {NASTY}",
+            answer=NASTY,
+            texts=[f"{text} {NASTY} " for text in TEXTS],
+        )
+        for _ in range(3)
+    ]
+    for one in rows:
+        one["passages"][0]["title"] = NASTY
+    judge_page.write_html(judge(llama(folder), rows, nouns), tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text("utf8")
+    assert "<script" not in text
+    assert "<b>$reader" not in text
+    assert "&lt;b&gt;$reader" in text
+    assert "default-src 'none'" in text
+    tags = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+    parser.feed(text)
+    loads = {
+        value
+        for _, attributes in tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "xlink:href", "action", "data", "srcset")
+    }
+    assert all(value.startswith("#") for value in loads)
+    assert set(re.findall(r"url\(.", text)) <= {"url(#"}
+    assert {
+        value for _, attributes in tags for value in attributes.values() if value and "://" in value
+    } <= SVG_NAMES
+
+
+def test_tokens_are_spelt_as_words():
+    """Byte-level and SentencePiece vocabularies mark where a word begins, WordPiece where it goes on."""
+
+    class Stand:
+        def __init__(self, *tokens):
+            self.tokens = tokens
+
+        def convert_ids_to_tokens(self, ids):
+            return [self.tokens[i] for i in ids]
+
+        def decode(self, ids):
+            return self.tokens[ids[0]].replace("Ġ", " ").replace("▁", "")
+
+    assert judging.spelt(Stand("Or", "la", "ĠV", "enn"), [0, 1, 2, 3]) == [
+        "##Or",
+        "##la",
+        "V",
+        "##enn",
+    ]
+    assert judging.spelt(Stand("▁Or", "la"), [0, 1]) == ["Or", "##la"]
+    assert judging.spelt(Stand("or", "##la"), [0, 1]) == ["or", "##la"]
+
+
+# The command line
+
+
+def command(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["ragkit", "judge", *map(str, arguments)])
+    return __main__.main()
+
+
+def test_the_command_writes_the_page_and_says_why(reader, nouns, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    questions = lines(tmp_path / "q.jsonl", [row(), row(texts=TEXTS[:2])])
+    assert (
+        command(
+            monkeypatch,
+            reader,
+            questions,
+            "--nouns",
+            nouns,
+            "--space",
+            reader,
+            "--out",
+            tmp_path / "page.html",
+        )
+        == 0
+    )
+    assert f"verdict: {UNSURE} (2 questions" in caplog.text
+    assert "Indicator 2, Spearman. The line: the paper's" in caplog.text
+    assert "Is this reader fit to teach a retriever?" in (tmp_path / "page.html").read_text("utf8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["READER", "none.jsonl"], "There is no file none.jsonl"),
+        (["/no-such-folder/reader", "QUESTIONS"], "cannot be loaded"),
+        (
+            ["READER", "QUESTIONS", "--out", "no-such-folder/page.html"],
+            "cannot be written to no-such-folder",
+        ),
+        (["READER", "QUESTIONS", "--out", "."], "it is a folder"),
+        (["READER", "QUESTIONS", "--space", "/no-such-folder/space"], "cannot be loaded"),
+    ],
+)
+def test_a_slip_on_the_command_line_gets_a_sentence(
+    arguments, words, reader, tmp_path, monkeypatch, caplog
+):
+    given = {"READER": reader, "QUESTIONS": lines(tmp_path / "q.jsonl", [row()])}
+    assert command(monkeypatch, *(given.get(one, one) for one in arguments)) == 2
+    assert words in caplog.text
+    assert "Traceback" not in caplog.text
+
+
+def test_a_page_that_cannot_be_written(reader, tmp_path):
+    with pytest.raises(JudgeError, match="Choose another place with --out"):
+        judge_page.write_html(judge(reader, [row()], "none"), tmp_path / "none" / "page.html")
+
+
+# Real text
+
+
+@pytest.mark.skipif(
+    "RAGKIT_REAL_DATA" not in os.environ,
+    reason="RAGKIT_REAL_DATA is not set: no real data to run on",
+)
+def test_a_trained_llama_on_real_text(nouns, tmp_path):
+    """The 260 k Llama on NQ questions, each with its gold passage and the next question's."""
+    data = Path(os.environ["RAGKIT_REAL_DATA"])
+    passages = list(read_tsv(data / "wiki/psgs_w100.sample.tsv.gz"))
+    with gzip.open(data / "nq/nq-open-gold.jsonl.gz", "rt", encoding="utf8") as file:
+        (tmp_path / "nq.jsonl").write_text(
+            "".join(line for line, _ in zip(file, range(41), strict=False)), "utf8"
+        )
+    questions = corpus.read_questions(tmp_path / "nq.jsonl", passages)
+    gold = [
+        {"title": passages[q.gold[0]].title, "text": passages[q.gold[0]].text} for q in questions
+    ]
+    rows = [
+        {"question": q.text, "answer": list(q.answers), "passages": gold[i : i + 2], "gold": [0]}
+        for i, q in enumerate(questions[:-1])
+    ]
+    judged = judge(str(data / "models/stories260k"), rows, nouns)
+    assert judged.questions == 40
+    assert number(judged, "answer", "Spearman")["n"] == 40
+    assert np.isfinite(judged.numbers["mean"]).all()
+    assert judged.checks[1].verdict in (ABOVE, BELOW, UNSURE)
+    assert "too few" not in judged.checks[1].told
+    assert counted(judged, "cut to the reader's context of 512") > 0
+    control = number(judged, "answer", "Spearman (no exact)", "permuted")
+    assert abs(control["mean"]) < 0.1
+    assert all(
+        metrics.holds_answer(" ".join(p["text"] for p in one["passages"]), one["answer"])
+        for one in rows[:1]
+    )
+    judge_page.write_html(judged, tmp_path / "page.html")
+    assert judged.verdict in (tmp_path / "page.html").read_text("utf8")
