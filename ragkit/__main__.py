@@ -1,4 +1,4 @@
-"""`python -m ragkit`: the commands; each ends in its result or in one sentence that says why not."""
+"""`python -m ragkit`: the commands; each ends in its result or in one sentence of what is wrong."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ def judge(arguments: argparse.Namespace) -> None:
     """Judges a reader of one's own, says the verdict with its reasons, and writes the page."""
     from ragkit.pages import judge_page  # it loads torch, which no other command needs at once
 
-    judge_page.write(arguments.reader, arguments.questions, arguments.nouns, arguments.space, arguments.out)
+    judge_page.write(
+        arguments.reader, arguments.questions, arguments.nouns, arguments.space, arguments.out
+    )
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -129,7 +131,7 @@ def do(arguments: argparse.Namespace) -> None:
         return
     lab = Lab(changed_profile(arguments.profile, arguments.changes), arguments.runs)
     if arguments.command == "plan":
-        say(plan.text(plan.make(lab)))
+        say("\n".join(plan.lines(plan.make(lab))))
     elif arguments.command == "reproduce":
         run.reproduce(lab, NOTEBOOKS)
         write_report(lab)
