@@ -63,20 +63,20 @@ def emdr2_loss(logs: Tensor, scores: Tensor, temperature: float) -> Tensor:
 class RetrieverLoss(nn.Module):
     """A retriever as a module whose forward pass is its loss: what Accelerate wraps for training.
 
-    `vectors_of` gives the candidates' vectors `[batch, k, d]` of the questions at these places
-    `[batch]`: stored ones train the query side only, fresh ones both. `loss_of` gives the loss of
-    these questions' scores `[batch, k]`.
+    Of the questions chosen `[batch]`, `vectors_of` gives the candidates' vectors `[batch, k, d]`
+    (stored ones train the query side only, fresh ones both), `loss_of` the loss of the scores
+    `[batch, k]`.
     """
 
     def __init__(self, retriever: Retriever, vectors_of: VectorsOf, loss_of: LossOf) -> None:
         super().__init__()
         self.retriever, self.vectors_of, self.loss_of = retriever, vectors_of, loss_of
 
-    def forward(self, tokens: BatchEncoding, places: Tensor) -> Tensor:
-        """The mean loss of the questions at `places` `[batch]`, given as tokens."""
+    def forward(self, tokens: BatchEncoding, chosen: Tensor) -> Tensor:
+        """The mean loss of the questions chosen, given as tokens."""
         queries = self.retriever(tokens).float()
-        vectors = self.vectors_of(self.retriever, places).float()
-        return self.loss_of(places, torch.einsum("qd,qkd->qk", queries, vectors))
+        vectors = self.vectors_of(self.retriever, chosen).float()
+        return self.loss_of(chosen, torch.einsum("qd,qkd->qk", queries, vectors))
 
 
 def train(
@@ -87,13 +87,13 @@ def train(
     folder: Path,
     watch: Callable[[Retriever], dict[str, float]],
 ) -> list[Row]:
-    """Step 2: moves the retriever so that the loss of its scores of the questions `texts` falls.
+    """Step 2: moves the retriever so that the loss of its scores falls, for questions as `texts`.
 
-    Returns the log, which stands in `folder` as it grows, a row for the start and for each LOOKS-th
-    of an epoch: `epoch`, mean `loss` since the row before (NaN at the start), what `watch` says,
-    learning `rate`, `seconds` since the start, `left` by the pace so far. CHECKPOINT in `folder`
-    lets a killed run go on with the same steps; the caller removes it. The processes of a run
-    share each batch. Raises DistillError if the loss is not a number.
+    Returns the rows of its log in `folder`, one for the start and for each LOOKS-th of an epoch:
+    `epoch`, mean `loss` since the row before (NaN at the start), what `watch` says, `rate`,
+    `seconds` since the start, `left` by the pace so far. CHECKPOINT in `folder` lets a killed run
+    go on with the same steps; the caller removes it. The processes of a run share each batch.
+    Raises DistillError if the loss is not a number.
     """
     retriever = retriever_loss.retriever
     accelerator = device.accelerator(retriever.settings.dtype)
@@ -113,6 +113,8 @@ def train(
     else:
         retriever.load_state_dict(saved["retriever"])
         optimizer.load_state_dict(saved["optimizer"])
+        if accelerator.scaler:  # of float16 on a GPU
+            accelerator.scaler.load_state_dict(saved["scaler"])
         rows = saved["rows"]
     write_log(folder, rows, device.is_main())
     done, before, began = len(rows) - 1, rows[-1]["seconds"], time.monotonic()
@@ -120,8 +122,8 @@ def train(
         part, losses = batches[ends[look - 1] : ends[look]], []
         retriever.train()
         for batch, tokens in zip(part, device.ahead(part, tokens_of), strict=True):
-            places, weight = device.share(batch)
-            loss = module(tokens, places) * weight
+            chosen, weight = device.share(batch)
+            loss = module(tokens, chosen) * weight
             accelerator.backward(loss)
             losses.append(device.mean_over_processes(float(loss.detach())))
             if not math.isfinite(losses[-1]):
@@ -140,7 +142,8 @@ def train(
         rows.append({"epoch": look / LOOKS, **measured, "rate": settings.rate, **times})
         write_log(folder, rows, device.is_main())
         state = {"retriever": retriever.state_dict(), "optimizer": optimizer.state_dict()}
-        device.save_checkpoint(folder / CHECKPOINT, {**state, "rows": rows})
+        scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
+        device.save_checkpoint(folder / CHECKPOINT, {**state, "scaler": scaler, "rows": rows})
     return rows
 
 
@@ -156,21 +159,18 @@ def loss_of(
     attention = AttentionSettings(**settings["attention"])
     made = target_of(target, look, asked, attention, distill.entropy, settings["shuffle_seed"])
     targets = torch.from_numpy(made).float().to(device.device())
-    forward = distill.direction == "target || retriever"
-    divergence = kl_loss if forward else reverse_kl_loss
+    divergence = kl_loss if distill.direction == "target || retriever" else reverse_kl_loss
     return lambda chosen, scores: divergence(targets[chosen], scores, theta)
 
 
 def make_step2(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """Step 2 for one target and seed.
-
-    Writes the test questions' ranking (`ranking.safetensors`), the curve, with HR@k on dev
-    (`curve.json`), and where `keep` is set the retriever.
+    """Step 2 for one target and seed: `ranking.safetensors` of the test questions, `curve.json`
+    with HR@k on dev, and the retriever if `keep` is set.
     """
     k, distill = settings["k"], DistillSettings(**settings["distill"])
     asked = Asked.open(inputs, distill.questions, k)
-    retriever_settings = RetrieverSettings(**settings["retriever"])
-    retriever = Retriever.load(str(inputs["retriever"] / "model"), retriever_settings)
+    encoding = RetrieverSettings(**settings["retriever"])
+    retriever = Retriever.load(str(inputs["retriever"] / "model"), encoding)
     index = open_index(inputs["vectors"], inputs["index"], IndexSettings(**settings["index"]))
     look = load_file(inputs["look"] / "scores.safetensors") if "look" in inputs else None
     corpus, query_side = asked.corpus, distill.side == "query"

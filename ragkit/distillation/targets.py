@@ -29,8 +29,7 @@ TARGETS = {
     "off-the-shelf attention": "the pretrained reader's attention (the paper's first regime)",
     "weaker prompt attention": "the same reader, asked with the prompt that it answers worse",
     "fine-tuned attention": "the attention of the reader after Step 1 (the paper's second regime)",
-    "fine-tuned perplexity": "how likely the fine-tuned reader finds the answer given each passage "
-    "alone",
+    "fine-tuned perplexity": "how likely that reader finds the answer given each passage alone",
     "uniform": "control: every passage the same",
     "shuffled": "control: the fine-tuned attention, permuted within each question",
     "answer string": "control: the passages that contain the answer as text",
@@ -48,7 +47,7 @@ def teacher_of(target: str) -> tuple[str, str] | None:
 
 @dataclass(frozen=True)
 class Asked:
-    """The questions for distillation and their candidates `[questions, k]`, places in the corpus."""
+    """The questions for distillation and their candidates: places of passages `[questions, k]`."""
 
     corpus: Corpus
     questions: list[Question]
@@ -56,7 +55,7 @@ class Asked:
 
     @classmethod
     def open(cls, inputs: Mapping[str, Path], most: int, k: int) -> Asked:
-        """The first questions, `most` of them, with k candidates each, from the stages' folders."""
+        """At most so many questions with k candidates each, from the folders of their stages."""
         corpus = Corpus.load("", inputs["passages"], inputs["questions"])
         found = load_file(inputs["candidates"] / "candidates.safetensors")["distill"]
         questions = corpus.questions["distill"][:most]
@@ -87,14 +86,11 @@ def standardise(scores: Floats) -> Floats:
 def temperature_for(scores: Floats, share: float) -> float:
     """The temperature at which the softmax of standardised scores has the wanted mean entropy.
 
-    `share` is that entropy as a share of log k. Where no temperature meets it, the nearest end: the
-    sharpest where many questions have equal scores, infinity (uniform) for a share of 1. Needs no
-    labels. Raises DistillError for scores that are not numbers.
+    `share` is that entropy as a share of log k. Where no temperature meets it: the sharpest if many
+    questions have equal scores, infinity (uniform) for a share of 1. Raises DistillError.
     """
     if not np.isfinite(scores).all():
-        raise DistillError(
-            "A target's scores are not all numbers: look at the reader that made them."
-        )
+        raise DistillError("A target's scores are not all numbers: look at the reader behind them.")
 
     def gap(log_t: float) -> float:
         return entropy(softmax(scores, math.exp(log_t))) - share
@@ -170,18 +166,18 @@ def scores_of(
 
     `look` holds the stored scores of the target's reader; None for a control that needs none.
     """
-    if (taught := teacher_of(target)) and look is not None:
-        if taught[1] == "LOOP":
-            return look["loop"].astype(np.float64)
-        return attention_scores(look, attention) if taught[1] == "attention" else likelihood(look)
     candidates = asked.candidates.tolist()
+    if target == "oracle":
+        return oracle_scores(candidates, asked.corpus.golds(asked.questions, asked.candidates))
     if target == "answer string":
         answers = [question.answers for question in asked.questions]
         return answer_string_scores(candidates, asked.corpus.passages, answers)
-    if target == "oracle":
-        golds = asked.corpus.golds(asked.questions, asked.candidates)
-        return oracle_scores(candidates, golds)
-    raise DistillError(f"No target can be made of {target!r} without a reader's scores.")
+    taught = teacher_of(target)
+    if taught is None or look is None:
+        raise DistillError(f"There is no target {target!r}, or its reader's scores are missing.")
+    if taught[1] == "LOOP":
+        return look["loop"].astype(np.float64)
+    return attention_scores(look, attention) if taught[1] == "attention" else likelihood(look)
 
 
 def target_of(

@@ -29,8 +29,8 @@ Array = NDArray[np.float32]
 def row_weights(prompt: Prompt, row_type: str) -> list[int]:
     """Positions of a row type in a prompt that ends with its answer and an end token.
 
-    `last_prompt` predicts the first answer token and has not seen the answer; `predicting` are the
-    positions that predict each answer token (ATLAS-style); `consuming` those that have read it.
+    `last_prompt` has not seen the answer, whose first token it predicts; `predicting` predict each
+    token of it (ATLAS-style); `consuming` have read them.
     """
     first, last = prompt.answer_start, len(prompt.ids) - 1  # the end token stands at `last`
     return {
@@ -152,7 +152,7 @@ def answer_losses(reader: Reader, prompts: list[Prompt], at_once: int) -> Array:
 
 
 def left_out_losses(reader: Reader, questions: list[Question], found: list[list[Passage]]) -> Array:
-    """LOOP's passage scores `[questions, k]`: the answer's mean loss without that passage (ATLAS)."""
+    """LOOP's scores `[questions, k]` (ATLAS): the answer's mean loss without that passage."""
     prompts = [
         reader.prompt(q, passages[:place] + passages[place + 1 :], q.answers[0])
         for q, passages in zip(questions, found, strict=True)
