@@ -94,6 +94,7 @@ def verdict(rows: Sequence[Row], probes: Sequence[Row] = ()) -> tuple[str, str]:
 
 
 def moved(fall: float) -> str:
+    """What a loss did that has fallen by this share, in words."""
     return f"the loss has{f' fallen by {fall:.0%}' if fall >= CLEAR else ' not clearly fallen'}"
 
 
@@ -152,32 +153,28 @@ def first_verdict(rows: Sequence[Row], probes: Sequence[Row] = ()) -> tuple[str,
 def follow(run_folder: Path, keys: Collection[str] | None = None) -> pd.DataFrame:
     """The logs of all trainings of a run, row by row: COLUMNS, and what else the rows hold.
 
-    `training` is its stage's name; `state` is 'unfinished' while it goes on, or was killed and will
-    be gone on with. With `keys`: only those stages; without: of several of one name the one written
-    last. Raises MonitorError if there is no log.
+    `training` is the stage's name; `state` is 'unfinished' while it goes on, or was killed and will
+    be gone on with. Of several stages of one name the one written last is taken; `keys` says which
+    to choose from. Raises MonitorError if there is no log.
     """
-    logs: list[tuple[float, dict[str, str], list[Row]]] = []
-    for state, folders in (("unfinished", "partial/*"), ("finished", "stages/*/*")):
-        for file in run_folder.glob(f"{folders}/{FILE}"):
-            with suppress(FileNotFoundError):  # it was just finished, and is found again there
-                name = (
-                    (file.parent / "name.txt").read_text("utf8").strip()
-                    if state == "unfinished"
-                    else json.loads((file.parent / "stage.json").read_text("utf8"))["name"]
-                )
-                key = file.parent.name.rpartition("-")[2]
-                about = {"training": name, "key": key, "state": state}
-                logs.append((file.stat().st_mtime, about, read_log(file.parent)))
-    logs.sort(key=lambda entry: entry[0])
-    chosen = {about["key" if keys else "training"]: (about, rows) for _, about, rows in logs}
-    table = pd.DataFrame(
-        [
-            {**about, **row}
-            for about, rows in chosen.values()
-            if keys is None or about["key"] in keys
-            for row in rows
-        ]
-    )
+    logs: list[tuple[float, str, list[Row]]] = []
+    patterns = (f"partial/*/{FILE}", f"stages/*/*/{FILE}")  # one that ends meanwhile is in both
+    for file in [file for pattern in patterns for file in run_folder.glob(pattern)]:
+        folder, key = file.parent, file.parent.name.rpartition("-")[2]
+        if keys is not None and key not in keys:
+            continue
+        with suppress(FileNotFoundError):
+            if folder.parent.name == "partial":
+                state, name = "unfinished", (folder / "name.txt").read_text("utf8").strip()
+            else:
+                record = json.loads((folder / "stage.json").read_text("utf8"))
+                state, name = "finished", record["name"]
+            about = {"training": name, "key": key, "state": state}
+            rows = [{**about, **row} for row in read_log(folder)]
+            logs.append((file.stat().st_mtime, name, rows))
+    logs.sort(key=lambda log: log[0])
+    last = {name: rows for _, name, rows in logs}
+    table = pd.DataFrame([row for rows in last.values() for row in rows])
     if table.empty:
         raise MonitorError(
             f"No training has written a log in {run_folder} yet. Start a run (make reproduce), "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -89,7 +89,7 @@ def calibrated_scores(
 
 
 def in_order(
-    prompts: list[Prompt], at_once: int, work: Callable[[list[Prompt]], Sequence[Any]], desc: str
+    prompts: list[Prompt], at_once: int, work: Callable[[list[Prompt]], Iterable[Any]], desc: str
 ) -> list[Any]:
     """What `work` gives for each prompt, in order; it gets batches of like length.
 
