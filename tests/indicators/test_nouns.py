@@ -214,7 +214,7 @@ def test_a_finder_of_ones_own_has_no_scores_on_real_text(toy, tmp_path):
     settings = {"nouns": str(toy[1]), "seed": 0, "world": None}
     make_nouns(tmp_path, {"questions": tmp_path}, settings)
     spans = json.loads((tmp_path / "spans.json").read_text("utf8"))
-    assert spans == dict.fromkeys(PARTS, [[[12, 15]]])
+    assert spans == {part: [[[12, 15]]] for part in PARTS}
     assert (tmp_path / "scores.json").read_text("utf8") == "{}"
     with pytest.raises(NounsError, match=r"embedded worlds only.*spacy download"):
         make_nouns(tmp_path, {"questions": tmp_path}, settings | {"nouns": "embedded"})
