@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Corpus, Question
 from ragkit.distillation import targets
-from ragkit.distillation.targets import Asked
+from ragkit.distillation.targets import Asked, Scores
 from ragkit.errors import NounsError, ProfileError
 from ragkit.experiment.graph import Graph
 from ragkit.experiment.store import Stage, Store
@@ -232,22 +232,23 @@ class Lab:
         questions = self.corpus(set_name).questions["distill"][:n]
         return questions, self.candidates(set_name)["distill"][: len(questions), :k]
 
-    def _asked(self, set_name: str, target: str) -> Asked:
-        """What a target is made of."""
-        questions, candidates = self.asked(set_name)
+    def _stored(self, set_name: str, target: str) -> Scores | None:
+        """The stored scores of the reader that a target is made of; None for a control."""
         look = self.graph.look(set_name, target, self.graph.candidates(set_name))
-        stored = load_file(self.open(look["look"]) / "scores.safetensors") if look else None
-        return Asked(self.corpus(set_name), questions, candidates, stored)
+        return load_file(self.open(look["look"]) / "scores.safetensors") if look else None
 
     def scores(self, set_name: str, target: str) -> NDArray[np.float64]:
         """What a target is made of `[questions, k]`: a reader's scores, or a control's."""
-        return targets.scores_of(target, self._asked(set_name, target), self.profile.attention)
+        asked = Asked(self.corpus(set_name), *self.asked(set_name))
+        stored = self._stored(set_name, target)
+        return targets.scores_of(target, stored, asked, self.profile.attention)
 
     def target(self, set_name: str, target: str) -> NDArray[np.float64]:
         """A target's distributions over the candidates `[questions, k]`."""
-        profile = self.profile
-        asked, entropy = self._asked(set_name, target), profile.distill.entropy
-        return targets.target_of(target, asked, profile.attention, entropy, profile.seed)
+        asked = Asked(self.corpus(set_name), *self.asked(set_name))
+        stored, profile = self._stored(set_name, target), self.profile
+        entropy, seed = profile.distill.entropy, profile.seed
+        return targets.target_of(target, stored, asked, profile.attention, entropy, seed)
 
     def distilled(
         self, set_name: str, target: str, seed: int

@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping
 from functools import wraps
 from typing import Any, TypeVar
 
-from ragkit.data.questions import question_settings
+from ragkit.data.questions import passage_settings, question_settings
 from ragkit.distillation.targets import TARGETS, UNTAUGHT
 from ragkit.experiment.outside import finder_state, model_files, passage_count
 from ragkit.experiment.store import Stage
-from ragkit.profile import Profile, WorldSet, passage_settings
+from ragkit.profile import Profile, WorldSet
 
 PROBED = 32  # questions of dev on which a probe measures the indicators
 # Of the reader's section, what matters where it only reads; the rest is Step 1's.
