@@ -22,7 +22,7 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from tqdm.auto import tqdm
 
 from ragkit.errors import MachineError
-from ragkit.profile import MachineSettings, Precision
+from ragkit.profile import MachineSettings
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -146,7 +146,7 @@ def share(batch: Any) -> tuple[Any, float]:
     return (mine, len(mine) * size() / len(batch)) if len(mine) else (batch[:1], 0.0)
 
 
-def accelerator(dtype: Precision) -> Accelerator:
+def accelerator(dtype: str) -> Accelerator:
     """What prepares a model and its optimizer for training: several processes, and mixed
     precision.
     """

@@ -139,7 +139,7 @@ class FidReader(Reader):
             decoder_start_token_id=self.start,
             # its own cache would have the encoder's number of layers
             past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
-            max_new_tokens=self.settings.answer_tokens,
+            max_new_tokens=self.answer_tokens,
             do_sample=False,
             num_beams=1,
             pad_token_id=self.pad,

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from ragkit.data.files import write_arrays, write_json, write_whole
 from ragkit.data.passages import Passages, passage_text
-from ragkit.data.questions import PARTS, Corpus
+from ragkit.data.questions import PARTS, PASSAGES, Corpus
 from ragkit.errors import SearchError, VectorsError
 from ragkit.models import device
 from ragkit.models.retriever import Retriever
@@ -225,7 +225,7 @@ def make_vectors(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str
     """The passages' vectors."""
     retriever = RetrieverSettings(**settings["retriever"])
     encode(
-        Passages(inputs["passages"] / "passages.arrow"),
+        Passages(inputs["passages"] / PASSAGES),
         Retriever.load(inputs["retriever"] / "model", retriever),
         IndexSettings(**settings["index"]),
         folder,

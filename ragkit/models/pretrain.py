@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast
 
-from ragkit.data import worlds
+from ragkit.data import prose, worlds
 from ragkit.data.files import file_hash
+from ragkit.data.passages import block
 from ragkit.data.vocabulary import build_tokenizer
 from ragkit.models import device
 from ragkit.profile import MachineSettings
@@ -75,25 +76,25 @@ def start(config: FalconConfig) -> FalconForCausalLM:
     return model
 
 
-def pages(step: int, seed: int) -> list[list[worlds.Span]]:
+def pages(step: int, seed: int) -> list[list[prose.Span]]:
     """The pages of a step, all of one kind; always the same ones, so that a run can be resumed."""
     rng = random.Random(f"pretrain {seed} {step}")
     if step < REGISTERS_ONLY or rng.random() < (0.4 if step < SHORT_PAGES else 0.1):
         n, wordings = rng.choice((2, 3, 4)), 0 if step < REGISTERS_ONLY else rng.choice((0, 2))
         sharing = 0.15 if step < REGISTERS_ONLY else rng.choice((0.15, 1.0, 2.0))
-        return [worlds.register_page(rng, n, sharing, wordings) for _ in range(48 // n)]
+        return [prose.register_page(rng, n, sharing, wordings) for _ in range(48 // n)]
     if step < SHORT_PAGES:
         shares = (0.15, 0.5) if step < SHORT_PAGES // 2 else (0.15, 0.5, 1.0, 2.0)
         sharing = rng.choice(shares)
-        return [worlds.passages_page(rng, 2, 0, sharing, 8, 0) for _ in range(16)]
+        return [prose.passages_page(rng, 2, 0, sharing, 8, 0) for _ in range(16)]
     n, sharing = rng.randint(2, 5), rng.choice((0.15, 1.0, 2.0, 3.0))
     more = 3 * n + 2
     count = range(24 // n)
-    return [worlds.passages_page(rng, n, rng.randint(0, 3), sharing, more, 2) for _ in count]
+    return [prose.passages_page(rng, n, rng.randint(0, 3), sharing, more, 2) for _ in count]
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerFast, batch: list[list[worlds.Span]]
+    tokenizer: PreTrainedTokenizerFast, batch: list[list[prose.Span]]
 ) -> tuple[Tensor, Tensor]:
     """Token ids `[pages, tokens]` and each one's kind of span as an index into WEIGHTS (-1: no
     loss).
@@ -136,7 +137,7 @@ def entity_matching(
         lines = []
         for e in entities:
             passage = worlds.write_passage(e, relation, rng.randrange(5), rng)[0]
-            lines.append(worlds.block(e.name, passage))
+            lines.append(block(e.name, passage))
         lines.append("In short. " + worlds.cloze(entities[0], relation))
         logits = model(tokenizer("\n".join(lines), return_tensors="pt").input_ids).logits[0, -1]
         answers = [e.facts[relation][0] for e in entities]

@@ -15,9 +15,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from ragkit.attention import AttentionError, observe, pooled
-from ragkit.data import worlds
 from ragkit.data.files import file_hash, write_json
-from ragkit.data.passages import Passage
+from ragkit.data.passages import Passage, block
 from ragkit.data.questions import Question
 from ragkit.errors import ReaderError
 from ragkit.models import device
@@ -70,6 +69,7 @@ class Reader:
             )
         self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
         self.style = style
+        self.answer_tokens = settings.answer_tokens or 32
         self.end = tokenizer.eos_token_id
         self.pad = self.end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -83,7 +83,7 @@ class Reader:
         """The prompt as texts with their owners."""
         parts: list[tuple[str, int]] = []
         for number, passage in enumerate(passages):
-            parts.append((worlds.block(passage.title, ""), PART["title"]))
+            parts.append((block(passage.title, ""), PART["title"]))
             parts += [(passage.text, number), ("\n", PART["other"])]
         if self.style == "cloze":
             return [*parts, ("In short. ", PART["other"]), (question.cloze, PART["question"])]
@@ -126,7 +126,7 @@ class Reader:
         tail: list[int] = []
         if answer is not None:
             tail = [*self.tokenizer(" " + answer, add_special_tokens=False)["input_ids"], self.end]
-        spare = self.settings.context - len(ids) - max(len(tail), self.settings.answer_tokens)
+        spare = self.settings.context - len(ids) - max(len(tail), self.answer_tokens)
         if spare < 0:
             ids, owner = self.trim(ids, owner, -spare, len(passages))
         return Prompt(ids + tail, owner + [PART["answer"]] * len(tail), len(ids), max(0, -spare))
@@ -187,7 +187,7 @@ class Reader:
         out = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
-            max_new_tokens=self.settings.answer_tokens,
+            max_new_tokens=self.answer_tokens,
             do_sample=False,
             pad_token_id=self.pad,
             eos_token_id=self.end,

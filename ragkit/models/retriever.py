@@ -22,8 +22,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ragkit.data import worlds
 from ragkit.data.passages import Passage, Passages
+from ragkit.data.prose import open_prose
+from ragkit.data.questions import PASSAGES
 from ragkit.data.vocabulary import build_tokenizer
 from ragkit.errors import RetrieverError
 from ragkit.models import device
@@ -197,9 +198,9 @@ def make_retriever(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
         settings["world"],
     )
     if chosen.model == "embedded":
-        passages = list(Passages(inputs["passages"] / "passages.arrow"))
+        passages = list(Passages(inputs["passages"] / PASSAGES))
         if world is not None:
-            prose = worlds.open_prose(world, len(passages), random.Random(f"prose {seed}"))
+            prose = open_prose(world, len(passages), random.Random(f"prose {seed}"))
             passages += [Passage("", "", sentence) for sentence in prose]
         retriever = train_by_cropping(passages, chosen, seed)
     else:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ragkit.data.files import write_json, write_whole
 from ragkit.data.passages import Passage, passage_text
 from ragkit.data.questions import Corpus, Question
-from ragkit.data.sets import build_world
+from ragkit.data.worlds import build_world
 from ragkit.errors import ReaderError
 from ragkit.models import device
 from ragkit.models.fid import load_reader, reader_folder

@@ -20,7 +20,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from ragkit.data.passages import passage_text, read_tsv
-from ragkit.data.sets import build_world
+from ragkit.data.worlds import build_world
 from ragkit.models.retriever import Retriever
 from ragkit.profile import RetrieverSettings, WorldSet
 

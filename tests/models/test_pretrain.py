@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from ragkit.data import worlds
+from ragkit.data import prose
 from ragkit.data.files import file_hash
 from ragkit.data.vocabulary import build_tokenizer
 from ragkit.models import pretrain
@@ -68,7 +68,7 @@ def test_a_stopped_pretraining_goes_on_with_the_same_result(tmp_path, monkeypatc
     whole = pretrain.pretrain(tmp_path / "whole", 6, 0, check_every=2)
     pages = pretrain.pages
 
-    def stop_at_five(step: int, seed: int) -> list[list[worlds.Span]]:
+    def stop_at_five(step: int, seed: int) -> list[list[prose.Span]]:
         if step == 5:
             raise KeyboardInterrupt
         return pages(step, seed)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
-from ragkit.data.sets import build_world
+from ragkit.data.worlds import build_world
 from ragkit.errors import ReaderError
 from ragkit.models import step1
 from ragkit.models.fid import load_reader
