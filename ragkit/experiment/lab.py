@@ -175,7 +175,7 @@ class Lab:
         """Takes the profile's device and threads for this process."""
         from ragkit.models import device  # it loads torch: only who asks for a model waits
 
-        device.start(self.profile.machine.model_dump(), self.profile.threads)
+        device.start(self.profile.machine, self.profile.threads)
 
     def retriever(self, set_name: str) -> Any:
         """The initial retriever (`ragkit.models.retriever.Retriever`)."""
