@@ -71,13 +71,6 @@ class Passages(Sequence[Passage]):
         for batch in self.table.to_batches(AT_ONCE):
             yield from rows_of(batch)
 
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Sequence)
-            and len(self) == len(other)
-            and all(a == b for a, b in zip(self, other, strict=True))
-        )
-
 
 def passage_text(passage: Passage) -> str:
     """What retrievers encode and search: the title, then the text."""

@@ -196,6 +196,8 @@ def test_arrays_and_indented_objects_are_read_with_their_lines(tmp_path):
         (["a", None], "the answer None is no text"),
         ([["a"]], r"the answer \['a'\] is no text"),
         ({"value": "a", "aliases": None}, ("a",)),
+        ({"value": "a", "aliases": "b"}, ("a", "b")),
+        ({"value": "a", "aliases": 5}, "the answer 5 is no text"),
     ],
 )
 def test_answers_are_texts(tmp_path, answer, right):
