@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 AT_ONCE = 10_000  # passages of a batch in the file
 FIELDS = ("id", "title", "text")
 HEADER = ["id", "text", "title"]
-LONGEST = 2**17  # characters of a TSV row: one with more has a quote that is never closed
+MOST_LINES = 10_000  # of one row of a TSV: one with more has a quote that is never closed
 # A row of three fields: one with quotes, tabs or line ends stands in quotes, its quotes doubled.
 QUOTED_ROW = re.compile("\t".join([r'("(?:[^"]++|"")*+"|[^"\t\r\n]*)'] * 3) + r"[\r\n]*")
 
@@ -70,13 +70,6 @@ class Passages(Sequence[Passage]):
     def __iter__(self) -> Iterator[Passage]:
         for batch in self.table.to_batches(AT_ONCE):
             yield from rows_of(batch)
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Sequence)
-            and len(self) == len(other)
-            and all(a == b for a, b in zip(self, other, strict=True))
-        )
 
 
 def passage_text(passage: Passage) -> str:
@@ -155,11 +148,11 @@ def read_tsv(path: Path) -> Iterator[Passage]:
                         f"{decided}. Write them all alike."
                     )
             if quoted and '"' in line:
-                while not (match := QUOTED_ROW.fullmatch(line)) and len(line) < LONGEST:
-                    if (more := next(lines, None)) is None:
-                        break
-                    line += more[1]
-                if not match:
+                parts, is_open = [line], line.count('"') % 2
+                while is_open and len(parts) < MOST_LINES and (more := next(lines, None)):
+                    parts.append(more[1])
+                    is_open ^= more[1].count('"') % 2
+                if not (match := QUOTED_ROW.fullmatch("".join(parts))):
                     raise DataError(
                         f"{where}: not a tab-separated row: a quote that is never closed?"
                     )

@@ -106,7 +106,8 @@ def text_and_answers(row: dict[str, Any], where: str) -> tuple[str, tuple[str, .
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{where}: 'question' is missing or empty.")
     if isinstance(answers, dict):
-        answers = [answers.get("value"), *(answers.get("aliases") or [])]
+        more = answers.get("aliases") or []
+        answers = [answers.get("value"), *(more if isinstance(more, list | tuple) else [more])]
         answers = [one for one in answers if one is not None]
     if isinstance(answers, str):
         answers = _as_list(answers)
