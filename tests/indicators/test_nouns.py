@@ -3,6 +3,7 @@
 import json
 import os
 from collections import Counter
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
@@ -13,9 +14,8 @@ from qed import read_qed
 from ud import Sentence, read_conllu
 
 from ragkit.data import worlds
-from ragkit.data.files import read_jsonl
+from ragkit.data.files import read_jsonl, write_jsonl
 from ragkit.data.questions import PARTS
-from ragkit.data.sets import make_passages, make_questions
 from ragkit.data.speech import gold_nouns, parts_of_speech
 from ragkit.errors import NounsError
 from ragkit.indicators.nouns import (
@@ -143,14 +143,12 @@ def world(request, tmp_path_factory):
         source="world", name="w", world=request.param, seed=21, entities=60, distill=60, dev=60,
         test=60,
     )  # fmt: skip
-    settings, inputs = {"set": chosen.model_dump(mode="json")}, {}
-    for role, maker in (("passages", make_passages), ("questions", make_questions)):
-        (home / role).mkdir()
-        maker(home / role, inputs, settings)
-        inputs[role] = home / role
+    (home / "questions").mkdir()
+    for part, questions in worlds.build_world(chosen).questions.items():
+        write_jsonl(home / "questions" / f"{part}.jsonl", map(asdict, questions))
     (home / "nouns").mkdir()
     nouns = {"nouns": "embedded", "seed": 0, "world": request.param}
-    make_nouns(home / "nouns", inputs, nouns)
+    make_nouns(home / "nouns", {"questions": home / "questions"}, nouns)
     return request.param, home / "questions", home / "nouns"
 
 
