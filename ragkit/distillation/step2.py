@@ -19,8 +19,9 @@ from transformers import BatchEncoding
 from ragkit.data.files import write_arrays, write_json
 from ragkit.data.passages import passage_text
 from ragkit.data.questions import hits
+from ragkit.distillation.asked import Asked
 from ragkit.distillation.log import LOOKS, Row, write_log
-from ragkit.distillation.targets import Asked, target_of
+from ragkit.distillation.targets import target_of
 from ragkit.errors import DistillError
 from ragkit.models import device
 from ragkit.models.index import DEPTH, open_index, search

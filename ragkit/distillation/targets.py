@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 from scipy import special
 from scipy.optimize import brentq
 
 from ragkit.data.passages import Passage
-from ragkit.data.questions import Corpus, Question
 from ragkit.data.text import holds_answer
+from ragkit.distillation.asked import Asked
 from ragkit.errors import DistillError
 from ragkit.profile import POOLINGS, ROWS, AttentionSettings
 
 Floats = NDArray[np.float64]
+Places = Sequence[Sequence[int]]  # of passages, for each question
 Scores = Mapping[str, NDArray[np.float32]]  # the arrays of `teacher.look`, or LOOP's under "loop"
 
 READERS = ("off-the-shelf", "fine-tuned")
@@ -43,27 +41,6 @@ def teacher_of(target: str) -> tuple[str, str] | None:
         return "fine-tuned", "attention"
     reader, _, signal = target.rpartition(" ")
     return (reader, signal) if signal in SIGNALS else None
-
-
-@dataclass(frozen=True)
-class Asked:
-    """The questions for distillation and their candidates: places of passages `[questions, k]`."""
-
-    corpus: Corpus
-    questions: list[Question]
-    candidates: NDArray[np.int64]
-
-    @classmethod
-    def open(cls, inputs: Mapping[str, Path], most: int, k: int) -> Asked:
-        """At most so many questions with k candidates each, from the folders of their stages."""
-        corpus = Corpus.load("", inputs["passages"], inputs["questions"])
-        found = load_file(inputs["candidates"] / "candidates.safetensors")["distill"]
-        questions = corpus.questions["distill"][:most]
-        return cls(corpus, questions, found[: len(questions), :k])
-
-    def passages(self) -> list[list[Passage]]:
-        """The candidates as passages, best first, for each question."""
-        return [[self.corpus.passages[place] for place in row] for row in self.candidates]
 
 
 def softmax(scores: Floats, temperature: float) -> Floats:
@@ -113,22 +90,20 @@ def uniform(n: int, k: int) -> Floats:
     return np.full((n, k), 1 / k)
 
 
-def oracle_scores(candidates: Sequence[Sequence[int]], golds: Sequence[Sequence[int]]) -> Floats:
+def oracle_scores(candidates: Places, golds: Places) -> Floats:
     """1 for gold passages, 0 for others `[questions, k]`: a teacher that knows all."""
     pairs = zip(candidates, golds, strict=True)
     return np.array([[float(place in gold) for place in row] for row, gold in pairs])
 
 
 def answer_string_scores(
-    candidates: Sequence[Sequence[int]],
-    passages: Sequence[Passage],
-    answers: Sequence[Sequence[str]],
+    candidates: Places, passages: Sequence[Passage], answers: Sequence[Sequence[str]]
 ) -> Floats:
     """1 for passages that contain an answer as text: what string matching alone would teach."""
-    pairs = zip(candidates, answers, strict=True)
-    return np.array(
-        [[float(holds_answer(passages[p].text, golds)) for p in row] for row, golds in pairs]
-    )
+    rows = []
+    for places, golds in zip(candidates, answers, strict=True):
+        rows.append([float(holds_answer(passages[place].text, golds)) for place in places])
+    return np.array(rows)
 
 
 def shuffled(targets: Floats, seed: int) -> Floats:

@@ -17,7 +17,7 @@ from ragkit.attention import branch, contributions, passage_scores, read_prefix,
 from ragkit.data.files import write_arrays
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
-from ragkit.distillation.targets import Asked
+from ragkit.distillation.asked import Asked
 from ragkit.models import device
 from ragkit.models.fid import open_reader
 from ragkit.models.reader import Prompt, Reader, note_trimmed
@@ -59,18 +59,14 @@ def token_contributions(reader: Reader, prompts: list[Prompt]) -> Tensor:
 
 
 def calibrated_scores(
-    reader: Reader,
-    question: Question,
-    passages: list[Passage],
-    settings: AttentionSettings,
-    neutral: str = "N/A",
+    reader: Reader, question: Question, passages: list[Passage], settings: AttentionSettings
 ) -> tuple[Tensor, Tensor]:
-    """Passage scores `[k]` from the prompt's last row, asked the question and something empty.
+    """Passage scores `[k]` from the prompt's last row, asked the question and asked 'N/A'.
 
     Their difference is the calibrated score (ICR): what the passages get for the question, not for
     where they stand. The passages are read once: both questions go on from the same cache.
     """
-    blank = replace(question, text=neutral, cloze=neutral)
+    blank = replace(question, text="N/A", cloze="N/A")
     prompts = [reader.prompt(q, passages) for q in (question, blank)]
     shortest, shared = min(len(p.ids) for p in prompts), 0
     while shared < shortest - 1 and prompts[0].ids[shared] == prompts[1].ids[shared]:

@@ -14,7 +14,7 @@ from scipy.stats import entropy as scipy_entropy
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Corpus, Question
 from ragkit.distillation import targets
-from ragkit.distillation.targets import Asked
+from ragkit.distillation.asked import Asked
 from ragkit.errors import DistillError
 from ragkit.profile import POOLINGS, ROWS, AttentionSettings
 
@@ -123,7 +123,7 @@ def test_a_target_without_its_scores_is_refused(asked):
 
 def test_targets_and_log_load_neither_torch_nor_transformers():
     code = (
-        "import sys; from ragkit.distillation import log, targets; "
+        "import sys; from ragkit.distillation import monitor, targets; "
         "print(*({'torch', 'transformers', 'datasets'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

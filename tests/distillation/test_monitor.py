@@ -6,16 +6,14 @@ import os
 
 import pytest
 
-from ragkit.distillation.log import (
-    FILE,
+from ragkit.distillation.log import FILE, read_log, write_log
+from ragkit.distillation.monitor import (
     NOT_WORKING,
     TOO_EARLY,
     WORKING,
     first_verdict,
     follow,
-    read_log,
     verdict,
-    write_log,
 )
 from ragkit.errors import MonitorError
 
