@@ -106,12 +106,12 @@ def curves(table: pd.DataFrame, measure: str, label: str) -> tuple[Figure, str]:
     `table` has columns set, system, seed, epoch and the measure.
     """
     systems = list(table["system"].unique())
-    colours = {}
+    colours: dict[str, Any] = {}
     for name, shades in KINDS.items():
         alike = [s for s in systems if kind(s) == name]
         colours.update(zip(alike, sns.color_palette(shades, len(alike) + 2)[2:], strict=True))
-    look = {"hue": "system", "palette": colours, "style": "system", "style_order": systems}
-    look |= {"markers": True, "dashes": False, "markersize": 8, "markeredgewidth": 0.5}
+    look: dict[str, Any] = {"palette": colours, "style_order": systems}
+    look |= {"hue": "system", "style": "system", "markers": True, "dashes": False, "ms": 8}
     figure, parts = panels(table, ["set"], 3.3, "epoch of Step 2")
     for axis, _, part in parts:
         sns.lineplot(part, x="epoch", y=measure, errorbar=("pi", 100), ax=axis, **look)

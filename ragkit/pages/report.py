@@ -40,9 +40,8 @@ def page(title: str, body: str, pages: Pages, file: str) -> str:
     own = asset("report.css").read_text("utf8")
     style = Markup(f"{light}\n@media (prefers-color-scheme:dark){{{dark}}}\n{own}")
     notebooks = [one for one in pages if one[1][0].isdigit()]
-    given = {"notebooks": notebooks, "others": [one for one in pages if one not in notebooks]}
-    given |= {"title": title, "file": file, "scripts": file == "sliders.html"}
-    return html.fill("page", body=Markup(body), style=style, **given)
+    parts = {"notebooks": notebooks, "others": [one for one in pages if one not in notebooks]}
+    return html.fill("page", title=title, file=file, body=Markup(body), style=style, **parts)
 
 
 def prose(markdown: str, escape: bool = False) -> Markup:
@@ -71,19 +70,14 @@ def output_html(output: nbformat.NotebookNode, drawn: Iterable[str] = ()) -> Mar
 
 def notebook_html(path: Path, drawn: Iterable[str] = ()) -> Markup:
     """An executed notebook: prose, code, outputs; not what went to the error stream."""
-    cells = []
+    cells: list[dict[str, Any]] = []
     for cell in nbformat.read(path, as_version=4).cells:
         if cell.cell_type == "markdown":
             cells.append({"prose": prose(cell.source)})
-        elif cell.cell_type == "code" and "injected-parameters" not in cell.metadata.get(
-            "tags", []
-        ):
+        elif cell.cell_type == "code" and cell.metadata.get("tags") != ["injected-parameters"]:
             # papermill's own cell names this machine's folders; the manifest has the profile
-            shown = [
-                output_html(one, drawn)
-                for one in cell.outputs
-                if one.get("name") != "stderr" and WIDGET not in one.get("data", {})
-            ]
+            outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
+            shown = [output_html(o, drawn) for o in outputs if WIDGET not in o.get("data", {})]
             code = Markup(highlight(cell.source, PythonLexer(), HtmlFormatter(cssclass="code")))
             solution = "### BEGIN SOLUTION" in cell.source
             cells.append({"prose": None, "code": code, "solution": solution, "outputs": shown})
@@ -150,18 +144,11 @@ def provenance(records: Iterable[dict[str, Any]]) -> tuple[dict[str, str], list[
 
 def manifest_html(manifest: dict[str, Any]) -> Markup:
     """What was run, from what, on what, how long it took, and how long it was planned to take."""
-    records = [*manifest["stages"].values(), *manifest["notebooks"].values()]
-    made, warnings = provenance(records)
+    made, warnings = provenance([*manifest["stages"].values(), *manifest["notebooks"].values()])
+    told = {"made": made, "warnings": warnings, "kinds": by_kind(manifest["stages"])}
     plan = [row for row in manifest.get("plan") or [] if row["kind"] != "all"]
-    predicted, measured = (sum(row[key] for row in plan) for key in ("predicted", "measured"))
-    told = {"made": made, "warnings": warnings, "kinds": by_kind(manifest["stages"]), "plan": plan}
-    told |= {
-        "seconds": sum(one["seconds"] for one in records),
-        "raw": json.dumps(manifest, indent=2),
-    }
-    told |= {"ratio": predicted / measured if measured else None}
     settings = reference.flat(manifest["profile"])
-    return html.fill("manifest", manifest=manifest, settings=settings, **told)
+    return html.fill("manifest", manifest=manifest, settings=settings, plan=plan, **told)
 
 
 def overview_html(lab: Lab, manifest: dict[str, Any], compared: reference.Comparison) -> Markup:
@@ -176,9 +163,8 @@ def overview_html(lab: Lab, manifest: dict[str, Any], compared: reference.Compar
         counts = claims["verdict"].value_counts()
         shown["tally"] = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
         shown["ledger"] = Markup(html.ledger(claims, links).data)
-    told = {"profile": manifest["profile"], "manifest": manifest, "notebooks": notebooks, **shown}
-    seconds = sum(stage["seconds"] for stage in manifest["stages"].values())
-    return html.fill("overview", seconds=seconds, compared=compared.html(), **told)
+    told = {"manifest": manifest, "notebooks": notebooks, "compared": compared.html()}
+    return html.fill("overview", **told, **shown)
 
 
 def executed(lab: Lab) -> list[Path]:
