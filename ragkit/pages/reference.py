@@ -89,7 +89,9 @@ def compare(run: Path, figures: Path) -> Comparison:
         theirs, named = manifest["profile"], measured_by(manifest)
         judged, sets = theirs["judge"], {one["name"] for one in theirs["sets"]}
     except (OSError, ValueError, KeyError, TypeError):
-        said = f"{figures} holds no manifest of a run (make reference puts one there)"
+        said = (
+            f"{figures} holds no manifest of a run by this version (make reference puts one there)"
+        )
         return Comparison(f"There is no reference to compare with: {said}.")
     own = json.loads((run / "manifest.json").read_text("utf8"))["profile"]
     not_compared = f"Not compared with the reference ({named})"
