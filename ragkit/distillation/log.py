@@ -1,275 +1,183 @@
-"""A log of metrics beside every long training: JSON lines in its stage's folder, and both indicators while a reader learns.
+"""The log of a training (`metrics.jsonl`), and an early word on it by a fixed rule.
 
-It can be followed while the training runs and stays with its result (`ragkit.monitor` reads it). A training only reports: the log is handed in
-from outside (by `Lab`), so no stage depends on it and a change here makes nothing anew.
+The rule, written before it was tried on any curve:
+
+**Step 2** is judged by HR on dev. It is *working* if HR stood more than GAIN above its start at
+each of the last AGREE looks; *not working* if HR stood at or below its start at each of them, or no
+more than GAIN above while the loss had not fallen by the share CLEAR. As long as HR leaves it open,
+it is *not working* if its teacher gives the tokens closest to the answer, and those closest to the
+question's nouns, no more attention than the average token.
+
+**Step 1** is judged by the reader's indicators at the last AGREE kept steps: *not working* if at
+each all lifts are at or below the average token's, *working* if the lift near the answer is above
+it and the loss has clearly fallen. A loss that is flat over ENOUGH_ROWS rows is *not working*.
+
+A loss that is not a number is *not working*; everything else is *too early to tell*.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+import pandas as pd
 
-from ragkit.data.passages import Passage
-from ragkit.data.questions import Question
-from ragkit.errors import RagkitError
-from ragkit.experiment.store import write_whole
-from ragkit.indicators import measures as indicators
-from ragkit.models import device as fleet
-from ragkit.models.reader import Reader
-from ragkit.profile import AttentionSettings, ReaderSettings
+from ragkit.data.files import write_whole
+from ragkit.errors import MonitorError
 
-log = logging.getLogger(__name__)
 FILE = "metrics.jsonl"
-QUESTIONS = 32  # of dev, on which the indicators are measured
-ROWS = 80  # of a log of Step 1
-PAUSE = 60  # seconds between two lines of progress
-NAMES = {
-    "attention": "lift",
-    "Spearman": "Spearman",
-}  # of the indicators' measures in a row, behind the goal
+LOOKS = 2  # times an epoch that Step 2 is looked at
+AGREE, GAIN, CLEAR, ENOUGH_ROWS = 2, 0.01, 0.05, 10
+AVERAGE = 1.0  # the average token's lift
+WORKING, NOT_WORKING, TOO_EARLY = "working", "not working", "too early to tell"
+COLUMNS = ("training", "key", "state", "step", "epoch", "loss", "rate", "hr", "seconds", "left")
 
 Row = dict[str, Any]
 
 
-def read(file: Path) -> list[Row]:
-    """The rows of a log; a line that a kill has torn, or that is just being written, is skipped."""
+def read_log(folder: Path) -> list[Row]:
+    """The rows of a training's log; a line that a kill has torn is skipped."""
     rows = []
-    with suppress(FileNotFoundError):  # nothing is written yet, or its folder has just been renamed
-        for line in file.read_bytes().splitlines():
+    with suppress(FileNotFoundError):  # nothing is written yet, or the folder was just renamed
+        for line in (folder / FILE).read_bytes().splitlines():
             with suppress(ValueError):
                 rows.append(json.loads(line))
     return rows
 
 
-class Log:
-    """The metrics of one training. Rows hold `step` (or `epoch`), `seconds` since the start, `left`: seconds to go by the pace so far, and what was measured.
+def write_log(folder: Path, rows: Sequence[Row], is_main: bool) -> None:
+    """Replaces a training's log by these rows, in the main process; NaN is left out."""
+    kept = [{name: value for name, value in row.items() if value == value} for row in rows]
+    if is_main:
+        write_whole(folder / FILE, "".join(json.dumps(row) + "\n" for row in kept))
 
-    A training that goes on from a checkpoint drops the rows beyond it, so no place stands there twice; time goes on from the last one kept.
-    The main process writes; the others keep the same rows, so that all measure at the same places.
+
+def known(rows: Sequence[Row], *names: str) -> list[float]:
+    """The values of these numbers in the rows that hold them."""
+    values = [row.get(name) for name in names for row in rows]
+    return [v for v in values if isinstance(v, int | float) and math.isfinite(v)]
+
+
+def fallen(losses: Sequence[float]) -> float:
+    """The share by which a loss has fallen, from the first third of its values to the last."""
+    if len(losses) < 2:
+        return 0.0
+    third = max(1, len(losses) // 3)
+    first, last = float(np.mean(losses[:third])), float(np.mean(losses[-third:]))
+    return (first - last) / abs(first) if first else 0.0
+
+
+def verdict(rows: Sequence[Row], probes: Sequence[Row] = ()) -> tuple[str, str]:
+    """WORKING, NOT_WORKING or TOO_EARLY by the rule above, and the reason.
+
+    `rows` are a log's, or the curve of Step 2; the first is the start. `probes` hold `answer lift`
+    and `nouns lift`: of the readers that Step 1 kept, in order, first that of its start; of the
+    teacher of Step 2.
     """
+    if not rows:
+        return TOO_EARLY, "nothing is logged yet"
+    unit = "epoch" if known(rows, "epoch") else "step"
+    for number, row in enumerate(rows):
+        if isinstance(row.get("stopped"), str):
+            return NOT_WORKING, row["stopped"]
+        if number and not math.isfinite(row.get("loss") or 0.0):
+            return NOT_WORKING, f"the loss is not a number at {unit} {row[unit]:g}"
+    losses = known(rows[1:], "loss")
+    if unit == "epoch":
+        return judge_step2(known(rows, "hr"), fallen(losses), probes)
+    return judge_step1(losses, probes)
 
-    def __init__(self, folder: Path, title: str, unit: str, total: float) -> None:
-        self.file, self.title, self.unit, self.total = folder / FILE, title, unit, total
-        self.rows: list[Row] = []
-        self.at: float | None = None
 
-    @property
-    def last(self) -> float:
-        """The place of the last row; -1 if there is none."""
-        return self.rows[-1][self.unit] if self.rows else -1
+def moved(fall: float) -> str:
+    """What a loss did that has fallen by this share, in words."""
+    return f"the loss has{f' fallen by {fall:.0%}' if fall >= CLEAR else ' not clearly fallen'}"
 
-    def reach(self, at: float, loss: float) -> None:
-        """The training stands at this place: a line of progress a minute at most. Called first where it starts or goes on from."""
-        now = time.monotonic()
-        if self.at is None:
-            self.rows = [
-                row for row in read(self.file) if row[self.unit] <= at and "stopped" not in row
-            ]
-            fleet.wait()
-            if fleet.is_main():
-                write_whole(self.file, "".join(map(as_line, self.rows)))
-            self.began, self.clock, self.said = at, now, now
-            self.before = self.rows[-1]["seconds"] if self.rows else 0.0
-        self.at = at
-        if now - self.said >= PAUSE and fleet.is_main():
-            self.said = now
-            log.info(
-                "%s: %.3g of %g %ss, loss %.3g, %s left",
-                self.title,
-                at,
-                self.total,
-                self.unit,
-                loss,
-                in_words(self.left()),
-            )
 
-    def left(self) -> float:
-        """Seconds to go, by the pace since this process began; NaN at its beginning."""
-        done = (self.at or 0) - self.began
-        return (
-            (time.monotonic() - self.clock) * (self.total - (self.at or 0)) / done
-            if done > 0
-            else math.nan
+def judge_step2(hr: list[float], fall: float, probes: Sequence[Row]) -> tuple[str, str]:
+    """The verdict on HR on dev at each look, the share by which the loss fell, and the teacher."""
+    gains = [round(value - hr[0], 9) for value in hr[1:]][-AGREE:]
+    told = f"{len(gains)} of {AGREE} looks"
+    if len(gains) == AGREE:
+        each = " and ".join(f"{gain:+.3f}" for gain in gains)
+        told = f"HR on dev against its start at the last looks: {each}; {moved(fall)}"
+        if min(gains) > GAIN:
+            return WORKING, told
+        if max(gains) <= 0:
+            why = ": what it learns does not lead to the gold passages" if fall >= CLEAR else ""
+            return NOT_WORKING, told + why
+        if max(gains) <= GAIN and fall < CLEAR:
+            return NOT_WORKING, f"{told}: nothing moves"
+    lift = max(known(probes, "answer lift", "nouns lift"), default=math.inf)
+    if lift <= AVERAGE:
+        given = f"{lift:.2f} times the average token's attention, no more than any"
+        return NOT_WORKING, f"the teacher gives the tokens closest to answer and nouns {given}"
+    return TOO_EARLY, told
+
+
+def judge_step1(losses: list[float], probes: Sequence[Row]) -> tuple[str, str]:
+    """The verdict on the losses of its rows and the indicators of its kept readers."""
+    fall = fallen(losses)
+    if len(losses) >= ENOUGH_ROWS and fall < CLEAR:
+        return NOT_WORKING, f"{moved(fall)} ({-fall:+.0%} from the first third of the rows on)"
+    last = [probe for probe in probes[1:] if known([probe], "answer lift", "nouns lift")][-AGREE:]
+    if len(last) < AGREE:
+        return TOO_EARLY, f"{len(last)} of {AGREE} kept steps"
+    near = known(last, "answer lift")
+    each = " and ".join(f"{lift:.2f}" for lift in near)
+    told = f"lift near the answer at the last kept steps: {each}; {moved(fall)}"
+    if max(known(last, "answer lift", "nouns lift")) <= AVERAGE:
+        return NOT_WORKING, f"{told}: no more attention than the average token, near nouns neither"
+    if len(near) == AGREE and min(near) > AVERAGE and fall >= CLEAR:
+        return WORKING, told
+    return TOO_EARLY, told
+
+
+def first_verdict(rows: Sequence[Row], probes: Sequence[Row] = ()) -> tuple[str, int]:
+    """The first word that was not TOO_EARLY, and how many rows behind the start it took.
+
+    TOO_EARLY if none was. A probe that holds a `step` is known from the row of that step on.
+    """
+    for count in range(1, len(rows) + 1):
+        at = max(known(rows[:count], "step"), default=math.inf)
+        word, _ = verdict(rows[:count], [p for p in probes if p.get("step", 0) <= at])
+        if word != TOO_EARLY:
+            return word, count - 1
+    return TOO_EARLY, len(rows) - 1
+
+
+def follow(run_folder: Path, keys: Collection[str] | None = None) -> pd.DataFrame:
+    """The logs of all trainings of a run, row by row: COLUMNS, and what else the rows hold.
+
+    `training` is the stage's name; `state` is 'unfinished' while it goes on, or was killed and will
+    be gone on with. Of several stages of one name the one written last is taken; `keys` says which
+    to choose from. Raises MonitorError if there is no log.
+    """
+    logs: list[tuple[float, str, list[Row]]] = []
+    patterns = (f"partial/*/{FILE}", f"stages/*/*/{FILE}")  # one that ends meanwhile is in both
+    for file in [file for pattern in patterns for file in run_folder.glob(pattern)]:
+        folder, key = file.parent, file.parent.name.rpartition("-")[2]
+        if keys is not None and key not in keys:
+            continue
+        with suppress(FileNotFoundError):
+            if folder.parent.name == "partial":
+                state, name = "unfinished", (folder / "name.txt").read_text("utf8").strip()
+            else:
+                record = json.loads((folder / "stage.json").read_text("utf8"))
+                state, name = "finished", record["name"]
+            about = {"training": name, "key": key, "state": state}
+            rows = [{**about, **row} for row in read_log(folder)]
+            logs.append((file.stat().st_mtime, name, rows))
+    logs.sort(key=lambda log: log[0])
+    last = {name: rows for _, name, rows in logs}
+    table = pd.DataFrame([row for rows in last.values() for row in rows])
+    if table.empty:
+        raise MonitorError(
+            f"No training has written a log in {run_folder} yet. Start a run (make reproduce), "
+            "and look again when Step 1 has begun."
         )
-
-    def add(self, **measured: Any) -> None:
-        """Writes a row for the place last reached."""
-        seconds, left = self.before + time.monotonic() - self.clock, self.left()
-        row = {
-            self.unit: self.at,
-            **measured,
-            "seconds": round(seconds, 2),
-            **({"left": round(left, 1)} if math.isfinite(left) else {}),
-        }
-        self.rows.append(row)
-        if fleet.is_main():
-            with self.file.open(
-                "a", encoding="utf8"
-            ) as file:  # closed at once: the line is there for whoever follows
-                file.write(as_line(row))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Notes the error that ends a training, such as a loss that is not a number."""
-        if isinstance(error, RagkitError) and self.at is not None:
-            self.add(stopped=str(error))
-
-
-def as_line(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def in_words(seconds: float) -> str:
-    """A duration as people say it, rounded up."""
-    if not math.isfinite(seconds):
-        return "unknown time"
-    return (
-        f"{math.ceil(seconds)} s"
-        if seconds < 60
-        else f"{math.ceil(seconds / 60)} min"
-        if seconds < 3600
-        else f"{seconds / 3600:.1f} h"
-    )
-
-
-class Probe:
-    """Both indicators on a few questions: cheap enough to be measured again and again while a reader learns.
-
-    Closeness is measured in the input embeddings that `reader` has now, so make it of the off-the-shelf reader. Without `nouns`, the character
-    spans of the questions' nouns, there is no Indicator 2.
-    """
-
-    def __init__(
-        self, reader: Reader, questions: Sequence[Question], found: Sequence[Sequence[Passage]], nouns: Sequence[Sequence[tuple[int, int]]] | None,
-        attention: AttentionSettings, share: float,
-    ) -> None:  # fmt: skip
-        self.questions, self.found, self.attention, self.share = questions, found, attention, share
-        wanted = {"answer": indicators.answer_ids(reader, questions)}
-        if nouns is not None:
-            pairs = zip(questions, nouns, strict=True)
-            wanted["nouns"] = [
-                [
-                    token
-                    for token, inside in indicators.within_spans(reader, q.text, spans)
-                    if inside
-                ]
-                for q, spans in pairs
-            ]
-        table = reader.model.get_input_embeddings().weight.detach()
-        prompts = [
-            reader.prompt(q, list(passages), q.answers[0])
-            for q, passages in zip(questions, found, strict=True)
-        ]
-        inside = [
-            [token for token, who in zip(p.ids, p.owner, strict=True) if who >= 0] for p in prompts
-        ]
-
-        def vectors(ids: list[int]) -> NDArray[np.float64]:
-            return (
-                table[ids].float().cpu().numpy().astype(np.float64)
-            )  # few rows of what may be a large table
-
-        self.closeness = {
-            goal: np.concatenate(
-                [
-                    indicators.closeness(vectors(tokens), vectors(ids))
-                    for tokens, ids in zip(inside, each, strict=True)
-                ]
-            )
-            for goal, each in wanted.items()
-        }
-
-    def __call__(self, reader: Reader) -> dict[str, float]:
-        """Means over the questions as the reader attends now: `answer lift`, `answer Spearman`, `nouns lift`, `nouns Spearman`, where defined."""
-        was_training = reader.model.training
-        reader.model.eval()
-        with fleet.counting():  # it is no part of the stage's work
-            tokens = indicators.look_at_tokens(reader, self.questions, self.found)
-        reader.model.train(was_training)
-        lifts, measured = indicators.lift(tokens.attention(self.attention), tokens.question), {}
-        for goal, close in self.closeness.items():
-            known = np.isfinite(lifts) & np.isfinite(close)
-            each = indicators.measure(
-                lifts[known], close[known], tokens.question[known], self.share, len(self.questions)
-            )
-            for measure, name in NAMES.items():
-                if np.isfinite(each[measure]).any():
-                    measured[f"{goal} {name}"] = float(np.nanmean(each[measure]))
-        return measured
-
-
-class Step1Log(Log):
-    """What `reader.fine_tune` reports to: ROWS rows or more, and at the start, at each kept step and at the end both indicators.
-
-    `reader_after` gives the reader as it is after so many steps.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        title: str,
-        settings: ReaderSettings,
-        reader_after: Callable[[int], Reader],
-        probe: Probe,
-    ) -> None:
-        super().__init__(folder, title, "step", settings.steps)
-        self.reader_after, self.probe = reader_after, probe
-        self.every = max(1, settings.steps // ROWS)
-        self.looks = {0, *settings.kept_steps, settings.steps}
-
-    def __call__(self, losses: list[float], rate: float) -> None:
-        """Called where the training begins and after each step, with the losses of all steps so far; a row's loss is the mean since the one before."""
-        step = len(losses)
-        self.reach(step, losses[-1] if losses else math.nan)
-        if step > self.last and (step % self.every == 0 or step in self.looks):
-            since = (
-                {"loss": float(np.mean(losses[max(0, int(self.last)) :])), "rate": rate}
-                if step
-                else {}
-            )
-            self.add(**since, **(self.probe(self.reader_after(step)) if step in self.looks else {}))
-
-
-class Step2Log(Log):
-    """What `distill.train` reports to: a row of the curve at each look; `teacher`, its teacher's indicators, stand in the first."""
-
-    def __init__(
-        self,
-        folder: Path,
-        title: str,
-        epochs: int,
-        batches: float,
-        rate: float,
-        teacher: dict[str, float],
-    ) -> None:
-        super().__init__(folder, title, "epoch", epochs)
-        self.batches, self.rate, self.teacher = batches, rate, teacher
-
-    def __call__(self, curve: list[dict[str, float]], losses: list[float]) -> None:
-        """Called where the training begins, after each step and at each look, with the curve so far and the losses since its last row."""
-        row = dict(curve[-1])
-        self.reach(row["epoch"] + len(losses) / self.batches, losses[-1] if losses else row["loss"])
-        if not losses and row["epoch"] > self.last:
-            del row["epoch"]
-            if len(curve) == 1:
-                del row["loss"]
-                self.add(**row, **self.teacher)
-            elif math.isfinite(row["loss"]):  # else no step was made since the last look
-                self.add(**row, rate=self.rate)
+    return table.reindex(columns=list(dict.fromkeys([*COLUMNS, *table.columns])))

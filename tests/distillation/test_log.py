@@ -1,0 +1,150 @@
+"""The log of a training and the early word: torn lines, the rule, following a run."""
+
+import json
+import math
+import os
+
+import pytest
+
+from ragkit.distillation.log import (
+    FILE,
+    NOT_WORKING,
+    TOO_EARLY,
+    WORKING,
+    first_verdict,
+    follow,
+    read_log,
+    verdict,
+    write_log,
+)
+from ragkit.errors import MonitorError
+
+
+def test_a_torn_last_line_is_skipped(tmp_path):
+    torn = b'{"step": 1, "seconds": 2.0}\n{"step": 2, "seconds": 4.5}\n{"step": 3, "lo\xc3'
+    (tmp_path / FILE).write_bytes(torn)
+    assert [row["step"] for row in read_log(tmp_path)] == [1, 2]
+    assert read_log(tmp_path / "nowhere") == []
+
+
+def test_only_the_main_process_writes_and_only_numbers(tmp_path):
+    write_log(tmp_path, [{"epoch": 0, "loss": math.nan, "hr": 0.5}], is_main=True)
+    write_log(tmp_path, [], is_main=False)
+    assert (tmp_path / FILE).read_text() == '{"epoch": 0, "hr": 0.5}\n'
+
+
+def looks(hr, losses):
+    pairs = zip(hr, [math.nan, *losses], strict=True)
+    return [{"epoch": n / 2, "hr": value, "loss": loss} for n, (value, loss) in enumerate(pairs)]
+
+
+def lifts(answer, nouns):
+    return [{"answer lift": answer, "nouns lift": nouns}]
+
+
+FALLING, FLAT = [0.6, 0.5, 0.4, 0.3], [0.4, 0.4, 0.4, 0.4]
+SLOW = [0.5, 0.505, 0.505, 0.505, 0.505]
+
+
+@pytest.mark.parametrize(
+    ("rows", "probes", "word", "taken", "reason"),
+    [
+        (looks([0.5, 0.6, 0.7, 0.7, 0.7], FALLING), [], WORKING, 2, "+0.200 and +0.200"),
+        (looks([0.5, 0.5, 0.4, 0.4, 0.3], FALLING), [], NOT_WORKING, 2, "does not lead to"),
+        (looks([0.5, 0.49, 0.5, 0.5, 0.5], FLAT), [], NOT_WORKING, 2, "not clearly fallen"),
+        (looks(SLOW, FLAT), [], NOT_WORKING, 2, "nothing moves"),
+        (looks(SLOW, FALLING), [], TOO_EARLY, 4, "+0.005"),
+        (looks([0.5, 0.6, 0.4, 0.6, 0.6], FALLING), [], WORKING, 4, "+0.100"),
+        (looks([0.5, 0.6], [0.6]), [], TOO_EARLY, 1, "1 of 2 looks"),
+        (looks([0.5, 0.6, 0.6], [0.6, math.nan]), [], NOT_WORKING, 2, "not a number at epoch 1"),
+        (looks([0.5], []), lifts(0.9, 1.0), NOT_WORKING, 0, "1.00 times"),
+        (looks([0.5], []), lifts(0.9, 1.2), TOO_EARLY, 0, "0 of 2 looks"),
+        ([{"epoch": 0, "hr": 0.5}, {"epoch": 0.5, "stopped": "why"}], [], NOT_WORKING, 1, "why"),
+    ],
+)
+def test_verdicts_of_step_2(rows, probes, word, taken, reason):
+    assert verdict(rows, probes)[0] == word
+    assert reason in verdict(rows, probes)[1]
+    assert first_verdict(rows, probes) == (word, taken)
+
+
+def test_what_hr_says_outweighs_the_teachers_attention():
+    rows = looks([0.5, 0.6, 0.7], [0.6, 0.5])
+    assert first_verdict(rows, lifts(0.5, 0.5)) == (NOT_WORKING, 0)
+    assert verdict(rows, lifts(0.5, 0.5))[0] == WORKING
+
+
+def steps(*losses):
+    """A log of Step 1 with a row each 10 steps."""
+    return [{"step": 10 * n, "loss": loss} for n, loss in enumerate([math.nan, *losses])]
+
+
+def kept(*lifts):
+    """Indicators of the readers kept at the start and after each 20 steps."""
+    return [{"step": 20 * n, "answer lift": lift} for n, lift in enumerate(lifts)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "probes", "word", "taken", "reason"),
+    [
+        (steps(3, 2, 1.5, 1), kept(0.9, 1.2, 1.5), WORKING, 4, "1.20 and 1.50"),
+        (steps(3, 2, 1.5, 1), kept(1.1, 0.9, 1.0), NOT_WORKING, 4, "than the average token"),
+        (steps(3, 2, 1.5, 1), kept(0.9, 0.9, 1.5), TOO_EARLY, 4, "0.90 and 1.50"),
+        (steps(3, 2), kept(0.9, 1.5), TOO_EARLY, 2, "1 of 2 kept steps"),
+        (steps(*[3.0] * 10), kept(0.9, 1.2, 1.5), NOT_WORKING, 10, "not clearly fallen"),
+        (steps(3, 2, math.nan), kept(0.9), NOT_WORKING, 3, "not a number at step 30"),
+        (steps(3, 2), [], TOO_EARLY, 2, "0 of 2 kept steps"),
+    ],
+)
+def test_verdicts_of_step_1(rows, probes, word, taken, reason):
+    assert verdict(rows, probes)[0] == word
+    assert reason in verdict(rows, probes)[1]
+    assert first_verdict(rows, probes) == (word, taken)
+
+
+def test_nothing_is_said_of_nothing():
+    assert verdict([])[0] == TOO_EARLY
+
+
+def stage(run, name, key, rows, finished=True):
+    kind = name.partition("/")[0]
+    folder = run / (f"stages/{kind}/{key}" if finished else f"partial/{kind}-{key}")
+    folder.mkdir(parents=True)
+    if finished:
+        (folder / "stage.json").write_text(json.dumps({"name": name, "key": key}))
+    else:
+        (folder / "name.txt").write_text(name)
+    write_log(folder, rows, is_main=True)
+
+
+def test_following_a_run_while_it_goes_on(tmp_path):
+    with pytest.raises(MonitorError, match="make reproduce"):
+        follow(tmp_path)
+    stage(tmp_path, "step1/my-set", "a1", [{"step": 0}], finished=False)
+    table = follow(tmp_path)
+    assert table[["training", "key", "state", "step"]].values.tolist() == [
+        ["step1/my-set", "a1", "unfinished", 0]
+    ]
+    assert table["hr"].isna().all()
+    step2 = "step2/my-set/fine-tuned attention 0"
+    rows = looks([0.5, 0.6, 0.7], [0.6, 0.5])
+    stage(tmp_path, step2, "b1", rows)
+    (tmp_path / "stages/step2/none").mkdir()  # a stage without a log
+    table = follow(tmp_path)
+    assert table.groupby("training")["state"].first().to_dict() == {
+        "step1/my-set": "unfinished",
+        step2: "finished",
+    }
+    followed = table[table["training"] == step2].to_dict("records")
+    for count in range(1, 4):
+        assert verdict(followed[:count]) == verdict(rows[:count])
+        assert first_verdict(followed[:count], lifts(0.5, 0.5)) == (NOT_WORKING, 0)
+
+
+def test_of_two_stages_of_a_name_the_one_asked_for_or_else_the_last_is_followed(tmp_path):
+    for key, hr in (("b1", 0.5), ("b0", 0.7)):
+        stage(tmp_path, "step2/my-set/oracle 0", key, looks([hr], []))
+        modified = {"b1": 1_000, "b0": 2_000}[key]
+        os.utime(tmp_path / "stages/step2" / key / FILE, (modified, modified))
+    assert follow(tmp_path)["hr"].tolist() == [0.7]
+    assert follow(tmp_path, {"b1"})["hr"].tolist() == [0.5]
