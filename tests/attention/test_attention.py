@@ -26,8 +26,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ragkit.attention.record import (
+from ragkit.attention import (
     AttentionError,
+    Record,
     branch,
     contributions,
     observe,
@@ -50,7 +51,7 @@ def expect_parity(model, ids, mask, rows, bound):
     with caught(calls):
         extra = {"position_ids": places(mask)}
         model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **extra)
-    assert seen.layers == tuple(range(model.config.num_hidden_layers)) == tuple(range(len(calls)))
+    assert len(seen.alpha) == model.config.num_hidden_layers == len(calls)
     each = torch.arange(len(ids))[:, None]
     for layer, call in enumerate(calls):
         whole = attention_matrix(**call)[each, :, rows].transpose(1, 2)
@@ -186,7 +187,7 @@ def test_recording_leaves_the_model_as_it_was():
 
 def test_the_blockwise_forward_is_gemma2s_own(monkeypatch):
     """The function behind the attention interface also makes the next layer's input: in blocks, it must be the same model."""
-    monkeypatch.setattr("ragkit.attention_kernels.BLOCK", 4)
+    monkeypatch.setattr("ragkit.attention.kernels.BLOCK", 4)
     model, (ids, mask) = make("gemma2"), prompts([13, 17], "left")
     with torch.no_grad():
         theirs = model(ids, attention_mask=mask, position_ids=places(mask)).logits
@@ -316,8 +317,10 @@ def test_gradients_equal_finite_differences():
 
     def score(shift):
         table.weight.data[int(ids[0, 2])] += shift
-        seen = record(model, ids, mask, torch.tensor([[6]]), gradient=True)
+        layers = []
+        observe(model, ids, mask, torch.tensor([[6]]), lambda *layer: layers.append(layer))
         table.weight.data[int(ids[0, 2])] -= shift
+        seen = Record(*(torch.stack(part) for part in zip(*layers, strict=True)))
         return passage_scores(contributions(seen, torch.ones(1, 1))[:, 0].sum(0), owner, 2)[0]
 
     score(torch.zeros(32).double()).backward()

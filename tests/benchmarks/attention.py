@@ -31,7 +31,7 @@ from ragkit.attention.cost import (
     recorded_bytes,
     recorded_work,
 )
-from ragkit.attention.record import observe, pooled
+from ragkit.attention import observe, pooled
 
 ROWS = 8
 THREADS = 2
@@ -214,7 +214,7 @@ def modelled(table: pd.DataFrame) -> pd.DataFrame:
                 "fused": fused_work(shape, line["tokens"]),
                 "ours": recorded_work(shape, line["tokens"], ROWS),
             }.get(line["way"])
-            table.loc[i, "modelled seconds"] = work.seconds(rates) if work else float("nan")
+            table.loc[i, "modelled seconds"] = float("nan") if work is None else (work / rates).sum()
             base = float(plain.loc[(kind, line["tokens"]), "MB"])
             more = {
                 "fused": float("nan"),
@@ -252,7 +252,7 @@ def main() -> None:
     kinds = ["falcon", "llama"] + (["falcon-rw-1b"] if torch.cuda.is_available() else [])
     given.folder.mkdir(parents=True, exist_ok=True)
     table = table_of(kinds, given.tokens, given.repeats, given.folder)
-    from ragkit import plots  # not at the top: the measuring processes would pay for it
+    from ragkit.pages import plots  # not at the top: the measuring processes would pay for it
 
     plots.use_theme()
     figure, alt = plots.attention_cost(table)
