@@ -4,8 +4,6 @@ The parts: matrices, tokens x weights; the fused kernel, tokens x tokens; our ro
 Eager attention also keeps heads x tokens x tokens numbers a layer. `make bench` measures.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from importlib import resources
 
@@ -34,10 +32,7 @@ class Shape:
 
 
 def fused_work(shape: Shape, tokens: int) -> Work:
-    """The plain forward pass of one prompt.
-
-    A kernel that skips what causality hides does half; its rate absorbs that.
-    """
+    """The plain pass of one prompt (what the kernel saves by causality, its rate absorbs)."""
     keys_and_values = 2 * shape.kv_heads * shape.size
     weights = shape.hidden * (2 * shape.hidden + keys_and_values) + shape.widened
     matrices = 2.0 * shape.layers * weights * tokens

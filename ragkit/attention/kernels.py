@@ -1,13 +1,10 @@
 """The arithmetic of attention rows, from the query, key, value and mask that reach a kernel.
 
-Where a reader calls `torch.nn.functional.scaled_dot_product_attention`, `watch` listens to the call
-and only the rows asked for are computed again. Where it has only transformers' attention interface
-(Gemma 2: soft-capping), the function registered here computes its output in blocks of queries, and
-tells the listener. Neither makes anything of size heads x tokens x tokens. The softmax is taken in
-float32, or in float64 where the inputs are.
+Where a reader calls `torch.nn.functional.scaled_dot_product_attention`, `watch` listens, and only
+the rows asked for are computed again. Where it has only transformers' attention interface (Gemma
+2), the function registered here computes its output in blocks of queries and tells the listener.
+Neither makes heads x tokens x tokens. The softmax is in float32, or float64 where the inputs are.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable
@@ -59,13 +56,12 @@ class LazyMask:
     def __torch_function__(cls, *unused: Any) -> NoReturn:
         raise unfit("The reader", "changes its attention mask in code of its own")
 
+    __getitem__ = __torch_function__
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):  # what copying and printing look for
             raise AttributeError(name)
         return self.__torch_function__()
-
-    def __getitem__(self, place: Any) -> NoReturn:
-        self.__torch_function__()
 
 
 @dataclass(frozen=True)
@@ -135,14 +131,12 @@ def rows_of_mask(call: Call, rows: Tensor) -> Tensor | None:
         positions, places = rows.unique(return_inverse=True)
         part = torch.cat([call.mask.rows(i, i + 1) for i in positions.tolist()], dim=2)
         return part.expand(batch, -1, -1, -1)[each, :, places].transpose(1, 2)
-    causal = None
-    if call.is_causal:
-        causal = torch.arange(keys, device=rows.device) <= rows[:, None, :, None]
+    causal = torch.arange(keys, device=rows.device) <= rows[:, None, :, None]
     if call.mask is None:
-        return causal
+        return causal if call.is_causal else None
     whole = call.mask[(None,) * (4 - call.mask.dim())]
     part = whole.expand(batch, -1, call.query.shape[2], keys)[each, :, rows].transpose(1, 2)
-    if causal is None:
+    if not call.is_causal:
         return part
     return part & causal if part.dtype == torch.bool else part.masked_fill(~causal, -math.inf)
 
@@ -183,8 +177,7 @@ def blockwise_attention(
     if attention_mask is None:
         raise unfit(module, "builds its own mask")
     call = Call(query, key, value, attention_mask, scale=scale, softcap=softcap)
-    tell = listener.get()
-    if tell is not None:
+    if (tell := listener.get()) is not None:
         tell(call)
     blocks, values = [], wide(value)
     with torch.autocast(query.device.type, enabled=False):

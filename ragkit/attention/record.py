@@ -1,13 +1,11 @@
 """Exact rows of attention and value norms, recorded while a reader runs its forward pass.
 
 Every fused path of transformers ends in `torch.nn.functional.scaled_dot_product_attention`; what
-reaches it is all that a row of attention needs. So only the rows asked for are computed, nothing of
-size tokens x tokens is made, and the eager path is not used (Falcon's adds its ALiBi bias twice). A
-reader without a fused path is recorded through transformers' attention interface, and refused if it
-has neither. The forward pass stops when the last layer's attention has been seen.
+reaches it is all that a row needs. Only the rows asked for are computed, nothing of size tokens x
+tokens is made, and the eager path is not used (Falcon's adds its ALiBi bias twice). Readers without
+a fused path are recorded through transformers' attention interface, or refused. The forward pass
+stops when the last layer's attention has been seen.
 """
-
-from __future__ import annotations
 
 import copy
 import inspect
@@ -52,10 +50,8 @@ def _decoder_layers(reader: PreTrainedModel, encoder_decoder: bool) -> nn.Module
     if usual != "sdpa" and not by_interface:
         raise unfit(reader, "computes attention in code of its own")
     if bool(reader.config.is_encoder_decoder) != encoder_decoder:
-        right = "no encoder-decoder: use record."
-        if not encoder_decoder:
-            right = "an encoder-decoder: use record_cross, with the encoder's states."
-        raise AttentionError(f"{name} is {right}")
+        kind, use = ("no", "record") if encoder_decoder else ("an", "record_cross")
+        raise AttentionError(f"{name} is {kind} encoder-decoder: use {use}.")
     if reader.training:
         raise AttentionError(f"{name} is in training mode, with dropout: call reader.eval() first.")
     stack: Any = reader.get_decoder()
@@ -101,11 +97,10 @@ def _left_padding(reader: PreTrainedModel, ids: Tensor, pad: int) -> bool:
 
     def states(padding: int, positions: bool) -> Tensor:
         padded = nn.functional.pad(ids[None, :TRIED], (padding, 0), value=pad)
-        real = torch.arange(padded.shape[1], device=ids.device)[None] >= padding
-        given = {"position_ids": (real.long().cumsum(1) - 1).clamp(min=0)} if positions else {}
-        model: Any = reader.base_model
-        read = model(input_ids=padded, attention_mask=real.long(), use_cache=False, **given)
-        return read[0][:, padding:]
+        places = torch.arange(padded.shape[1], device=ids.device)[None] - padding
+        given = {"input_ids": padded, "attention_mask": (places >= 0).long()}
+        given |= {"position_ids": places.clamp(min=0)} if positions else {}
+        return reader.base_model(**given, use_cache=False)[0][:, padding:]
 
     usual, takes = states(0, False), _takes_positions(reader)
     apart = (states(TRIED, takes) - usual).double().norm() / usual.double().norm()

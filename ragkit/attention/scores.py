@@ -1,7 +1,5 @@
 """From attention rows to token contributions, and from these to passage scores."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -1,7 +1,5 @@
 """Listens to a reader's layers while they run, and makes sure it hears the right call of each."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -38,28 +36,25 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.layers, self.seen, self.rows, self.visit = layers, seen, rows, visit
         self.cross, self.tokens = cross, seen.shape[1]
-        self.layer, self.calls, self.queries, self.done, self.inside = -1, 0, 0, 0, False
+        self.place, self.calls, self.queries, self.done, self.inside = "", 0, 0, 0, False
         self.sound = torch.ones((), dtype=torch.bool, device=seen.device)
         self.complete, self.causal = self.sound.clone(), self.sound.clone()
 
     def enter_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a layer: which one it is, and how many queries it gets."""
-        self.layer = next(i for i, one in enumerate(self.layers) if one is layer)
-        if self.layer != self.done:
-            raise unfit(layer, f"ran out of turn, as layer {self.layer}")
+        self.place = f"Layer {self.done}"
+        if layer is not self.layers[self.done]:
+            raise unfit(self.place, "ran out of turn")
         self.calls, self.inside = 0, True
         self.queries = (args[0] if args else kwargs["hidden_states"]).shape[1]
 
     def leave_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After a layer: its attention must have been seen."""
         if self.calls != 1 + self.cross:
-            calls = f"{self.calls} attention calls that can be seen, not {1 + self.cross}"
-            raise unfit(f"Layer {self.layer}", f"made {calls}")
+            raise unfit(self.place, f"made {self.calls} attention calls, not {1 + self.cross}")
         self.inside, self.done = False, self.done + 1
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention and self.inside:
             self.see(kernels.fused_call(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
@@ -80,7 +75,7 @@ class Watch(TorchFunctionMode):
             self.check_causality(alpha, self.rows)
             self.check_causality(self.over_tokens(call, first), first)
         self.visit(alpha, norms)
-        if self.layer == len(self.layers) - 1:
+        if self.done == len(self.layers) - 1:
             self.done += 1
             raise AllSeen
 
@@ -90,8 +85,7 @@ class Watch(TorchFunctionMode):
         if queries == self.queries:
             return call
         if self.queries != 1:
-            counts = f"{queries} queries, its input has {self.queries}"
-            raise unfit(f"Layer {self.layer}", f"computes attention for {counts}")
+            raise unfit(self.place, f"attends from {queries} queries, its input has {self.queries}")
         mask = call.mask
         if isinstance(mask, Tensor) and mask.shape[1] > 1:
             mask = mask.reshape(batch, -1, 1, mask.shape[-1])
@@ -101,8 +95,7 @@ class Watch(TorchFunctionMode):
         """`[..., keys]` over all tokens: a sliding-window layer's cache holds the last of them."""
         missing = self.tokens - by_key.shape[-1]
         if missing < 0 or (missing > 0 and (self.cross or self.tokens == self.queries)):
-            counts = f"{by_key.shape[-1]} keys for {self.tokens} tokens"
-            raise unfit(f"Layer {self.layer}", f"has {counts}")
+            raise unfit(self.place, f"has {by_key.shape[-1]} keys for {self.tokens} tokens")
         return nn.functional.pad(by_key, (missing, 0)).to(self.seen.device)
 
     def over_tokens(self, call: Call, rows: Tensor) -> Tensor:
@@ -137,14 +130,14 @@ class Watch(TorchFunctionMode):
             raise unfit(reader, f"ran {self.done} layers where it has {len(self.layers)}")
         if not self.sound:
             raise AttentionError(
-                f"{type(reader).__name__}'s attention is not a number: it is broken, or overflows "
-                "in its dtype. Then load it in float32 (`dtype` in its config.json or the settings)."
+                f"{type(reader).__name__}'s attention is not a number. It is broken, or its "
+                "numbers overflow: then load it in float32 (`dtype`, in config.json or profile)."
             )
         if not self.complete:
             raise unfit(reader, "attends to padding, so its scores would be wrong")
         if not self.causal:
             raise AttentionError(
                 f"{type(reader).__name__} is not causal: a row has seen later tokens, which it "
-                "should predict. Use a causal reader. If this one is trained as such, its config.json "
-                "must say so: is_decoder or is_causal true, no bidirectional attention."
+                "should predict. Use a causal reader; if this one is, its config.json must say so "
+                "(is_decoder or is_causal true, no bidirectional attention)."
             )

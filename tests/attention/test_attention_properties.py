@@ -1,4 +1,4 @@
-"""What must hold for any input: properties of the rows (hypothesis), and clear errors instead of numbers that are none."""
+"""What must hold for any input: properties of the rows, and clear errors instead of nonsense."""
 
 import math
 
@@ -10,15 +10,6 @@ from hypothesis import strategies as st
 from tiny_models import attention_matrix, make, prompts
 from transformers import BartConfig, BartForConditionalGeneration, DynamicCache, StaticCache
 
-from ragkit.attention.cost import (
-    Shape,
-    eager_bytes,
-    fitted_rates,
-    fused_work,
-    recorded_bytes,
-    recorded_work,
-)
-from ragkit.attention.kernels import Call, attention_rows, value_norms
 from ragkit.attention import (
     AttentionError,
     contributions,
@@ -29,6 +20,15 @@ from ragkit.attention import (
     record_cross,
     record_generation,
 )
+from ragkit.attention.cost import (
+    Shape,
+    eager_bytes,
+    fitted_rates,
+    fused_work,
+    recorded_bytes,
+    recorded_work,
+)
+from ragkit.attention.kernels import Call, attention_rows, value_norms
 from ragkit.attention.scores import pool
 
 
