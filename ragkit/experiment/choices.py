@@ -9,9 +9,10 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from ragkit.distillation.targets import READERS, oracle_scores
+from ragkit.distillation.targets import READERS
 from ragkit.experiment.analysis import Analysis, Goal
 from ragkit.experiment.evidence import COMPARED, resampled
+from ragkit.experiment.tables import top_is_gold
 from ragkit.indicators import measures
 from ragkit.indicators.measures import SPACES, Floats
 from ragkit.indicators.metrics import paired_gain
@@ -139,9 +140,6 @@ def trained(analysis: Analysis) -> pd.DataFrame:
     target is, among questions with gold passages and others).
     """
     lab, name = analysis.lab, analysis.set_name
-    asked, candidates = lab.asked(name)
-    gold = oracle_scores(candidates.tolist(), lab.corpus(name).golds(asked, candidates)) > 0
-    mixed = np.flatnonzero(gold.any(1) & ~gold.all(1))
     rows = []
     for variation in ("as it is", *lab.profile.choices.variations):
         other = lab if variation == "as it is" else lab.varied(variation)
@@ -150,8 +148,7 @@ def trained(analysis: Analysis) -> pd.DataFrame:
             gains = analysis.gain_of(other.distilled(name, target, seed)[0])
             resamples = lab.profile.evaluate.bootstrap
             gain = paired_gain(gains, np.zeros(len(gains)), resamples=resamples)
-            best = other.scores(name, target).argmax(1)
             row = {"variation": variation, "reader": which}
             row |= {"mean": gain.mean, "low": gain.low, "high": gain.high}
-            rows.append({**row, "top is gold": float(gold[mixed, best[mixed]].mean())})
+            rows.append({**row, "top is gold": top_is_gold(lab, name, other.scores(name, target))})
     return pd.DataFrame(rows)

@@ -6,11 +6,13 @@ import json
 from collections.abc import Iterable
 from itertools import product
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from ragkit.data.questions import CUTS, hits, reciprocal_ranks
 from ragkit.data.text import exact_match, f1
-from ragkit.distillation.targets import READERS
+from ragkit.distillation.targets import READERS, oracle_scores
 from ragkit.experiment.graph import regime_of
 from ragkit.experiment.lab import Lab
 from ragkit.profile import WorldSet
@@ -92,3 +94,20 @@ def ceiling(lab: Lab, set_name: str) -> pd.DataFrame:
         curve = each.distilled(set_name, "oracle", seed)[1]
         rows.append({"trained": trained, "seed": seed, "HR": curve[-1]["hr"]})
     return pd.DataFrame(rows).assign(set=set_name)
+
+
+def mixed_golds(lab: Lab, set_name: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """The questions for distillation whose candidates are gold ones and others.
+
+    Their places, and which of their candidates are gold `[those questions, k]`.
+    """
+    asked, candidates = lab.asked(set_name)
+    gold = oracle_scores(candidates.tolist(), lab.corpus(set_name).golds(asked, candidates)) > 0
+    places = np.flatnonzero(gold.any(1) & ~gold.all(1))
+    return places, gold[places]
+
+
+def top_is_gold(lab: Lab, set_name: str, scores: NDArray[np.float64]) -> float:
+    """How often the passage with the highest score `[questions, k]` is gold, of `mixed_golds`."""
+    places, gold = mixed_golds(lab, set_name)
+    return float(gold[np.arange(len(places)), scores[places].argmax(1)].mean())
