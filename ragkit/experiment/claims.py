@@ -65,6 +65,11 @@ def above(value: Interval, line: float = 0.0) -> str:
     return "not reproduced" if value.high <= line else "undecided"
 
 
+def clear(gain: Interval) -> bool:
+    """Whether zero lies outside the interval."""
+    return gain.low > 0 or gain.high < 0
+
+
 def improves(gain: Gain) -> str:
     """Rule of C1 for one measure: above zero is reproduced, at or below is not reproduced."""
     return at_most_partly(above(gain.value), gain.seeds)
@@ -93,7 +98,7 @@ def higher_when_it_works(difference: Interval, gain: Interval) -> str:
 
     It is higher in the reader whose distillation gains more; undecided if neither clearly does.
     """
-    if gain.low <= 0 <= gain.high:
+    if not clear(gain):
         return "undecided"
     if gain.mean < 0:
         difference = Interval(-difference.mean, -difference.high, -difference.low, difference.n)
@@ -105,7 +110,7 @@ def divided_by(line: float, means: dict[str, Interval], gain: Interval) -> str:
 
     Not reproduced if one lies clearly on the wrong side; undecided if neither clearly gains more.
     """
-    if gain.low <= 0 <= gain.high or not all(np.isfinite(value.mean) for value in means.values()):
+    if not clear(gain) or not all(np.isfinite(value.mean) for value in means.values()):
         return "undecided"
     good, poor = means["fine-tuned"], means["off-the-shelf"]
     if gain.mean < 0:
