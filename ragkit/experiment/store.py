@@ -294,7 +294,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -
         if was == now:
             continue
         if path == "inputs.":
-            return f"{(now or was)[0]} was made anew"
+            return f"{(now or was or [key])[0]} was made anew"
         if isinstance(was, Mapping) and isinstance(now, Mapping):
             return difference(was, now, f"{path}{key}.")
         if path == "code.":
