@@ -106,10 +106,7 @@ class Graph:
         if of.start is not None:
             what += f" after {of.start.name.split('/')[2].removesuffix(self.note)}"
         name = "/".join(filter(None, (kind, of.set_name, what))) + self.note
-        machine = {
-            "machine": profile.machine.model_dump(mode="json"),
-            "threads": profile.threads,
-        }
+        machine = {"machine": profile.machine.model_dump(mode="json"), "threads": profile.threads}
         units = {KINDS[kind].unit: self.units(kind, of)}
         return Stage(kind, name, f"ragkit.{KINDS[kind].maker}", settings, inputs, machine, units)
 
