@@ -24,6 +24,7 @@ from ragkit.distillation.asked import Asked
 from ragkit.distillation.targets import Scores
 from ragkit.errors import NounsError, ProfileError
 from ragkit.experiment.graph import Graph, Of
+from ragkit.experiment.stages import stages
 from ragkit.experiment.store import Stage, Store
 from ragkit.profile import Profile, QuestionSet, load_profile
 
@@ -258,7 +259,7 @@ class Lab:
     @cached_property
     def stages(self) -> list[Stage]:
         """Every stage of the run, inputs first."""
-        return self.graph.stages()
+        return stages(self.graph)
 
 
 def read_json(file: Path) -> Any:
