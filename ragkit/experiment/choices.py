@@ -98,30 +98,26 @@ def specifications(analysis: Analysis, goal: Goal) -> pd.DataFrame:
 
 
 def by_layer(analysis: Analysis, goal: Goal) -> pd.DataFrame:
-    """Both regimes' indicator under every row type, norm and single layer, and their mean.
+    """Both regimes' indicator in every layer: means over questions.
 
-    In the profile's space and share. Columns: reader, rows, norm (`off`, `on`), layer (from 1, or
-    `mean`), attention, Spearman: means over questions.
+    Columns: reader, rows, norm (`off`, `on`), layer (from 1, or `mean`), attention, Spearman.
     """
     settings, made = analysis.lab.profile.indicators, []
     for which in READERS:
         tokens, close = analysis.tokens(which), analysis.closeness(which, goal, settings.space)[0]
         none_exact = np.zeros(len(close), dtype=bool)
-        for (row, rows), (norm, said) in itertools.product(
-            enumerate(ROWS), enumerate(("off", "on"))
-        ):
-            layers = tokens.contribution[:, row, norm].astype(np.float64)
-            for layer, attention in [*enumerate(layers.T, 1), ("mean", layers.mean(1))]:
-                table = measures.indicator(
-                    attention, close, tokens.question, none_exact, settings.share
-                )
-                means = {measure: table[measure].mean() for measure in COMPARED}
-                made.append({"reader": which, "rows": rows, "norm": said, "layer": layer, **means})
+        for rows, norm in itertools.product(ROWS, ("off", "on")):
+            chosen = tokens.contribution[:, ROWS.index(rows), int(norm == "on")]
+            layers = chosen.astype(np.float64)
+            for layer, weights in [*enumerate(layers.T, 1), ("mean", layers.mean(1))]:
+                given = weights, close, tokens.question, none_exact, settings.share
+                means = measures.indicator(*given)[list(COMPARED)].mean()
+                made.append({"reader": which, "rows": rows, "norm": norm, "layer": layer, **means})
     return pd.DataFrame(made)
 
 
 def hinges(table: pd.DataFrame, choices: tuple[str, ...]) -> pd.DataFrame:
-    """For each choice the share of specifications that say 'higher' under each of its options.
+    """The share of specifications that say 'higher' under each option of each choice.
 
     Columns: choice, range (of these shares), shares; widest range first.
     """
@@ -136,11 +132,9 @@ def hinges(table: pd.DataFrame, choices: tuple[str, ...]) -> pd.DataFrame:
 def trained(analysis: Analysis) -> pd.DataFrame:
     """Step 2 under each of the profile's variations and as it is, first seed, for both regimes.
 
-    Columns: variation, reader, mean, low, high (of the gain in HR@5), top is gold (how good the
-    target is, among questions with gold passages and others).
+    Columns: variation, reader, mean, low, high (gain in HR@5), top is gold (see `top_is_gold`).
     """
-    lab, name = analysis.lab, analysis.set_name
-    rows = []
+    lab, name, rows = analysis.lab, analysis.set_name, []
     for variation in ("as it is", *lab.profile.choices.variations):
         other = lab if variation == "as it is" else lab.varied(variation)
         for which in READERS:
