@@ -56,7 +56,7 @@ def per_question(analysis: Analysis, which: str, goal: Goal) -> dict[tuple[str, 
         tables.append(of_questions(*given, len(analysis.questions)))
     columns = np.stack(tables, axis=-1).reshape(len(analysis.questions), -1).T
     keys = itertools.product(MEASURES, VARIANTS, SPACES, ("with exact", "no exact"))
-    found = {}
+    found: dict[tuple[str, ...], Floats] = {}
     for (measure, (rows, norm, layers), space, told), column in zip(keys, columns, strict=True):
         found[measure, rows, "norm" if norm else "no norm", layers, space, told] = column
     return found
@@ -142,7 +142,8 @@ def trained(analysis: Analysis) -> pd.DataFrame:
             gains = analysis.gain_of(other.distilled(name, target, seed)[0])
             resamples = lab.profile.evaluate.bootstrap
             gain = paired_gain(gains, np.zeros(len(gains)), resamples=resamples)
-            row = {"variation": variation, "reader": which}
-            row |= {"mean": gain.mean, "low": gain.low, "high": gain.high}
-            rows.append({**row, "top is gold": top_is_gold(lab, name, other.scores(name, target))})
+            right = top_is_gold(lab, name, other.scores(name, target))
+            interval = {"mean": gain.mean, "low": gain.low, "high": gain.high}
+            row = {"variation": variation, "reader": which, **interval}
+            rows.append({**row, "top is gold": right})
     return pd.DataFrame(rows)
