@@ -7,11 +7,10 @@ import itertools
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import rankdata
 
 from ragkit.distillation.targets import READERS
 from ragkit.experiment.analysis import Analysis, Goal
-from ragkit.experiment.evidence import COMPARED, resampled
+from ragkit.experiment.evidence import COMPARED, rank_correlation, resampled
 from ragkit.experiment.tables import top_is_gold
 from ragkit.indicators import measures
 from ragkit.indicators.measures import SPACES, Floats
@@ -22,17 +21,6 @@ SHARES = (0.05, 0.1, 0.2)
 MEASURES = ("Spearman", *(f"attention, closest {share:.0%}" for share in SHARES))
 SCORING = ("rows", "norm", "layers", "space", "exact")  # choices that need no new training
 VARIANTS = tuple(itertools.product(ROWS, (False, True), LAYERS))  # rows, norm, layers
-
-
-def spearmans(x: Floats, y: Floats) -> Floats:
-    """Spearman between every column of `x` `[tokens, a]` and of `y` `[tokens, b]`: `[a, b]`.
-
-    NaN where a side is constant.
-    """
-    a, b = (rankdata(side, axis=0) for side in (x, y))
-    a, b = a - a.mean(0), b - b.mean(0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return (a.T @ b) / np.sqrt((a**2).sum(0)[:, None] * (b**2).sum(0)[None])
 
 
 def per_question(analysis: Analysis, which: str, goal: Goal) -> dict[tuple[str, ...], Floats]:
@@ -48,36 +36,33 @@ def per_question(analysis: Analysis, which: str, goal: Goal) -> dict[tuple[str, 
     lifts = np.stack(attention, axis=1)
     for mine in measures.by_question(tokens.question):
         lifts[mine] /= lifts[mine].mean(0)
-    close = np.stack([analysis.closeness(which, goal, space)[0] for space in SPACES], axis=1)
-    exact = analysis.closeness(which, goal, SPACES[0])[1]
-    tables = []
-    for kept in (np.ones(len(exact), dtype=bool), ~exact):
-        given = lifts[kept], close[kept], tokens.question[kept]
-        tables.append(of_questions(*given, len(analysis.questions)))
-    columns = np.stack(tables, axis=-1).reshape(len(analysis.questions), -1).T
+    n, columns = len(analysis.questions), []
+    for space in SPACES:
+        close, exact = analysis.closeness(which, goal, space)
+        for kept in (np.isfinite(close), np.isfinite(close) & ~exact):
+            columns.append(of_questions(lifts[kept], close[kept], tokens.question[kept], n))
+    shape = len(SPACES), 2, len(MEASURES), len(VARIANTS), n
+    values = np.reshape(columns, shape).transpose(2, 3, 0, 1, 4).reshape(-1, n)
     keys = itertools.product(MEASURES, VARIANTS, SPACES, ("with exact", "no exact"))
     found: dict[tuple[str, ...], Floats] = {}
-    for (measure, (rows, norm, layers), space, told), column in zip(keys, columns, strict=True):
+    for (measure, (rows, norm, layers), space, told), column in zip(keys, values, strict=True):
         found[measure, rows, "norm" if norm else "no norm", layers, space, told] = column
     return found
 
 
 def of_questions(lifts: Floats, close: Floats, question: NDArray[np.int64], n: int) -> Floats:
-    """MEASURES of each of n questions `[n, measures, variants, spaces]`.
+    """MEASURES of each of n questions `[measures, variants, n]`.
 
-    From every token's lift `[tokens, variants]` and closeness `[tokens, spaces]`; NaN for a
-    question of fewer than three tokens.
+    From the lift `[tokens, variants]` and closeness `[tokens]` of the tokens that count; NaN for a
+    question with fewer than three.
     """
-    table = np.full((n, len(MEASURES), lifts.shape[1], close.shape[1]), np.nan)
-    near = np.empty((len(SHARES), *close.shape), dtype=bool)
-    for (place, share), (space, column) in itertools.product(enumerate(SHARES), enumerate(close.T)):
-        near[place, :, space] = measures.closest(column, question, share)
-    for number, mine in enumerate(measures.by_question(question)):
-        if mine.stop - mine.start < 3 or not np.isfinite(close[mine]).all():
-            continue
-        table[number, 0] = spearmans(lifts[mine], close[mine])
-        for place, chosen in enumerate(near[:, mine]):
-            table[number, 1 + place] = lifts[mine].T @ chosen / chosen.sum(0)
+    table = np.full((len(MEASURES), lifts.shape[1], n), np.nan)
+    near = [measures.closest(close, question, share) for share in SHARES]
+    for number, mine in enumerate(measures.by_question(question, n)):
+        if mine.stop - mine.start >= 3:
+            table[0, :, number] = rank_correlation(lifts[mine].T, close[mine][None])
+            for place, chosen in enumerate(near, 1):
+                table[place, :, number] = lifts[mine][chosen[mine]].mean(0)
     return table
 
 
