@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from ragkit.attention.errors import AttentionError
+from ragkit.attention.kernels import AttentionError
 from ragkit.errors import RagkitError
 from ragkit.experiment import plan, run
 from ragkit.experiment.lab import Lab, changed_profile

@@ -17,6 +17,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
+from ragkit.experiment.retrieval import SEARCH
 from safetensors.numpy import save_file
 
 from ragkit import __main__
@@ -26,7 +27,6 @@ from ragkit.data.questions import Question
 from ragkit.distillation import teacher
 from ragkit.errors import NotebookError, RagkitError, SearchError, StoreError
 from ragkit.experiment.lab import Lab
-from ragkit.experiment.retrieval import SEARCH
 from ragkit.experiment.store import Store, file_hash
 from ragkit.models import checkpoint, reader
 from ragkit.models.reader import Reader

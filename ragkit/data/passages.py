@@ -1,10 +1,10 @@
-"""Passages on disk: one Arrow file, memory-mapped when opened, so that 21 million of them need no memory."""
+"""Passages on disk: one Arrow file, memory-mapped, so that 21 million of them need no memory."""
 
 from __future__ import annotations
 
-import csv
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,10 @@ from ragkit.errors import DataError
 log = logging.getLogger(__name__)
 AT_ONCE = 10_000  # passages of a batch in the file
 FIELDS = ("id", "title", "text")
+HEADER = ["id", "text", "title"]
+MOST_LINES = 10_000  # of one row of a TSV: one with more has a quote that is never closed
+# A row of three fields: one with quotes, tabs or line ends stands in quotes, its quotes doubled.
+QUOTED_ROW = re.compile("\t".join([r'("(?:[^"]++|"")*+"|[^"\t\r\n]*)'] * 3) + r"[\r\n]*")
 
 
 @dataclass(frozen=True)
@@ -31,14 +35,18 @@ class Passage:
 
 
 class Passages(Sequence[Passage]):
-    """The passages of a file that `write_passages` made; only those asked for are read. Raises DataError if it is damaged."""
+    """The passages of a file that `write_passages` made; only those asked for are read.
+
+    Raises DataError if it is damaged.
+    """
 
     def __init__(self, path: Path) -> None:
         try:
             self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         except (OSError, pa.ArrowException) as error:
             raise DataError(
-                f"The passages in {path} cannot be read ({error}). Remove the stage's folder, then give the same command."
+                f"The passages in {path} cannot be read ({error}). Remove the stage's folder, then "
+                "give the same command."
             ) from None
 
     def __len__(self) -> int:
@@ -63,12 +71,25 @@ class Passages(Sequence[Passage]):
         for batch in self.table.to_batches(AT_ONCE):
             yield from rows_of(batch)
 
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Sequence)
-            and len(self) == len(other)
-            and all(a == b for a, b in zip(self, other, strict=True))
-        )
+
+def passage_text(passage: Passage) -> str:
+    """What retrievers encode and search: the title, then the text."""
+    return f"{passage.title} {passage.text}".strip()
+
+
+def block(title: str, text: str) -> str:
+    """How a passage stands in pretraining text and in every prompt."""
+    return f"{title}: {text}"
+
+
+def passage_from(row: Any, name: str, where: str) -> Passage:
+    """A passage from an object with `text`, perhaps `title`; raises DataError for other types."""
+    if not isinstance(row, Mapping) or not isinstance(row.get("text"), str):
+        raise DataError(f"{where}: no 'text'. A passage is an object with 'title' and 'text'.")
+    title = row.get("title")
+    if title is not None and not isinstance(title, str):
+        raise DataError(f"{where}: 'title' is no text but {title!r:.60}. Mend it or leave it out.")
+    return Passage(name, title or "", row["text"])
 
 
 def rows_of(part: Any) -> Iterator[Passage]:
@@ -77,7 +98,10 @@ def rows_of(part: Any) -> Iterator[Passage]:
 
 
 def write_passages(path: Path, passages: Iterable[Passage]) -> Passages:
-    """Writes passages as they come, and opens them. Raises DataError if there are none, or two have one id."""
+    """Writes passages as they come, and opens them.
+
+    Raises DataError if there are none, or two have one id.
+    """
     schema = pa.schema([(name, pa.string()) for name in FIELDS])
     waiting = iter(passages)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
@@ -103,37 +127,78 @@ def write_passages(path: Path, passages: Iterable[Passage]) -> Passages:
 
 
 def read_tsv(path: Path) -> Iterator[Passage]:
-    """Passages of a DPR-format TSV (`id`, `text`, `title`, with that header), plain or gzipped, one after another.
+    """Passages of a DPR-format TSV (`id`, `text`, `title`, with that header), plain or gzipped.
 
-    A passage without text is left out, and the log says how many were: real files hold a few. Raises DataError that names
-    file and line.
+    Quotes are CSV's (DPR's own file) or part of the text (raw), as `quoting` finds. Passages of no
+    text are left out, and the log says how many. Raises DataError that names file and line.
     """
+    quoted, decided = quoting(path)
     empty: list[int] = []
     with open_text(path) as file:
-        rows = csv.reader(file, delimiter="\t")
-        try:
-            header = next(rows, None)
-            if header != ["id", "text", "title"]:
-                raise DataError(
-                    f"{path}, line 1: expected the header id, text, title (tab-separated), found {header}."
-                )
-            for row in rows:
-                if len(row) != 3:
+        lines = enumerate(file, start=1)
+        for number, line in lines:
+            where = f"{path}, line {number}"
+            row = line.rstrip("\r\n").split("\t")
+            if '"' in line and len(row) == 3:
+                tells = line_quoting(line)
+                if tells is (not quoted) and (tells or line.count('"') % 2 == 0):
+                    here, there = ("single", "doubled") if quoted else ("doubled", "single")
                     raise DataError(
-                        f"{path}, line {rows.line_num}: expected 3 tab-separated fields, found {len(row)}."
+                        f"{where}: quotes inside the text are {here} here, {there} in line "
+                        f"{decided}. Write them all alike."
                     )
-                if row[1].strip():
-                    yield Passage(row[0], row[2], row[1])
-                else:
-                    empty.append(rows.line_num)
-        except csv.Error as error:
-            raise DataError(
-                f"{path}, line {rows.line_num}: not a tab-separated row ({error}). A quote that is never closed does this."
-            ) from None
+            if quoted and '"' in line:
+                parts, is_open = [line], line.count('"') % 2
+                while is_open and len(parts) < MOST_LINES and (more := next(lines, None)):
+                    parts.append(more[1])
+                    is_open ^= more[1].count('"') % 2
+                if not (match := QUOTED_ROW.fullmatch("".join(parts))):
+                    raise DataError(
+                        f"{where}: not a tab-separated row: a quote that is never closed?"
+                    )
+                row = [unquoted(field) for field in match.groups()]
+            if number == 1 and row != HEADER:
+                raise DataError(
+                    f"{where}: expected the header id, text, title (tab-separated), found {row}."
+                )
+            if len(row) != 3:
+                raise DataError(f"{where}: expected 3 tab-separated fields, found {len(row)}.")
+            if not row[1].strip():
+                empty.append(number)
+            elif number > 1:
+                yield Passage(row[0], row[2], row[1])
     if empty:
-        log.warning(
-            "%s: %d passages without text were left out (the first at line %d).",
-            path,
-            len(empty),
-            empty[0],
+        said = "%s: %d passages without text were left out (the first at line %d)."
+        log.warning(said, path, len(empty), empty[0])
+
+
+def unquoted(field: str) -> str:
+    """A field of a row as CSV means it."""
+    return field[1:-1].replace('""', '"') if field.startswith('"') else field
+
+
+def line_quoting(line: str) -> bool | None:
+    """Whether a line's quotes must be CSV's (True) or part of the text (False); None: either."""
+    is_row = line.count("\t") == 2
+    if not (match := QUOTED_ROW.fullmatch(line)):
+        return not is_row  # the beginning of a row of several lines, or plain text
+    is_doubled = any(field.startswith('"') and '""' in field[1:-1] for field in match.groups())
+    return True if is_doubled or not is_row else None
+
+
+def quoting(path: Path) -> tuple[bool, int]:
+    """Whether a TSV's quotes are CSV's, and the line that tells. Raises DataError if none does."""
+    unclear = 0
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if '"' in line:
+                tells = line_quoting(line)
+                if tells is not None or number == 1:  # a quoted header is CSV's
+                    return tells is not False, number
+                unclear = unclear or number
+    if unclear:
+        raise DataError(
+            f"{path}, line {unclear}: are these quotes CSV's or part of the text? No line of the "
+            "file tells. Take them away, or double those of the text and put it in quotes."
         )
+    return False, 0

@@ -1,6 +1,6 @@
-"""Gold parts of speech: what every word of an embedded world's texts is, because the generator's own wordings are labelled.
+"""Gold parts of speech of the embedded worlds' texts, for the generator's wordings are labelled.
 
-`assets/parts_of_speech.yaml` labels the wordings by hand. The tags are those of Universal Dependencies (UPOS).
+`assets/parts_of_speech.yaml` labels them by hand with the tags of Universal Dependencies (UPOS).
 """
 
 from __future__ import annotations
@@ -8,15 +8,15 @@ from __future__ import annotations
 import itertools
 import re
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ragkit.data import worlds as world
+from ragkit.data import worlds
 from ragkit.errors import SpeechError
+from ragkit.profile import asset
 
-LABELS = Path(__file__).parent.parent / "assets/parts_of_speech.yaml"
+LABELS = asset("parts_of_speech.yaml")
 NOUN_TAGS = ("NOUN", "PROPN")
 WORD = re.compile(r"[A-Za-z]+|\d+|\S")
 Tagged = tuple[int, int, str]  # where a word starts and ends, and its part of speech
@@ -30,29 +30,23 @@ def labels() -> dict[str, Any]:
 
 def closed_answers() -> dict[str, list[str]]:
     """The words of each closed list of answers, by relation."""
-    every = {
-        name: rel["answer"]
-        for w in world.spec()["worlds"]
-        for (_, name), rel in world.relations(w).items()
-    }
-    return {
-        name: "|".join(answer).split("|")
-        for name, answer in every.items()
-        if isinstance(answer, list)
-    }
+    found = {}
+    for world in worlds.spec()["worlds"]:
+        for (_, relation), rel in worlds.relations(world).items():
+            if isinstance(rel["answer"], list):
+                found[relation] = "|".join(rel["answer"]).split("|")
+    return found
 
 
 def names() -> dict[tuple[str, ...], tuple[str, ...]]:
-    """The tags of every name word, and of the fixed words that belong to a name beside it, made from the generator's pieces."""
+    """The tags of every name word and of the fixed words beside it, from the generator's pieces."""
     found: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for kind, pieces in world.spec()["names"].items():
-        if (
-            kind == "novel"
-        ):  # ordinary words: only their capitals tell a title from a crooked bridge
+    for kind, pieces in worlds.spec()["names"].items():
+        if kind == "novel":  # ordinary words: only capitals tell a title from a crooked bridge
             for pair in itertools.product(pieces["adjectives"], pieces["nouns"]):
                 found["The", *(word.title() for word in pair)] = ("DET", "PROPN", "PROPN")
             continue
-        for word in (*world.name_words(kind, True), *world.name_words(kind, False)):
+        for word in (*worlds.name_words(kind, True), *worlds.name_words(kind, False)):
             found[word,] = ("PROPN",)
             found |= {(before, word): ("PROPN", "PROPN") for before in pieces.get("before", [])}
             found |= {(word, after): ("PROPN", "PROPN") for after in pieces.get("after", [])}
@@ -63,25 +57,23 @@ def names() -> dict[tuple[str, ...], tuple[str, ...]]:
 def lexicon() -> dict[tuple[str, ...], tuple[str, ...]]:
     """One to three words, lower-case except titles of novels, and their tags."""
     answers = closed_answers()
-    found = names() | {
-        (word,): (labels()["answers"][relation],)
-        for relation, words in answers.items()
-        for word in words
-    }
-    found |= {(word,): (tag,) for tag, words in labels()["words"].items() for word in words}
+    found = names()
+    for relation, words in answers.items():
+        found |= {(word,): (labels()["answers"][relation],) for word in words}
+    for tag, words in labels()["words"].items():
+        found |= {(word,): (tag,) for word in words}
     for phrase, tags in labels()["phrases"].items():
-        choices = [
-            answers[word.strip("{}")] if word.startswith("{") else [word] for word in phrase.split()
-        ]
+        slots = {f"{{{relation}}}": words for relation, words in answers.items()}
+        choices = [slots.get(word, [word]) for word in phrase.split()]
         found |= dict.fromkeys(itertools.product(*choices), tuple(tags.split()))
     return found
 
 
 def parts_of_speech(text: str) -> list[Tagged]:
-    """Start, end and UPOS of every word and punctuation mark of a text as `ragkit.world` wrote it.
+    """Start, end and UPOS of every word and punctuation mark of a text of the embedded worlds.
 
-    The longest entry that fits counts: "Old Albmere" is a name, "old streets" is not. Raises SpeechError for a word
-    that the worlds do not hold.
+    The longest entry that fits counts: "Old Albmere" is a name, "old streets" is not. Raises
+    SpeechError for a word that the worlds do not hold.
     """
     found = list(WORD.finditer(text))
     words = [match.group() for match in found]
@@ -101,7 +93,8 @@ def tags_at(words: list[str], place: int, text: str) -> tuple[str, ...]:
         if tags:
             return tags
     raise SpeechError(
-        f"{words[place]!r} in {text!r} is no word of the embedded worlds. A new wording's words belong into assets/parts_of_speech.yaml."
+        f"{words[place]!r} in {text!r} is no word of the embedded worlds. A new wording's words "
+        "belong into assets/parts_of_speech.yaml."
     )
 
 

@@ -7,20 +7,20 @@ import string
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from ragkit.data import worlds as world
+from ragkit.data.worlds import plain_words, spec
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """A lower-casing WordPiece tokenizer over the worlds' vocabulary.
 
-    Names become a start and an ending piece, years two pieces; letters are kept as a fallback, so that any other word
-    can be written too.
+    Names become a start and an ending piece, years two pieces; letters are kept as a fallback, so
+    that any other word can be written too.
     """
     tokens = ["[PAD]", "[UNK]", "[BOS]", "[EOS]", *string.punctuation]
     for letter in string.ascii_lowercase + string.digits:
         tokens += [letter, "##" + letter]
-    tokens += sorted(world.plain_words())
-    for kind in world.spec()["names"].values():
+    tokens += sorted(plain_words())
+    for kind in spec()["names"].values():
         tokens += kind.get("starts", []) + ["##" + end for end in kind.get("ends", [])]
     tokens += [str(n) for n in range(10, 60)] + [f"##{n:02d}" for n in range(100)]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}

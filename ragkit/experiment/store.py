@@ -28,7 +28,7 @@ from ragkit.data.files import file_hash, room_on_disk, write_whole
 from ragkit.errors import StoreError
 from ragkit.experiment.closure import closure_of
 from ragkit.experiment.provenance import memory_from_now, provenance, versions
-from ragkit.profile import FREE
+from ragkit.profile import FREE, MachineSettings
 
 log = logging.getLogger(__name__)
 KNOBS = {
@@ -233,8 +233,9 @@ class Store:
         module, _, function = stage.maker.partition(":")
         started, peak = time.monotonic(), memory_from_now()
         with room_on_disk(self.folder, f"stage {stage.name}"), room_in_memory(stage):
-            if stage.machine:
-                importlib.import_module("ragkit.models.device").start(**stage.machine)
+            if not module.startswith("ragkit.data"):  # what only reads data needs no torch
+                device = importlib.import_module("ragkit.models.device")
+                device.start(MachineSettings(**stage.machine["machine"]), stage.machine["threads"])
             maker = getattr(importlib.import_module(module), function)
             maker(partial, {r: self.open(one) for r, one in stage.inputs.items()}, stage.settings)
             seconds = round(time.monotonic() - started, 2)
@@ -293,7 +294,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -
         if was == now:
             continue
         if path == "inputs.":
-            return f"{(now or was)[0]} was made anew"
+            return f"{(now or was or [key])[0]} was made anew"
         if isinstance(was, Mapping) and isinstance(now, Mapping):
             return difference(was, now, f"{path}{key}.")
         if path == "code.":

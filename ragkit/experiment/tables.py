@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from itertools import product
 
@@ -13,8 +12,8 @@ from numpy.typing import NDArray
 from ragkit.data.questions import CUTS, hits, reciprocal_ranks
 from ragkit.data.text import exact_match, f1
 from ragkit.distillation.targets import READERS, oracle_scores
-from ragkit.experiment.graph import CEILING, regime_of
-from ragkit.experiment.lab import Lab
+from ragkit.experiment.graph import CEILING, Of
+from ragkit.experiment.lab import Lab, read_json
 from ragkit.profile import WorldSet
 
 
@@ -44,15 +43,10 @@ def answer_rows(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -
     its own reader; BM25 and the controls answer with the fine-tuned one.
     """
     questions = lab.corpus(set_name).questions["test"][: lab.profile.evaluate.answered]
-    cases = [("closed book", which, 0) for which in READERS]
-    cases += [("BM25", "fine-tuned", 0)] if lab.profile.evaluate.bm25 else []
-    cases += [("initial", which, 0) for which in READERS]
-    for target, seed in product(targets or lab.targets, lab.profile.distill.seeds):
-        cases.append((target, regime_of(target), seed))
     frames = []
-    for system, which, seed in cases:
-        folder = lab.open(lab.graph.answers(set_name, system, which, seed))
-        answers = json.loads((folder / "answers.json").read_text("utf8"))
+    for system, which, seed in lab.graph.answered(targets):
+        stage = lab.graph.stage("answers", Of(set_name, which, system, seed))
+        answers = read_json(lab.open_stage(stage) / "answers.json")
         row = {"set": set_name, "system": system, "reader": which, "seed": seed}
         for name, score in (("EM", exact_match), ("F1", f1)):
             pairs = zip(answers, questions, strict=True)
@@ -68,8 +62,7 @@ def premises(lab: Lab, set_name: str) -> pd.DataFrame:
     initial = hits(ranking.tolist(), corpus.golds(corpus.questions["dev"], ranking), k)
     rows = [(f"initial HR@{k}", float(initial.mean()))]
     for which in READERS:
-        folder = lab.open(lab.graph.premises(set_name, which))
-        exact = json.loads((folder / "exact.json").read_text("utf8"))
+        exact = read_json(lab.open("premises", set_name, which) / "exact.json")
         rows += [(f"{which}: EM, {case}", value) for case, value in exact.items()]
     return pd.DataFrame(rows, columns=["premise", "value"]).assign(set=set_name)
 

@@ -1,26 +1,40 @@
-"""The encoder-decoder reader, fusion-in-decoder: each passage is encoded with the question, the decoder attends to all.
+"""The encoder-decoder reader, fusion-in-decoder, and the loading of readers of either kind.
 
-Source: Izacard and Grave, 'Leveraging Passage Retrieval with Generative Models for Open Domain Question Answering'.
-Its passage scores come from the decoder's cross-attention. It is used like any `ragkit.reader.Reader`.
+Each passage is encoded with the question, the decoder attends to all; passage scores come from its
+cross-attention. Source: Izacard and Grave, 'Leveraging Passage Retrieval with Generative Models for
+Open Domain Question Answering'.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_outputs import BaseModelOutput
 
-from ragkit.attention import observe_cross, pooled
+from ragkit.attention import AttentionError, observe_cross, pooled
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
 from ragkit.errors import ReaderError
-from ragkit.models import device as fleet
-from ragkit.models.reader import PART, Prompt, Reader
+from ragkit.models import device
+from ragkit.models.loading import loading
+from ragkit.models.reader import PART, Prompt, Reader, embedded_reader
 from ragkit.profile import ReaderSettings
 
 
@@ -28,18 +42,21 @@ from ragkit.profile import ReaderSettings
 class FidPrompt(Prompt):
     """A prompt whose tokens are those of its blocks, one after another, and then the answer's.
 
-    `blocks` are the blocks' lengths: a block is the question with one passage, and is encoded on its own.
+    `blocks` are the blocks' lengths: a block is the question with one passage, and is encoded on
+    its own.
     """
 
     blocks: tuple[int, ...] = ()
 
 
 class FidReader(Reader):
-    """An encoder-decoder with its tokenizer. `settings.context` is the length of one block, not of all together."""
+    """An encoder-decoder with its tokenizer. `settings.context` is the length of one block, not of
+    all together.
+    """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         tokenizer: PreTrainedTokenizerBase,
         settings: ReaderSettings,
         style: str = "question",
@@ -47,7 +64,8 @@ class FidReader(Reader):
         super().__init__(model, tokenizer, settings, style)
         if model.config.decoder_start_token_id is None:
             raise ReaderError(
-                f"{settings.model}: its config names no decoder_start_token_id, with which every answer begins. Add it to config.json."
+                f"{settings.model}: its config names no decoder_start_token_id, "
+                "with which every answer begins. Add it to config.json."
             )
         self.start = int(model.config.decoder_start_token_id)
 
@@ -58,21 +76,17 @@ class FidReader(Reader):
         asked = question.cloze if self.style == "cloze" else question.text
         parts = [("question: ", PART["other"]), (asked, PART["question"])]
         if passage is not None:
-            parts += [
-                (" title: ", PART["other"]),
-                (passage.title, PART["title"]),
-                (" context: ", PART["other"]),
-                (passage.text, number),
-            ]
+            parts += [(" title: ", PART["other"]), (passage.title, PART["title"])]
+            parts += [(" context: ", PART["other"]), (passage.text, number)]
         return parts
 
     def prompt(
-        self, question: Question, passages: list[Passage], answer: str | None = None
+        self, question: Question, passages: Sequence[Passage], answer: str | None = None
     ) -> FidPrompt:
         """The prompt, with the answer and an end token behind it if given.
 
-        A block longer than the context loses tokens at the end of its passage. Raises ReaderError if the question alone
-        does not fit.
+        A block longer than the context loses tokens at the end of its passage. Raises ReaderError
+        if the question alone does not fit.
         """
         ids: list[int] = []
         owner: list[int] = []
@@ -84,88 +98,126 @@ class FidReader(Reader):
                 block, who = self.trim(block, who, excess, len(passages))
             ids, owner, trimmed = ids + block, owner + who, trimmed + excess
             lengths.append(len(block))
-        tail = (
-            []
-            if answer is None
-            else [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], self.end]
-        )
+        tail: list[int] = []
+        if answer is not None:
+            tail = [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], self.end]
         return FidPrompt(
             ids + tail, owner + [PART["answer"]] * len(tail), len(ids), trimmed, tuple(lengths)
         )
 
-    def states(self, prompts: list[Prompt]) -> tuple[Tensor, Tensor]:
-        """The encoder's states of each prompt's blocks in a row `[prompts, tokens, size]`, and their mask, right-padded.
+    def states(self, prompts: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """The encoder's states of each prompt's blocks in a row `[prompts, tokens, size]`, and
+        their mask, right-padded.
 
         Cross-attention knows no places, so the blocks' own padding can be left out.
         """
-        blocks = [
-            block
-            for p in prompts
-            for block in torch.tensor(p.ids[: p.answer_start]).split(list(p.blocks))
-        ]  # type: ignore[attr-defined]
+        blocks: list[Tensor] = []
+        for prompt in prompts:
+            blocks += torch.tensor(prompt.ids[: prompt.answer_start]).split(list(prompt.blocks))
         ids = pad_sequence(blocks, batch_first=True, padding_value=self.pad)
         mask = pad_sequence([torch.ones_like(block) for block in blocks], batch_first=True)
-        fleet.done["tokens"] += sum(map(len, blocks))
-        encoder = self.model.get_encoder()
-        flat = encoder(
-            input_ids=ids.to(self.model.device), attention_mask=mask.to(self.model.device)
-        ).last_hidden_state[mask.bool()]
-        each = flat.split([p.answer_start for p in prompts])
-        return pad_sequence(list(each), batch_first=True), pad_sequence(
-            [flat.new_ones(len(one), dtype=torch.long) for one in each], batch_first=True
-        )
+        place = self.model.device
+        encoded = self.model.get_encoder()(input_ids=ids.to(place), attention_mask=mask.to(place))
+        each = encoded.last_hidden_state[mask.bool()].split([p.answer_start for p in prompts])
+        seen = [one.new_ones(len(one), dtype=torch.long) for one in each]
+        return pad_sequence(list(each), True), pad_sequence(seen, True)
 
-    def decoder_ids(self, prompts: list[Prompt]) -> Tensor:
-        """What the decoder reads `[prompts, answer]`: the start token and the answer without its end, right-padded."""
+    def decoder_ids(self, prompts: Sequence[Prompt]) -> Tensor:
+        """What the decoder reads `[prompts, answer]`: the start token and the answer without its
+        end, right-padded.
+        """
         read = [torch.tensor([self.start, *p.ids[p.answer_start : -1]]) for p in prompts]
         return pad_sequence(read, batch_first=True, padding_value=self.pad).to(self.model.device)
 
     @torch.no_grad()
-    def generated(self, prompts: list[Prompt]) -> list[str]:
+    def generated(self, prompts: Sequence[Prompt]) -> list[str]:
         """The answers to one batch of prompts."""
         states, mask = self.states(prompts)
-        cache = EncoderDecoderCache(
-            DynamicCache(), DynamicCache()
-        )  # its own would have the encoder's number of layers
         out = self.model.generate(
-            encoder_outputs=BaseModelOutput(last_hidden_state=states), attention_mask=mask, decoder_start_token_id=self.start, past_key_values=cache,
-            max_new_tokens=self.settings.answer_tokens, do_sample=False, num_beams=1, pad_token_id=self.pad, eos_token_id=self.end,
-        )  # fmt: skip
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
+            attention_mask=mask,
+            decoder_start_token_id=self.start,
+            # its own cache would have the encoder's number of layers
+            past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
+            max_new_tokens=self.answer_tokens,
+            do_sample=False,
+            num_beams=1,
+            pad_token_id=self.pad,
+            eos_token_id=self.end,
+        )
         return [self.text_of(row) for row in out[:, 1:]]
 
-    def token_losses(self, prompts: list[Prompt]) -> Tensor:
-        """Negative log-likelihood (nats) of the tokens of each prompt's answer `[prompts, answer tokens]`, with gradients; NaN behind its end."""
+    def token_losses(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Negative log-likelihood (nats) of the tokens of each prompt's answer `[prompts, answer
+        tokens]`.
+
+        With gradients; NaN behind an answer's end.
+        """
         states, mask = self.states(prompts)
-        labels = pad_sequence(
-            [torch.tensor(p.ids[p.answer_start :]) for p in prompts],
-            batch_first=True,
-            padding_value=-100,
-        ).to(states.device)
-        outputs = BaseModelOutput(last_hidden_state=states)
+        answers = [torch.tensor(p.ids[p.answer_start :]) for p in prompts]
+        labels = pad_sequence(answers, batch_first=True, padding_value=-100).to(states.device)
         logits = self.model(
-            encoder_outputs=outputs,
+            encoder_outputs=BaseModelOutput(last_hidden_state=states),
             attention_mask=mask,
             decoder_input_ids=self.decoder_ids(prompts),
             use_cache=False,
         ).logits
-        loss = nn.functional.cross_entropy(
-            logits.float().transpose(1, 2), labels, reduction="none", ignore_index=-100
-        )
+        by_class = logits.float().transpose(1, 2)
+        loss = nn.functional.cross_entropy(by_class, labels, reduction="none", ignore_index=-100)
         return loss.masked_fill(labels == -100, math.nan)
 
-    def attention(self, prompts: list[Prompt], rows: Tensor, uses: Tensor) -> Tensor:
-        """Token contributions `[norm (off, on), layers, groups, prompts, tokens]` from the decoder's cross-attention.
+    def attention(self, prompts: Sequence[Prompt], rows: Tensor, uses: Tensor) -> Tensor:
+        """Token contributions `[norm (off, on), layers, groups, prompts, tokens]` from the
+        decoder's cross-attention.
 
-        As in `Reader.attention`, `rows` are places in the prompts: the last token before the answer is the decoder's
-        start. Answer tokens are no keys: they get 0.
+        As in `Reader.attention`, `rows` are places in the prompts: the last token before the answer
+        is the decoder's start. Answer tokens are no keys: they get 0.
         """
         with torch.no_grad():
             states, mask = self.states(prompts)
+        read = self.decoder_ids(prompts)
         places = rows - torch.tensor([[p.answer_start - 1] for p in prompts])
-        tokens = pooled(
-            lambda visit: observe_cross(
-                self.model, states, mask, self.decoder_ids(prompts), places, visit
-            ),
-            uses,
-        )
+        try:
+            tokens = pooled(
+                lambda visit: observe_cross(self.model, states, mask, read, places, visit), uses
+            )
+        except AttentionError as error:
+            raise ReaderError(f"{self.settings.model}: {error}") from None
         return nn.functional.pad(tokens, (0, max(len(p.ids) for p in prompts) - tokens.shape[-1]))
+
+
+def load_reader(
+    name: str | Path, settings: ReaderSettings, style: str = "question", to_train: bool = False
+) -> Reader:
+    """A reader from a folder or hub name, on the run's device and its fused attention path if it
+    has one.
+
+    `embedded` is the one that ships. In `settings.dtype`; with float32 weights if it is `to_train`.
+    Raises RagkitError if it cannot be loaded.
+    """
+    path = str(embedded_reader() if name == "embedded" else name)
+    revision = {} if Path(path).is_dir() else {"revision": settings.revision}
+    dtype = torch.float32 if to_train else getattr(torch, settings.dtype)
+    with loading(path):
+        config = AutoConfig.from_pretrained(path, **revision)
+        auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        model = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, **revision)
+        tokenizer = AutoTokenizer.from_pretrained(path, **revision)
+    kind = FidReader if config.is_encoder_decoder else Reader
+    return kind(model.to(device.device()), tokenizer, settings, style)
+
+
+def reader_folder(step1: Path, which: str) -> Path:
+    """Where `make_step1` kept a reader: `fine-tuned`, or one on the way such as `step 100`."""
+    return step1 / which.replace(" ", "-")
+
+
+def open_reader(inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> Reader:
+    """The reader `settings["which"]` of a stage: kept by Step 1 if that is among its inputs, else
+    an untaught one.
+    """
+    reader, which = ReaderSettings(**settings["reader"]), settings["which"]
+    if "step1" in inputs:
+        return load_reader(reader_folder(inputs["step1"], which), reader)
+    styles = json.loads((inputs["style"] / "style.json").read_text("utf8"))
+    return load_reader(reader.model, reader, styles[which])

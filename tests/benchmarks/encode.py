@@ -1,7 +1,9 @@
-"""Passages a second of our encoding beside sentence-transformers' `encode`, with the same MiniLM weights; `make bench` runs it.
+"""Passages a second of our encoding beside sentence-transformers' `encode`, with the same MiniLM
+weights; `make bench` runs it.
 
-Both encode the same passages (real ones where RAGKIT_REAL_DATA is set, else those of an embedded world) to the same vectors, in float32, on
-two threads, batches of 32, no more than 256 tokens. They take turns; the medians and the ratio of each round count. Writes encode_bench.csv.
+Both encode the same passages (real ones where RAGKIT_REAL_DATA is set, else those of an embedded
+world) to the same vectors, in float32, on two threads, batches of 32, no more than 256 tokens. They
+take turns; the medians and the ratio of each round count. Writes encode_bench.csv.
 """
 
 import argparse
@@ -17,9 +19,9 @@ import pandas as pd
 import torch
 from sentence_transformers import SentenceTransformer
 
-from ragkit.data.passages import read_tsv
-from ragkit.data.questions import build_world
-from ragkit.models.retriever import Retriever, passage_text
+from ragkit.data.passages import passage_text, read_tsv
+from ragkit.data.worlds import build_world
+from ragkit.models.retriever import Retriever
 from ragkit.profile import RetrieverSettings, WorldSet
 
 TOKENS, BATCH, THREADS = 256, 32, 2
@@ -83,7 +85,8 @@ def main(folder: Path, number: int, rounds: int) -> pd.DataFrame:
     table.to_csv(folder / "encode_bench.csv", index=False)
     print(table.round(3).to_string(index=False))
     print(
-        f"ours / sentence-transformers, passages a second, median of the rounds: {statistics.median(table['ratio']):.3f}"
+        "ours / sentence-transformers, passages a second, median of the rounds:",
+        round(statistics.median(table["ratio"]), 3),
     )
     return table
 

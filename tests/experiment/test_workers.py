@@ -9,9 +9,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from ragkit.experiment.workers import make_sets
 
 from ragkit.errors import RagkitError
-from ragkit.experiment.workers import make_sets
 
 ROOT = Path(__file__).parent.parent
 BROKEN = "  - {source: files, name: broken, passages: nowhere.tsv, questions: nowhere.jsonl}\n"

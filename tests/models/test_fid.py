@@ -1,4 +1,6 @@
-"""The encoder-decoder reader end to end on a tiny random T5, and against the model's own forward pass."""
+"""The encoder-decoder reader end to end on a tiny random T5, and against the model's own forward
+pass.
+"""
 
 import pytest
 import torch
@@ -9,16 +11,14 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ragkit.attention.record import AttentionError
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
 from ragkit.data.vocabulary import build_tokenizer
-from ragkit.distillation import teacher
 from ragkit.errors import ReaderError
-from ragkit.models import reader as readers
-from ragkit.models.fid import FidReader
-from ragkit.models.reader import PART, Reader
-from ragkit.profile import AttentionSettings, ReaderSettings
+from ragkit.models.fid import FidReader, load_reader
+from ragkit.models.reader import PART
+from ragkit.models.step1 import fine_tune
+from ragkit.profile import ReaderSettings
 
 PASSAGES = [
     Passage("0", "Orla Venn", "Orla Venn was born in Ulm. The family moved away in 1810."),
@@ -35,10 +35,16 @@ def make(**settings):
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    size = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "dropout_rate": 0.0}
+    special = {"pad_token_id": pad, "decoder_start_token_id": pad}
     config = T5Config(
-        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_decoder_layers=3, num_heads=4, dropout_rate=0.0,
-        decoder_start_token_id=pad, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        num_layers=2,
+        num_decoder_layers=3,
+        eos_token_id=tokenizer.eos_token_id,
+        **size,
+        **special,
+    )
     return FidReader(T5ForConditionalGeneration(config), tokenizer, ReaderSettings(**settings))
 
 
@@ -78,7 +84,9 @@ def test_a_long_block_is_cut_at_the_end_of_its_passage():
 
 
 def test_losses_equal_the_models_own_forward():
-    """One passage: then the model's own loss from ids and labels is the same thing. Several: states put together by hand."""
+    """One passage: then the model's own loss from ids and labels is the same thing. Several: states
+    put together by hand.
+    """
     one = make()
     prompts = [one.prompt(QUESTION, PASSAGES[:1], "Ulm"), one.prompt(OTHER, PASSAGES, "Lyda river")]
     batched = one.losses(prompts)
@@ -103,8 +111,14 @@ def test_losses_equal_the_models_own_forward():
 def test_attention_equals_the_models_own_cross_attention():
     one = make()
     prompts = [one.prompt(QUESTION, PASSAGES, "Ulm"), one.prompt(OTHER, PASSAGES[:1], "Lyda river")]
-    tokens = teacher.token_contributions(one, prompts)
-    assert tokens.shape == (2, 3, len(teacher.ROWS), 2, max(len(p.ids) for p in prompts))
+    answers = [len(p.ids) - p.answer_start for p in prompts]  # with their end token
+    rows = torch.tensor([[p.answer_start - 1 + i for i in range(max(answers))] for p in prompts])
+    uses = torch.zeros(3, *rows.shape)
+    for i, length in enumerate(answers):
+        uses[0, i, 0], uses[1, i, : length - 1], uses[2, i, 1:length] = 1, 1, 1
+    rows = rows.minimum(torch.tensor([[len(p.ids) - 2] for p in prompts]))
+    tokens = one.attention(prompts, rows, uses)
+    assert tokens.shape == (2, 3, 3, 2, max(len(p.ids) for p in prompts))
     one.model.set_attn_implementation("eager")
     for i, prompt in enumerate(prompts):
         with torch.no_grad():
@@ -168,26 +182,14 @@ def draw(rng):
 
 
 def test_end_to_end(tmp_path):
-    """Step 1, saving, loading (which finds out what kind of reader it is), a teacher's look, answers."""
+    """Step 1, saving, loading (which finds out what kind of reader it is), answers."""
     one = make(steps=30, batch=4, rate=1e-2)
-    losses = readers.fine_tune(one, draw, tmp_path, 0)
+    losses = fine_tune(one, draw, tmp_path, 0)
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
-    one.save(tmp_path / "reader")
-    again = Reader.load(str(tmp_path / "reader"), one.settings)
+    again = load_reader(tmp_path / "fine-tuned", one.settings)
     assert isinstance(again, FidReader)
     prompts = [one.prompt(QUESTION, PASSAGES)]
     assert again.answer(prompts) == one.answer(prompts)
-    scores = teacher.look(again, [QUESTION, OTHER], [PASSAGES, PASSAGES[::-1]])
-    assert scores["attention"].shape == (2, len(teacher.ROWS), 2, 3, len(teacher.POOLINGS), 3)
-    assert (scores["attention"] > 0).all()
-    assert (teacher.likelihood(scores) < 0).all()
-    assert ((scores["outside"] > 0) & (scores["outside"] < 1)).all()
-    share = (
-        scores["attention"][:, :, 0, :, 0].sum(-1).mean(-1)
-    )  # of a softmax row, what is not on the passages is outside
-    assert share + scores["outside"] == pytest.approx(1, abs=1e-5)
-    with pytest.raises(AttentionError, match="record_cross"):
-        teacher.calibrated_scores(again, QUESTION, PASSAGES, AttentionSettings())
 
 
 def test_a_model_that_names_no_start_is_refused():

@@ -1,13 +1,15 @@
-"""The recipe of the embedded reader: what its first weights do, what its loss looks at, and that a stopped run goes on."""
+"""The recipe of the embedded reader: what its first weights do, what its loss looks at, and that a
+stopped run goes on.
+"""
 
 import json
 
 import pytest
 import torch
 
-from ragkit.data import worlds as world
+from ragkit.data import prose
+from ragkit.data.files import file_hash
 from ragkit.data.vocabulary import build_tokenizer
-from ragkit.experiment.store import file_hash
 from ragkit.models import pretrain
 from ragkit.models.reader import embedded_reader
 
@@ -18,7 +20,9 @@ def tokenizer():
 
 
 def test_first_weights_match_and_copy(tokenizer):
-    """Keys equal queries in the later layers, and value times output is a multiple of the identity."""
+    """Keys equal queries in the later layers, and value times output is a multiple of the
+    identity.
+    """
     config = pretrain.reader_config(tokenizer)
     attention = pretrain.start(config).transformer.h[1].self_attention
     heads, hidden = config.num_attention_heads, config.hidden_size
@@ -35,7 +39,9 @@ def test_first_weights_match_and_copy(tokenizer):
 
 
 def test_encoding_keeps_text_and_marks(tokenizer):
-    """Tokens of the spans are those of the whole page, and the marked answers read as the answers."""
+    """Tokens of the spans are those of the whole page, and the marked answers read as the
+    answers.
+    """
     page = pretrain.pages(pretrain.SHORT_PAGES + 3, 0)[0]
     ids, kinds = pretrain.encode(tokenizer, [page])
     assert ids[0].tolist() == [
@@ -62,7 +68,7 @@ def test_a_stopped_pretraining_goes_on_with_the_same_result(tmp_path, monkeypatc
     whole = pretrain.pretrain(tmp_path / "whole", 6, 0, check_every=2)
     pages = pretrain.pages
 
-    def stop_at_five(step: int, seed: int) -> list[list[world.Span]]:
+    def stop_at_five(step: int, seed: int) -> list[list[prose.Span]]:
         if step == 5:
             raise KeyboardInterrupt
         return pages(step, seed)

@@ -1,16 +1,21 @@
-"""Prompts with owners, answers, likelihoods and Step 1."""
+"""Prompts with owners, answers and likelihoods."""
+
+import errno
+import shutil
+import socket
 
 import pytest
 import torch
-from transformers import FalconForCausalLM
+from transformers import FalconForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
 from ragkit.data.vocabulary import build_tokenizer
-from ragkit.errors import ReaderError
+from ragkit.errors import RagkitError, ReaderError
 from ragkit.models import reader
+from ragkit.models.fid import load_reader
 from ragkit.models.pretrain import reader_config
-from ragkit.models.reader import PART, Reader
+from ragkit.models.reader import PART, Reader, embedded_reader
 from ragkit.profile import ReaderSettings
 
 PASSAGES = [
@@ -90,46 +95,70 @@ def test_batched_answers_equal_single_ones():
     assert one.answer(prompts) == [one.answer([p])[0] for p in prompts]
 
 
-def draw(rng):
-    place = rng.choice(["ulm", "old", "port"])
-    return Question("q", "where was orla venn born", (place,), (0,)), [
-        Passage("0", "Orla Venn", f"Orla Venn was born in {place}.")
-    ]
-
-
-def test_step1_learns_and_a_killed_one_ends_with_the_same_result(tmp_path, monkeypatch):
-    whole = make(steps=120, batch=4)
-    (tmp_path / "a").mkdir()
-    losses = reader.fine_tune(whole, draw, tmp_path / "a", 0)
-    assert sum(losses[-10:]) < 0.5 * sum(losses[:10])
-    calls = []
-
-    def dies(rng):
-        calls.append(1)
-        if len(calls) > 4 * 110:
-            raise KeyboardInterrupt
-        return draw(rng)
-
-    (tmp_path / "b").mkdir()
-    with pytest.raises(KeyboardInterrupt):
-        reader.fine_tune(make(steps=120, batch=4), dies, tmp_path / "b", 0)
-    resumed = make(steps=120, batch=4)
-    assert reader.fine_tune(resumed, draw, tmp_path / "b", 0) == losses
-    assert all(
-        torch.equal(a, b)
-        for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
-    )
-
-
-def test_a_loss_that_is_not_a_number_stops_step1(tmp_path):
-    one = make(steps=3, batch=2)
-    with torch.no_grad():
-        one.model.transformer.ln_f.weight.fill_(float("nan"))
-    with pytest.raises(ReaderError, match=r"Lower reader\.rate"):
-        reader.fine_tune(one, lambda rng: (QUESTION, PASSAGES), tmp_path, 0)
-
-
 def test_the_embedded_reader_loads_and_matches_the_tokenizer():
-    one = Reader.load("embedded", ReaderSettings())
+    one = load_reader("embedded", ReaderSettings())
     assert one.tokenizer.get_vocab() == build_tokenizer().get_vocab()
     assert one.model.config.alibi
+
+
+def embedded_copy(folder):
+    return shutil.copytree(embedded_reader(), folder)
+
+
+def test_a_damaged_embedded_reader_is_found(tmp_path, monkeypatch):
+    folder = embedded_copy(tmp_path / "reader")
+    monkeypatch.setattr(reader, "asset", lambda name: tmp_path / name)
+    assert embedded_reader() == folder
+    weights = folder / "model.safetensors"
+    whole = bytearray(weights.read_bytes())
+    whole[-100] ^= 1  # one bit: it would still load
+    weights.write_bytes(whole)
+    with pytest.raises(ReaderError, match=r"model\.safetensors.*damaged.*git checkout"):
+        load_reader("embedded", ReaderSettings())
+
+
+def test_a_missing_model_folder():
+    with pytest.raises(RagkitError, match=r"'/no/such/model' cannot be .*Give a local folder"):
+        load_reader("/no/such/model", ReaderSettings())
+
+
+def test_a_hub_name_without_network(monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between the hub's own tries
+    monkeypatch.setattr(socket.socket, "connect", unreachable)
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    with pytest.raises(RagkitError, match=r"'some-lab/some-reader' cannot be loaded.*no network"):
+        load_reader("some-lab/some-reader", ReaderSettings())
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_model_folder_is_named(tmp_path, damage):
+    weights = embedded_copy(tmp_path / "mine") / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.unlink()
+    if damage == "cut":
+        weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(RagkitError, match="mine' cannot be loaded"):
+        load_reader(str(tmp_path / "mine"), ReaderSettings())
+
+
+def test_a_context_larger_than_the_models_positions_is_refused(tmp_path):
+    folder = embedded_copy(tmp_path / "gpt2")
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        (folder / name).unlink()
+    config = GPT2Config(vocab_size=3000, n_positions=64, n_embd=16, n_layer=1, n_head=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    with pytest.raises(RagkitError, match=r"64 positions.*reader\.context"):
+        load_reader(folder, ReaderSettings(context=65))
+    assert load_reader(folder, ReaderSettings(context=64)).settings.context == 64
+
+
+def test_attention_that_is_not_a_number_is_refused():
+    one = load_reader("embedded", ReaderSettings())
+    with torch.no_grad():
+        one.model.transformer.h[0].self_attention.query_key_value.weight.fill_(float("nan"))
+    prompts = [one.prompt(QUESTION, PASSAGES)]
+    with pytest.raises(ReaderError, match="embedded: Attention is not a number"):
+        one.attention(prompts, torch.tensor([[1]]), torch.ones(1, 1, 1))

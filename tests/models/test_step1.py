@@ -1,4 +1,8 @@
-"""Step 1's ways to fit into less memory: passes of a few prompts, recomputed activations, adapters, lower precision; and FiD readers in each."""
+"""Step 1: it learns, goes on after a kill with the same result, and fits into less memory."""
+
+import itertools
+import json
+import random
 
 import numpy as np
 import pytest
@@ -8,10 +12,12 @@ from transformers import AutoModelForCausalLM
 
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
-from ragkit.errors import StoreError
-from ragkit.experiment.store import room_in_memory
-from ragkit.models.reader import Reader, fine_tune
-from ragkit.profile import ReaderSettings
+from ragkit.data.worlds import build_world
+from ragkit.errors import ReaderError
+from ragkit.models import step1
+from ragkit.models.fid import load_reader
+from ragkit.models.step1 import Lesson, Lessons, Metrics, fine_tune
+from ragkit.profile import ReaderSettings, WorldSet
 
 PASSAGES = [
     Passage("0", "Orla Venn", "Orla Venn was born in Ulm."),
@@ -34,7 +40,7 @@ def taught(folder, **settings):
     """The losses of a few steps of Step 1, and the folder that holds what came of it."""
     folder.mkdir()
     chosen = ReaderSettings(steps=6, batch=4, checkpoints=1, **settings)
-    return fine_tune(Reader.load("embedded", chosen, to_train=True), draw, folder, 0)
+    return fine_tune(load_reader("embedded", chosen, to_train=True), draw, folder, 0)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +56,8 @@ def test_less_memory_changes_no_result(tmp_path, plain, settings):
     losses = taught(tmp_path / "step1", **settings)
     assert np.allclose(losses, plain[0], rtol=1e-3)
     one, two = (
-        load_file(folder / "model.safetensors") for folder in (plain[1], tmp_path / "step1")
+        load_file(folder / "fine-tuned/model.safetensors")
+        for folder in (plain[1], tmp_path / "step1")
     )
     assert all(torch.allclose(one[name], two[name], atol=2e-3) for name in one)
 
@@ -59,18 +66,18 @@ def test_half_precision_learns_much_the_same_and_keeps_float32_weights(tmp_path,
     losses = taught(tmp_path / "step1", dtype="bfloat16")
     assert np.allclose(losses, plain[0], rtol=0.05)
     assert losses != plain[0]
-    assert {t.dtype for t in load_file(tmp_path / "step1" / "model.safetensors").values()} == {
-        torch.float32
-    }
-    scoring = Reader.load(str(tmp_path / "step1"), ReaderSettings(dtype="bfloat16"))
+    assert {
+        t.dtype for t in load_file(tmp_path / "step1/fine-tuned/model.safetensors").values()
+    } == {torch.float32}
+    scoring = load_reader(tmp_path / "step1/fine-tuned", ReaderSettings(dtype="bfloat16"))
     assert next(scoring.model.parameters()).dtype == torch.bfloat16
 
 
 def test_adapters_move_the_linear_layers_only_and_are_merged(tmp_path, plain):
     losses = taught(tmp_path / "step1", lora_rank=4, rate=1e-2)
     assert losses[-1] < losses[0]
-    before = dict(Reader.load("embedded", ReaderSettings()).model.named_parameters())
-    for kept in (tmp_path / "step1", tmp_path / "step1" / "3"):
+    before = dict(load_reader("embedded", ReaderSettings()).model.named_parameters())
+    for kept in (tmp_path / "step1/fine-tuned", tmp_path / "step1/step-3"):
         after = dict(
             AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32).named_parameters()
         )
@@ -92,21 +99,70 @@ def test_adapters_move_the_linear_layers_only_and_are_merged(tmp_path, plain):
         assert torch.linalg.matrix_rank(change.double(), rtol=1e-4) <= 4
 
 
-def test_memory_that_runs_out_names_stage_and_setting():
-    for error in (
-        torch.OutOfMemoryError("CUDA out of memory"),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
-        MemoryError(),
-    ):
-        if isinstance(error, torch.OutOfMemoryError) and not torch.cuda.is_available():
-            continue
-        with (
-            pytest.raises(
-                StoreError,
-                match=r"Stage step1/nq: the memory of .* ran out\. Lower reader\.at_once.*gradient_checkpointing.*lora_rank",
-            ),
-            room_in_memory("step1/nq"),
-        ):
-            raise error
-    with pytest.raises(RuntimeError, match="something else"), room_in_memory("step1/nq"):
-        raise RuntimeError("something else")
+def test_a_killed_training_ends_with_the_same_result(tmp_path, monkeypatch):
+    monkeypatch.setattr(step1, "CHECKPOINT_EVERY", 4)
+    settings = ReaderSettings(steps=10, batch=2, checkpoints=1)
+
+    def start():
+        return load_reader("embedded", settings, to_train=True)
+
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    losses = fine_tune(start(), draw, tmp_path / "whole", 0, Metrics(tmp_path / "whole", settings))
+    calls = []
+
+    def dies(rng):
+        calls.append(1)
+        if len(calls) > 2 * 9:
+            raise KeyboardInterrupt
+        return draw(rng)
+
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(start(), dies, tmp_path / "cut", 0, Metrics(tmp_path / "cut", settings))
+    torch.manual_seed(99)
+    again = fine_tune(start(), draw, tmp_path / "cut", 0, Metrics(tmp_path / "cut", settings))
+    assert again == losses
+    for kept in ("step-5", "fine-tuned"):
+        one, two = (
+            load_file(tmp_path / name / kept / "model.safetensors") for name in ("whole", "cut")
+        )
+        assert all(torch.equal(one[name], two[name]) for name in one)
+    rows = [json.loads(line) for line in (tmp_path / "cut/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert [row["loss"] for row in rows] == losses
+    assert all(row["left"] >= 0 for row in rows)
+    assert [a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(rows)] == [True] * 9
+
+
+def test_a_loss_that_is_not_a_number_stops(tmp_path):
+    one = load_reader("embedded", ReaderSettings(steps=3, batch=2), to_train=True)
+    with torch.no_grad():
+        one.model.transformer.ln_f.weight.fill_(float("nan"))
+    with pytest.raises(ReaderError, match=r"Lower reader\.rate"):
+        fine_tune(one, draw, tmp_path, 0)
+
+
+def test_a_gold_passage_is_put_among_those_found_as_often_as_asked():
+    gold, other = Passage("0", "A", "gold"), Passage("1", "B", "other")
+    question = Question("q", "who", ("x",), (0,))
+    for share, expected in ((0.0, 0), (0.5, 0.5), (1.0, 1)):
+        lessons = Lessons([Lesson(question, [other, other], [gold], [])], 2, share)
+        drawn = [lessons.draw(random.Random(i))[1] for i in range(400)]
+        assert np.mean([gold in passages for passages in drawn]) == pytest.approx(expected, abs=0.1)
+
+
+def test_passages_of_one_kind_of_fact_are_shown_together():
+    passages = [Passage(str(i), "A", str(i)) for i in range(9)]
+    question = Question("q", "who", ("x",), (0,))
+    lesson = Lesson(question, passages[5:], passages[:1], passages[1:5])
+    drawn = [Lessons([lesson], 3, 0.0).draw(random.Random(i))[1] for i in range(400)]
+    alike = [passages[0] in some and set(some) <= set(passages[:5]) for some in drawn]
+    assert np.mean(alike) == pytest.approx(step1.SAME_KIND_SHARE, abs=0.1)
+    assert all(len(some) == 3 for some, same in zip(drawn, alike, strict=True) if same)
+
+
+def test_training_worlds_share_no_name_with_the_measured_ones():
+    settings = WorldSet(source="world", name="a", world="almanac", seed=5, entities=24)
+    settings = settings.model_copy(update={"distill": 20, "dev": 4, "test": 4})
+    measured = {p.title for p in build_world(settings).passages}
+    assert not measured & {p.title for p in step1.training_world(settings, 1).passages}

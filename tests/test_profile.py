@@ -3,7 +3,7 @@
 import pytest
 
 from ragkit.errors import ProfileError
-from ragkit.profile import load_profile, shipped
+from ragkit.profile import load_profile, save_profile, shipped
 
 GOOD = "name: mine\nsets: [{source: world, name: a, world: almanac, seed: 1}]\n"
 
@@ -34,6 +34,13 @@ def test_shipped_profiles_load(name):
         ("reader: {rate: .nan}\n", ["reader.rate"]),
         ("distill: {seeds: [1, 2, 1]}\n", ["distill.seeds: 1 stands there twice"]),
         ("reader: 5\n", ["reader:"]),
+        ("distill: {entropy: 1.0}\n", ["distill.entropy: Input should be less than 1"]),
+        ("distill: {entropy: 0.0}\n", ["distill.entropy: Input should be greater than 0"]),
+        ("indicators: {share: 1.0}\n", ["indicators.share", "less than 1"]),
+        ("index: {kind: ivfpq}\n", ["index.kind: unknown key"]),
+        ("index: {factry: Flat}\n", ["index.factry", "'factory'"]),
+        ("choices: {variations: [reverse kl]}\n", ["no variation 'reverse kl'", "reverse KL"]),
+        ("index_refreshes: 2\n", ["index_refreshes: 2 parts Step 2 into more pieces"]),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, extra, words):
@@ -49,7 +56,7 @@ def test_an_unknown_profile_gets_the_nearest_name():
 
 
 def test_two_sets_of_one_name_are_refused(tmp_path):
-    text = "name: mine\nsets: [{source: world, name: a, world: almanac, seed: 1}, {source: world, name: a, world: trivia, seed: 1}]\n"
+    text = GOOD.replace("}]", "}, {source: world, name: a, world: trivia, seed: 1}]")
     with pytest.raises(ProfileError, match=r"sets\.name: 'a' stands there twice"):
         load_profile(write(tmp_path, text))
 
@@ -88,3 +95,30 @@ def test_relative_paths_start_from_the_profiles_folder(tmp_path, monkeypatch):
     assert (files.passages, files.questions) == (str(tmp_path / "data" / "p.tsv"), "/abs/q.jsonl")
     assert profile.retriever.model == str(tmp_path / "data" / "bert")
     assert profile.reader.model == "tiiuae/falcon-rw-1b"
+
+
+def test_changes_are_made_before_validation(tmp_path):
+    profile = load_profile("smoke", ["sets.0.distill=20", "reader.answer_tokens=null", "k=3"])
+    assert (profile.sets[0].distill, profile.reader.answer_tokens, profile.k) == (20, None, 3)
+    save_profile(profile, tmp_path / "saved.yaml")
+    assert load_profile(str(tmp_path / "saved.yaml")) == profile
+    for change, words in (
+        ("k", "is no change"),
+        ("sets.9.distill=1", "no place 'sets.9.distill'"),
+        ("reader.bach=1", "reader.bach: unknown key. The nearest valid key is 'batch'"),
+    ):
+        with pytest.raises(ProfileError, match=words):
+            load_profile("smoke", [change])
+
+
+def test_paths_of_hub_tables_start_from_the_profiles_folder(tmp_path):
+    (tmp_path / "table").mkdir()
+    for passages, found in (("p.tsv", str(tmp_path / "p.tsv")), ("{dataset: a/b}", "a/b")):
+        path = write(
+            tmp_path,
+            "name: mine\nsets: [{source: hub, name: a, questions: {dataset: table}, "
+            f"passages: {passages}}}]\n",
+        )
+        (one,) = load_profile(path).sets
+        assert one.questions.dataset == str(tmp_path / "table")
+        assert getattr(one.passages, "dataset", one.passages) == found

@@ -1,0 +1,209 @@
+"""The sections of a profile: every setting with its type, its range and its default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+ASSETS = Path(__file__).parent / "assets"
+# Settings that change no result, so that a stage made under others is used again.
+FREE = frozenset({"at_once", "gradient_checkpointing"})
+
+Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Within = Annotated[float, Field(gt=0, lt=1)]  # a share that is neither nothing nor all
+Filled = Annotated[str, Field(min_length=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # it becomes a folder's name
+Seeds = Annotated[tuple[int, ...], Field(min_length=1, strict=False)]
+Precision = Literal["float32", "bfloat16", "float16"]
+Rows = Literal["last_prompt", "predicting", "consuming"]
+Pooling = Literal["sum", "mean"]
+Layers = Literal["all", "first", "middle", "last"]
+ROWS, POOLINGS, LAYERS = get_args(Rows), get_args(Pooling), get_args(Layers)
+
+
+def asset(name: str) -> Path:
+    """A file or folder of the package's assets, named by a literal: stage keys follow these."""
+    return ASSETS / name
+
+
+class Section(BaseModel):
+    """Part of a profile: no unknown keys, no silent conversions, no changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class WorldSet(Section):
+    """A question set of an embedded world. Its three parts share no entity."""
+
+    source: Literal["world"]
+    name: Name
+    world: Literal["almanac", "trivia"]
+    seed: int
+    entities: Count = 252
+    wordings_per_fact: Annotated[int, Field(ge=1, le=5)] = 2
+    distill: Count = 2000
+    dev: Count = 500
+    test: Count = 500
+
+
+class FileSet(Section):
+    """A DPR-format TSV of passages and a file of questions; paths start from the profile."""
+
+    source: Literal["files"]
+    name: Name
+    passages: str
+    questions: str
+    seed: int = 0
+    distill: Count = 200
+    dev: Count = 100
+    test: Count = 200
+
+
+class HubTable(Section):
+    """A table of the hub, or of a folder in its layout: parquet or JSONL, named splits."""
+
+    dataset: Filled
+    config: str | None = None
+    files: str | None = None  # a pattern of those to read; {split} stands for the split
+    revision: str = "main"  # pin a commit
+    licence: str = "not stated"  # for the data card
+    columns: dict[str, str] = {}  # our names for columns to the table's own
+    rows: dict[str, Count] = {}  # that each split must have
+
+
+class HubSet(Section):
+    """`distill` and `dev` come from the split `train`, `test` from `heldout` (perhaps the same).
+
+    Passages come from a table with `id`, `text` and `title`, from a DPR-format TSV (its path), or
+    from `pools`: columns of the question table that hold lists of passages.
+    """
+
+    source: Literal["hub"]
+    name: Name
+    questions: HubTable
+    train: str = "train"
+    heldout: str = "validation"
+    passages: HubTable | str | None = None
+    passage_split: str = "train"
+    pools: tuple[str, ...] = Field(default=(), strict=False)
+    most_passages: Count | None = None  # of a table or TSV, drawn by the seed
+    seed: int = 0
+    distill: Count = 2000
+    dev: Count = 500
+    test: Count = 500
+
+    @model_validator(mode="after")
+    def passages_come_from_one_place(self) -> HubSet:
+        if (self.passages is None) == (not self.pools):
+            raise ValueError("give either 'passages' (a table or a path) or 'pools' (columns)")
+        return self
+
+
+QuestionSet = WorldSet | FileSet | HubSet
+
+
+class RetrieverSettings(Section):
+    """`model` is `embedded` (trained here by random cropping) or a folder or hub name."""
+
+    model: str = "embedded"
+    revision: str = "main"  # of a hub model: pin a commit
+    pooling: Literal["mean", "cls"] | None = None  # as the model's own folder says; embedded: mean
+    normalise: bool | None = None  # to unit length; as its folder says; embedded: true
+    passage_tokens: Count = 256
+    dtype: Precision = "float32"  # of the computations; training keeps float32 weights
+    at_once: Count = 128  # texts in one pass: less needs less memory
+    crop_steps: Count = 800
+    crop_batch: Count = 64
+    crop_rate: Positive = 1e-3
+
+
+class IndexSettings(Section):
+    """How passages are searched; what an approximate index finds is scored again exactly."""
+
+    factory: Filled = "Flat"  # of faiss.index_factory; or OPQ64,IVF16384,PQ64: cells, bytes
+    dtype: Literal["float32", "float16"] = "float32"  # of the vectors kept on disk
+    shard: Count = 100_000  # passages encoded at a time
+    trained_on: Count = 650_000  # vectors that the index learns from: 39 a cell or more
+    probes: Count = 64  # cells searched for a query
+    candidates: Count = 400  # scored again
+
+
+class ReaderSettings(Section):
+    """`model` is `embedded`, a folder or a hub name; the rest is Step 1, the fine-tuning."""
+
+    model: str = "embedded"
+    revision: str = "main"  # of a hub model: pin a commit
+    context: Count = 1024
+    dtype: Precision = "float32"  # of the computations; Step 1 keeps float32 weights
+    at_once: Count = 16  # prompts in one pass: less needs less memory
+    gradient_checkpointing: bool = False  # Step 1 computes activations twice, to keep fewer
+    lora_rank: Annotated[int, Field(ge=0)] = 0  # of Step 1's adapters; 0 trains every weight
+    answer_tokens: Count | None = 8  # null: as many as the set's own answers need
+    order: Literal["passages first", "question first"] = "passages first"
+    steps: Count = 800
+    batch: Count = 8
+    rate: Positive = 1e-3
+    gold_share: Share = 0.8
+    checkpoints: Annotated[int, Field(ge=0, le=10)] = 5  # readers kept at steps/2, steps/4, ...
+
+    @property
+    def kept_steps(self) -> list[int]:
+        """Steps of Step 1 after which the reader is kept, in order."""
+        halves = {self.steps // 2**halving for halving in range(1, self.checkpoints + 1)}
+        return sorted(halves - {0})
+
+
+class AttentionSettings(Section):
+    """How rows of attention become passage scores. Our choice: the paper's is not known."""
+
+    rows: Rows = "last_prompt"
+    norm: bool = True
+    layers: Layers = "all"
+    pooling: Pooling = "sum"
+
+
+class DistillSettings(Section):
+    """Step 2: the retriever learns KL(target || retriever) with the target detached."""
+
+    seeds: Seeds = (0, 1, 2)
+    questions: Count = 1500
+    epochs: Count = 2
+    batch: Count = 32
+    rate: Positive = 2e-4
+    entropy: Within = 0.5  # mean of a target, as a share of log(k): it fixes the temperatures
+    retriever_temperature: Positive = 0.1
+    direction: Literal["target || retriever", "retriever || target"] = "target || retriever"
+    side: Literal["query", "both"] = "query"  # both: passages are encoded again
+
+
+class IndicatorSettings(Section):
+    """How the indicators are read from attention; every choice is varied in notebook 08."""
+
+    questions: Count = 200
+    share: Within = 0.1  # of a question's passage tokens: the 'closest'
+    space: Literal["input", "own", "retriever", "contextual"] = "input"
+
+
+class NounSettings(Section):
+    """What finds nouns: `embedded` (for the embedded worlds), or a folder or package of spaCy."""
+
+    model: Filled = "embedded"
+
+
+class EvaluateSettings(Section):
+    """How much of the test part is used."""
+
+    answered: Count = 250
+    bm25: bool = True  # it needs all passages in memory
+    bootstrap: Count = 2000
+
+
+class MachineSettings(Section):
+    """What the run computes on; torchrun says how many processes share it."""
+
+    device: Literal["cpu", "cuda"] = "cpu"
+    kernel: Literal["auto", "flash", "efficient", "math"] = "auto"  # of attention on a GPU

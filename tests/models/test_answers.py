@@ -1,0 +1,122 @@
+"""Stages of answers, made by the embedded reader from the folders of other stages."""
+
+import json
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from ragkit.data.files import write_jsonl
+from ragkit.data.passages import write_passages
+from ragkit.data.questions import Corpus
+from ragkit.data.worlds import build_world
+from ragkit.models import answers
+from ragkit.models.answers import make_answers, make_premises, make_style, premise_cases
+from ragkit.profile import ReaderSettings, WorldSet
+
+SET = {"source": "world", "name": "a", "world": "almanac", "seed": 5, "entities": 24}
+SETTINGS = {"reader": ReaderSettings().model_dump(), "answered": 6, "k": 3, "seed": 0}
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """The folder of a corpus and of candidates, whose second is gold, and the corpus."""
+    folder = tmp_path_factory.mktemp("stages")
+    corpus = build_world(WorldSet(**SET, distill=20, dev=12, test=8))
+    write_passages(folder / "passages.arrow", corpus.passages)
+    for part, questions in corpus.questions.items():
+        write_jsonl(folder / f"{part}.jsonl", map(asdict, questions))
+    ranking = {}
+    for part in ("dev", "test"):
+        rows = [[(q.gold[0] + 1) % 40 + 60, q.gold[0], 7, 8] for q in corpus.questions[part]]
+        ranking[part] = np.array(rows)
+    save_file(ranking, folder / "candidates.safetensors")
+    return dict.fromkeys(("passages", "questions", "candidates", "ranking"), folder), corpus
+
+
+def read(path):
+    return json.loads(path.read_text("utf8"))
+
+
+@pytest.fixture(scope="module")
+def style(stages, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("style")
+    make_style(folder, stages[0], {**SETTINGS, "clozes": True})
+    return folder
+
+
+def test_an_untaught_reader_is_asked_as_it_answers_better(style, stages, tmp_path):
+    made = read(style / "style.json")
+    better, worse = made["off-the-shelf"], made["weaker prompt"]
+    assert {better, worse} == {"question", "cloze"}
+    assert made["EM"][better] >= made["EM"][worse]
+    make_style(tmp_path, stages[0], {**SETTINGS, "clozes": False})
+    made = read(tmp_path / "style.json")
+    assert made["off-the-shelf"] == made["weaker prompt"] == "question"
+
+
+def test_prompts_that_answer_alike_stay_two(stages, tmp_path, monkeypatch):
+    monkeypatch.setattr(answers, "mean_exact_match", lambda *_: 0.5)
+    make_style(tmp_path, stages[0], {**SETTINGS, "clozes": True})
+    made = read(tmp_path / "style.json")
+    assert (made["off-the-shelf"], made["weaker prompt"]) == ("question", "cloze")
+
+
+def test_answers_come_from_the_first_k_passages_or_none(style, stages, tmp_path):
+    inputs = {**stages[0], "style": style}
+    settings = {**SETTINGS, "which": "off-the-shelf"}
+    made = {}
+    for name, changes in {"k": {}, "one": {"k": 1}, "none": {"closed_book": True}}.items():
+        (tmp_path / name).mkdir()
+        make_answers(tmp_path / name, inputs, {"closed_book": False, **settings, **changes})
+        made[name] = read(tmp_path / name / "answers.json")
+        assert len(made[name]) == 6
+        assert read(tmp_path / name / "trimmed.json") == {"trimmed": 0, "prompts": 6}
+    golds = [q.answers for q in stages[1].questions["test"][:6]]
+    right = {name: sum(map(answers.exact_match, made[name], golds)) for name in made}
+    assert right["k"] > right["none"]
+    assert made["one"] != made["k"]
+
+
+def test_a_ranking_of_step_2_is_taken_before_candidates(tmp_path):
+    save_file({"test": np.array([[1]])}, tmp_path / "candidates.safetensors")
+    assert answers.ranking_of(tmp_path, "test") == [[1]]
+    save_file({"test": np.array([[2]])}, tmp_path / "ranking.safetensors")
+    assert answers.ranking_of(tmp_path, "test") == [[2]]
+
+
+def test_premises_show_gold_passages_and_none(style, stages, tmp_path):
+    settings = {**SETTINGS, "which": "off-the-shelf"}
+    make_premises(tmp_path, {**stages[0], "style": style}, settings)
+    exact, made = read(tmp_path / "exact.json"), read(tmp_path / "answers.json")
+    assert exact.keys() == made.keys()
+    assert exact["gold among the passages"] > exact["no passages"]
+    assert len(exact) == 4
+
+
+def test_cases_hold_what_their_names_say(stages):
+    corpus, inputs = stages[1], stages[0]
+    rows = answers.ranking_of(inputs["candidates"], "dev")
+    cases = premise_cases(corpus, rows, 6, 3, 0)
+    for name, (questions, found) in cases.items():
+        golds = [corpus.passages[q.gold[0]] for q in questions]
+        assert len(questions) == len(found) == 6
+        holds = [gold in passages for gold, passages in zip(golds, found, strict=True)]
+        assert all(holds) is (name != "no passages")
+    one, two = (cases[name][1] for name in ("gold among the passages", "the same, permuted"))
+    assert [set(a) for a in one] == [set(b) for b in two]
+    assert one != two
+
+
+def test_questions_without_a_known_gold_passage_count_in_no_gold_case(stages):
+    """Real text: gold is what holds an answer among those found; some questions have none."""
+    corpus = stages[1]
+    asked = [replace(q, gold=(), relation="") for q in corpus.questions["dev"]]
+    asked[0] = replace(asked[0], answers=("no such words",))
+    real = Corpus("r", corpus.passages, {**corpus.questions, "dev": asked})
+    rows = answers.ranking_of(stages[0]["candidates"], "dev")
+    cases = premise_cases(real, rows, 6, 3, 0)
+    assert set(cases) == {"gold among the passages", "the same, permuted", "no passages"}
+    assert len(cases["gold among the passages"][0]) == 5
+    assert len(cases["no passages"][0]) == 6
