@@ -161,7 +161,7 @@ class Store:
                 (folder / part).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             why = f"{error.strerror}: {error.filename}"
-            raise StoreError(f"No folder {folder} ({why}). Choose another with --runs.") from None
+            raise StoreError(f"{folder} cannot be made ({why}). Choose another --runs.") from None
 
     def home(self, stage: Stage) -> Path:
         return self.folder / "stages" / stage.place
