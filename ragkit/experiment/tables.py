@@ -14,6 +14,7 @@ from ragkit.data.text import exact_match, f1
 from ragkit.distillation.targets import READERS, oracle_scores
 from ragkit.experiment.graph import CEILING, Of
 from ragkit.experiment.lab import Lab, read_json
+from ragkit.experiment.stages import answered
 from ragkit.profile import WorldSet
 
 
@@ -44,7 +45,7 @@ def answer_rows(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -
     """
     questions = lab.corpus(set_name).questions["test"][: lab.profile.evaluate.answered]
     frames = []
-    for system, which, seed in lab.graph.answered(targets):
+    for system, which, seed in answered(lab.graph, targets):
         stage = lab.graph.stage("answers", Of(set_name, which, system, seed))
         answers = read_json(lab.open_stage(stage) / "answers.json")
         row = {"set": set_name, "system": system, "reader": which, "seed": seed}
