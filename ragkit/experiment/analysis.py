@@ -48,7 +48,7 @@ class Analysis:
         return hits(ranking.tolist(), golds, self.lab.profile.k) > 0
 
     def _tokens(self, which: str) -> Tokens:
-        return Tokens.load(self.lab.open(self.lab.graph.tokens(self.set_name, which)))
+        return Tokens.load(self.lab.open("tokens", self.set_name, which))
 
     def nouns(self) -> list[list[tuple[int, int]]]:
         """Character spans of each question's nouns; NounsError if no noun finder is at hand."""
@@ -61,7 +61,7 @@ class Analysis:
         """
         if goal == "nouns":
             self.nouns()  # says why, where there are none
-        folder = self.lab.open(self.lab.graph.closeness(self.set_name, which))
+        folder = self.lab.open("closeness", self.set_name, which)
         return measures.load_closeness(folder, goal, space)
 
     def _indicator(self, which: str, goal: Goal, space: str | None = None) -> pd.DataFrame:

@@ -20,9 +20,11 @@ from safetensors.numpy import load_file
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Corpus, Question
 from ragkit.distillation import targets
-from ragkit.distillation.targets import Asked, Scores
+from ragkit.distillation.asked import Asked
+from ragkit.distillation.targets import Scores
 from ragkit.errors import NounsError, ProfileError
-from ragkit.experiment.graph import Graph
+from ragkit.experiment.graph import Graph, Of
+from ragkit.experiment.stages import stages
 from ragkit.experiment.store import Stage, Store
 from ragkit.profile import Profile, QuestionSet, load_profile
 
@@ -82,7 +84,11 @@ class Lab:
         """Every reader that is looked at, from before Step 1 to after it."""
         return self.graph.readers()
 
-    def open(self, stage: Stage) -> Path:
+    def open(self, kind: str, set_name: str, which: str = "") -> Path:
+        """The folder of a kind of stage of a set, and of a reader; made if it is missing."""
+        return self.open_stage(self.graph.stage(kind, Of(set_name, which)))
+
+    def open_stage(self, stage: Stage) -> Path:
         """A stage's folder, made if it is missing."""
         folder = self.store.open(stage)
         if noted := os.environ.get(OPENED):
@@ -110,21 +116,17 @@ class Lab:
     def corpus(self, set_name: str) -> Corpus:
         """Passages and questions of a set."""
         if set_name not in self.corpora:
-            places = (self.graph.passages(set_name), self.graph.questions(set_name))
-            self.corpora[set_name] = Corpus.load(set_name, *map(self.open, places))
+            places = (self.open(kind, set_name) for kind in ("passages", "questions"))
+            self.corpora[set_name] = Corpus.load(set_name, *places)
         return self.corpora[set_name]
 
     def candidates(self, set_name: str) -> dict[str, NDArray[np.int64]]:
         """The first 20 passages of each question by the initial retriever, by part `[n, 20]`."""
-        return load_file(self.open(self.graph.candidates(set_name)) / "candidates.safetensors")
+        return load_file(self.open("candidates", set_name) / "candidates.safetensors")
 
     def bm25(self, set_name: str) -> NDArray[np.int64]:
         """The first 20 passages of each test question by BM25 `[n, 20]`."""
-        return load_file(self.open(self.graph.bm25(set_name)) / "candidates.safetensors")["test"]
-
-    def recall(self, set_name: str) -> dict[str, float]:
-        """How many of the exact first passages an approximate index finds; empty for the exact."""
-        return self._json(self.graph.candidates(set_name), "recall.json")
+        return load_file(self.open("bm25", set_name) / "candidates.safetensors")["test"]
 
     def found(
         self, set_name: str, part: str, ranking: NDArray[np.int64] | None = None
@@ -148,14 +150,10 @@ class Lab:
 
         Raises NounsError, which says why, where no noun finder is at hand for this set.
         """
-        spans = self._json(self._nouns(set_name), "spans.json")[part]
+        spans = read_json(self._nouns(set_name) / "spans.json")[part]
         return [[(start, end) for start, end in question] for question in spans]
 
-    def noun_scores(self, set_name: str) -> dict[str, float]:
-        """How often the noun finder is right on dev; empty where there is no gold (real text)."""
-        return self._json(self._nouns(set_name), "scores.json")
-
-    def _nouns(self, set_name: str) -> Stage:
+    def _nouns(self, set_name: str) -> Path:
         if not self.graph.has_nouns(set_name):
             model = self.profile.nouns.model
             why = (
@@ -167,7 +165,7 @@ class Lab:
                 f"No noun finder for the questions of {set_name}: {why}. Install one (python -m "
                 "spacy download en_core_web_sm) and name it under nouns.model, or name a folder."
             )
-        return self.graph.nouns(set_name)
+        return self.open("nouns", set_name)
 
     # Models
 
@@ -182,49 +180,46 @@ class Lab:
         from ragkit.models.retriever import Retriever
 
         self.start()
-        folder = self.open(self.graph.retriever(set_name)) / "model"
+        folder = self.open("retriever", set_name) / "model"
         return Retriever.load(str(folder), self.profile.retriever)
 
     def vectors(self, set_name: str) -> Any:
         """The initial retriever's vectors of all passages (`ragkit.models.index.Vectors`)."""
         from ragkit.models.index import Vectors
 
-        return Vectors(self.open(self.graph.vectors(set_name)))
+        return Vectors(self.open("vectors", set_name))
 
     def reader(self, set_name: str, which: str) -> Any:
         """One of `readers()` (`ragkit.models.reader.Reader`)."""
         from ragkit.models.fid import open_reader
 
         self.start()
-        inputs = self.graph.reader_inputs(set_name, which)
-        places = {role: self.open(stage) for role, stage in inputs.items()}
-        return open_reader(places, {**self.graph.reader_settings(), "which": which})
-
-    def style_scores(self, set_name: str) -> dict[str, float]:
-        """EM of the untaught reader on dev by the way it is asked."""
-        return self._json(self.graph.style(set_name), "style.json")["EM"]
+        made = "style" if which in targets.UNTAUGHT else "step1"
+        reading = self.graph.setting("reader", "tokens", Of(set_name, which))
+        place = {made: self.open(made, set_name)}
+        return open_reader(place, {"reader": reading, "which": which})
 
     def style(self, set_name: str, which: str) -> str:
         """How a reader is asked: `question` or `cloze`."""
         if which not in targets.UNTAUGHT:
             return "question"
-        return self._json(self.graph.style(set_name), "style.json")[which]
+        return read_json(self.open("style", set_name) / "style.json")[which]
 
     # What readers see, and what is taught with it
 
     def teacher(self, set_name: str, which: str) -> dict[str, NDArray[np.float32]]:
         """All scores of one reader on the questions for distillation."""
-        return load_file(self.open(self.graph.teacher(set_name, which)) / "scores.safetensors")
+        return load_file(self.open("teacher", set_name, which) / "scores.safetensors")
 
     def left_out(self, set_name: str, which: str) -> NDArray[np.float64]:
         """LOOP's scores of one reader on the questions for distillation `[questions, k]`."""
-        scores = load_file(self.open(self.graph.loop(set_name, which)) / "scores.safetensors")
+        scores = load_file(self.open("loop", set_name, which) / "scores.safetensors")
         return scores["loop"].astype(np.float64)
 
     def probes(self, set_name: str) -> dict[str, dict[str, float]]:
         """Both indicators of every reader on a few dev questions."""
-        readers = self.readers()
-        return {r: self._json(self.graph.probe(set_name, r), "indicators.json") for r in readers}
+        folders = {which: self.open("probe", set_name, which) for which in self.readers()}
+        return {which: read_json(folder / "indicators.json") for which, folder in folders.items()}
 
     def asked(self, set_name: str) -> tuple[list[Question], NDArray[np.int64]]:
         """The questions for distillation and their candidates `[questions, k]`."""
@@ -234,8 +229,8 @@ class Lab:
 
     def _stored(self, set_name: str, target: str) -> Scores | None:
         """The stored scores of the reader that a target is made of; None for a control."""
-        look = self.graph.look(set_name, target, self.graph.candidates(set_name))
-        return load_file(self.open(look["look"]) / "scores.safetensors") if look else None
+        look = self.graph.look(Of(set_name, target=target))
+        return load_file(self.open_stage(look["look"]) / "scores.safetensors") if look else None
 
     def scores(self, set_name: str, target: str) -> NDArray[np.float64]:
         """What a target is made of `[questions, k]`: a reader's scores, or a control's."""
@@ -257,14 +252,16 @@ class Lab:
 
         With index refreshes the curve is that of the last part.
         """
-        stage = self.graph.step2(set_name, target, seed)
-        ranking = load_file(self.open(stage) / "ranking.safetensors")["test"]
-        return ranking, self._json(stage, "curve.json")
-
-    def _json(self, stage: Stage, name: str) -> Any:
-        return json.loads((self.open(stage) / name).read_text("utf8"))
+        folder = self.open_stage(self.graph.step2(set_name, target, seed))
+        ranking = load_file(folder / "ranking.safetensors")["test"]
+        return ranking, read_json(folder / "curve.json")
 
     @cached_property
     def stages(self) -> list[Stage]:
         """Every stage of the run, inputs first."""
-        return self.graph.stages()
+        return stages(self.graph)
+
+
+def read_json(file: Path) -> Any:
+    """What a stage's JSON file holds."""
+    return json.loads(file.read_text("utf8"))

@@ -112,9 +112,9 @@ def measured(lab: Lab) -> Points:
                 seen[stage.kind] += 1
                 if seen[stage.kind] <= 2:  # the first of a kind also pays for what is loaded once
                     for one in stage.inputs.values():
-                        small.open(one)
+                        small.open_stage(one)
                     started = time.monotonic()
-                    small.open(stage)
+                    small.open_stage(stage)
                     point = (needs.units(stage), time.monotonic() - started)
                     found.setdefault(stage.kind, []).append(point)
     return found

@@ -51,7 +51,12 @@ def begin_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
     os.environ["TQDM_DISABLE"] = "1"  # the bars of two processes on one line cannot be read
     start_logging()
 
@@ -164,7 +169,8 @@ def reproduce(lab: Lab, sources: Path) -> dict[str, Any]:
 
 def stage_records(lab: Lab) -> dict[str, Any]:
     """What each stage of the run says of itself, what happened to it now, and trimmed prompts."""
-    stages, trimmed = {}, {}
+    stages: dict[str, Any] = {}
+    trimmed: dict[str, Any] = {}
     for stage in lab.stages:
         home = lab.store.home(stage)
         saved = store.read_record(home)

@@ -142,9 +142,7 @@ def only_run(run: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise StoreError(
-            f"Another run is working in {run}. Wait for it, or use another profile name."
-        ) from None
+        raise StoreError(f"Another run is working in {run}. Wait for it to end.") from None
     try:
         yield
     finally:
@@ -162,10 +160,8 @@ class Store:
             for part in ("stages", "partial"):
                 (folder / part).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(
-                f"The run folder {folder} cannot be made ({error.strerror}: {error.filename}). "
-                "Choose another with --runs."
-            ) from None
+            why = f"{error.strerror}: {error.filename}"
+            raise StoreError(f"{folder} cannot be made ({why}). Choose another --runs.") from None
 
     def home(self, stage: Stage) -> Path:
         return self.folder / "stages" / stage.place
@@ -294,7 +290,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -
         if was == now:
             continue
         if path == "inputs.":
-            return f"{(now or was)[0]} was made anew"
+            return f"{(now or was or [key])[0]} was made anew"
         if isinstance(was, Mapping) and isinstance(now, Mapping):
             return difference(was, now, f"{path}{key}.")
         if path == "code.":

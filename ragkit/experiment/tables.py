@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from itertools import product
 
@@ -13,16 +12,16 @@ from numpy.typing import NDArray
 from ragkit.data.questions import CUTS, hits, reciprocal_ranks
 from ragkit.data.text import exact_match, f1
 from ragkit.distillation.targets import READERS, oracle_scores
-from ragkit.experiment.graph import regime_of
-from ragkit.experiment.lab import Lab
+from ragkit.experiment.graph import CEILING, Of
+from ragkit.experiment.lab import Lab, read_json
+from ragkit.experiment.stages import answered
 from ragkit.profile import WorldSet
 
 
 def per_question(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -> pd.DataFrame:
     """Retrieval of every test question: columns set, system, seed, question, HR@1, 5, 20, MRR.
 
-    Systems: BM25 if the profile has it, the initial retriever, and those distilled for the targets
-    (default: all), with every seed.
+    Systems: BM25 if the profile has it, the initial retriever, those distilled (default: all).
     """
     corpus = lab.corpus(set_name)
     questions, frames = corpus.questions["test"], []
@@ -45,15 +44,10 @@ def answer_rows(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -
     its own reader; BM25 and the controls answer with the fine-tuned one.
     """
     questions = lab.corpus(set_name).questions["test"][: lab.profile.evaluate.answered]
-    cases = [("closed book", which, 0) for which in READERS]
-    cases += [("BM25", "fine-tuned", 0)] if lab.profile.evaluate.bm25 else []
-    cases += [("initial", which, 0) for which in READERS]
-    for target, seed in product(targets or lab.targets, lab.profile.distill.seeds):
-        cases.append((target, regime_of(target), seed))
     frames = []
-    for system, which, seed in cases:
-        folder = lab.open(lab.graph.answers(set_name, system, which, seed))
-        answers = json.loads((folder / "answers.json").read_text("utf8"))
+    for system, which, seed in answered(lab.graph, targets):
+        stage = lab.graph.stage("answers", Of(set_name, which, system, seed))
+        answers = read_json(lab.open_stage(stage) / "answers.json")
         row = {"set": set_name, "system": system, "reader": which, "seed": seed}
         for name, score in (("EM", exact_match), ("F1", f1)):
             pairs = zip(answers, questions, strict=True)
@@ -64,31 +58,26 @@ def answer_rows(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -
 
 
 def premises(lab: Lab, set_name: str) -> pd.DataFrame:
-    """The premises on dev: can the readers read, and can the retriever improve?
-
-    Columns: premise, value, set.
-    """
+    """Can the readers read, and can the retriever improve, on dev? Columns premise, value, set."""
     corpus, ranking, k = lab.corpus(set_name), lab.candidates(set_name)["dev"], lab.profile.k
     initial = hits(ranking.tolist(), corpus.golds(corpus.questions["dev"], ranking), k)
     rows = [(f"initial HR@{k}", float(initial.mean()))]
     for which in READERS:
-        folder = lab.open(lab.graph.premises(set_name, which))
-        exact = json.loads((folder / "exact.json").read_text("utf8"))
+        exact = read_json(lab.open("premises", set_name, which) / "exact.json")
         rows += [(f"{which}: EM, {case}", value) for case, value in exact.items()]
     return pd.DataFrame(rows, columns=["premise", "value"]).assign(set=set_name)
 
 
 def ceiling(lab: Lab, set_name: str) -> pd.DataFrame:
-    """How far the oracle, the best possible teacher, takes the retriever: HR on dev after Step 2.
+    """How far the oracle, the best teacher, takes HR on dev: columns trained, seed, HR, set.
 
-    In an embedded world also with the passages' side trained, with the first seed, which shows
-    what leaving the index as it is costs; on real text that would mean to encode every passage
-    again at every look. Columns: trained, seed, HR, set.
+    In an embedded world also, with one seed, if the passages' side is trained too; on real text
+    that would mean to encode every passage again at every look.
     """
     side, seeds = lab.profile.distill.side, lab.profile.distill.seeds
     cases = [(side, seed, lab) for seed in seeds]
     if side == "query" and isinstance(lab.sets[set_name], WorldSet):
-        cases.append(("both", seeds[0], lab.varied("both sides")))
+        cases.append(("both", seeds[0], lab.varied(CEILING)))
     rows = []
     for trained, seed, each in cases:
         curve = each.distilled(set_name, "oracle", seed)[1]
@@ -97,9 +86,9 @@ def ceiling(lab: Lab, set_name: str) -> pd.DataFrame:
 
 
 def mixed_golds(lab: Lab, set_name: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The questions for distillation whose candidates are gold ones and others.
+    """The places of the questions for distillation whose candidates are gold ones and others.
 
-    Their places, and which of their candidates are gold `[those questions, k]`.
+    And which of their candidates are gold `[those questions, k]`.
     """
     asked, candidates = lab.asked(set_name)
     gold = oracle_scores(candidates.tolist(), lab.corpus(set_name).golds(asked, candidates)) > 0

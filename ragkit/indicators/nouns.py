@@ -38,30 +38,24 @@ def load_nouns(model: str) -> Language:
     Raises NounsError where there is none, it cannot be opened, or it sets no parts of speech.
     """
     if model == "embedded":
-        raise NounsError(
+        why = (
             "The embedded noun finder knows the words of the embedded worlds only, and these "
-            f"questions are real text. {HOW_TO_GET_ONE}"
+            "questions are real text."
         )
-    if not is_package(model) and not (Path(model).is_dir() and any(Path(model).iterdir())):
-        raise NounsError(
-            f"There is no spaCy pipeline {model!r}, neither an installed package nor a folder with "
-            f"files. {HOW_TO_GET_ONE}"
-        )
-    try:
-        pipeline = spacy.load(model, exclude=["parser", "ner", "lemmatizer"])
-        example = pipeline("where is the town")
-    except Exception as error:  # damage shows in a dozen ways, and a package runs its own code
-        why = str(error).splitlines()[0]
-        raise NounsError(
-            f"The spaCy pipeline {model!r} cannot be opened ({why}). {HOW_TO_GET_ONE}"
-        ) from error
-    if not example.has_annotation("POS"):
-        parts = ", ".join(pipeline.pipe_names) or "none"
-        raise NounsError(
-            f"The spaCy pipeline {model!r} sets no parts of speech (its components: {parts}). "
-            f"{HOW_TO_GET_ONE}"
-        )
-    return pipeline
+    elif not is_package(model) and not list(Path(model).glob("*")):
+        why = f"There is no spaCy pipeline {model!r}: no such package, and no folder with files."
+    else:
+        try:
+            pipeline = spacy.load(model, exclude=["parser", "ner", "lemmatizer"])
+            if pipeline("where is the town").has_annotation("POS"):
+                return pipeline
+            parts = ", ".join(pipeline.pipe_names) or "none"
+            why = f"The spaCy pipeline {model!r} sets no parts of speech (it has: {parts})."
+        except Exception as error:  # damage shows in a dozen ways, and a package runs its own code
+            why = f"The spaCy pipeline {model!r} cannot be opened: {str(error).splitlines()[0]}."
+            for inner in Path(model).glob("*/config.cfg"):
+                why += f" Give the folder inside it, {str(inner.parent)!r}."
+    raise NounsError(f"{why} {HOW_TO_GET_ONE}")
 
 
 def find_nouns(model: Language, texts: list[str]) -> list[list[tuple[int, int]]]:

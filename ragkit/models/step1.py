@@ -142,11 +142,7 @@ def adapted(model: Any, rank: int) -> Callable[[], Any]:
 
 
 def fine_tune(
-    reader: Reader,
-    draw: Draw,
-    folder: Path,
-    seed: int,
-    report: Report = lambda losses, rate: None,
+    reader: Reader, draw: Draw, folder: Path, seed: int, report: Report = lambda losses, rate: None
 ) -> list[float]:
     """Teaches the reader to answer questions; returns the loss (nats a token) of each step.
 

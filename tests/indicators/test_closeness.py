@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -155,6 +157,30 @@ def test_nouns_become_tokens_by_their_characters(reader, style):
     assert one.style == style
 
 
+@pytest.mark.skipif(
+    "RAGKIT_REAL_DATA" not in os.environ, reason="RAGKIT_REAL_DATA is not set: no Llama"
+)
+def test_nouns_are_found_where_a_text_is_cut_otherwise_at_its_beginning():
+    """The small Llama's SentencePiece vocabulary has other tokens there than in the middle."""
+    llama = str(Path(os.environ["RAGKIT_REAL_DATA"]) / "models" / "stories260k")
+    one = load_reader(llama, ReaderSettings(model=llama, context=512))
+    text = "who wrote the old song about a river"
+    spans = [(text.index(word), text.index(word) + len(word)) for word in ("song", "river")]
+    question = Question("q", text, ("Ulm",), (0,))
+    prompt = one.prompt(question, PASSAGES, "Ulm")
+    owned = {
+        part: [i for i, who in zip(prompt.ids, prompt.owner, strict=True) if who == PART[part]]
+        for part in ("question", "answer")
+    }
+    words = closeness.within_spans(one, question, spans)
+    assert [token for token, _ in words] == owned["question"]
+    assert [*closeness.answer_ids(one, [question])[0], one.end] == owned["answer"]
+    spelt = one.tokenizer.convert_ids_to_tokens([token for token, inside in words if inside])
+    assert "".join(spelt).replace("▁", "") == "songriver"
+    close = closeness.contextual_closeness(one, [question], [PASSAGES], [spans])
+    assert np.isfinite(close["nouns"]).all()
+
+
 def test_a_token_of_another_tokenizer_is_the_mean_of_its_pieces(reader):
     letters = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
     letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -259,6 +285,20 @@ def test_a_reader_that_sees_other_tokens_has_no_contextual_closeness(tmp_path, i
     with pytest.raises(IndicatorError, match="'contextual'"):
         measures.load_closeness(tmp_path / "other", "answer", "contextual")
     assert len(measures.load_closeness(tmp_path / "other", "answer", "input")[0])
+
+
+def test_an_encoder_decoder_has_no_contextual_closeness(tmp_path, inputs, monkeypatch):
+    config = SimpleNamespace(is_encoder_decoder=True)
+    two_sided = SimpleNamespace(model=SimpleNamespace(config=config))
+    with monkeypatch.context() as changed:
+        changed.setattr(closeness, "untaught", lambda settings: two_sided)
+        closeness.make_contextual(tmp_path, inputs, SETTINGS)
+    mine = without(inputs, "step1")
+    tokens.make_tokens(tmp_path, mine, SETTINGS)
+    roles = {"tokens": tmp_path, "contextual": tmp_path}
+    closeness.make_closeness(tmp_path, mine | roles, SETTINGS)
+    made = load_file(tmp_path / "closeness.safetensors")
+    assert {name.split("/")[1] for name in made} == {"exact", *SPACES, *CONTROLS} - {"contextual"}
 
 
 def test_a_probe_holds_the_means_of_the_indicators(tmp_path, inputs, reader):

@@ -123,12 +123,18 @@ def test_a_damaged_pipeline_is_refused(tmp_path):
         load_nouns(str(tmp_path))
 
 
+def test_a_packages_outer_folder_says_where_to_look(tmp_path):
+    train_tagger(TOY[:3], tmp_path / "en_mine-1.0", seed=0)
+    with pytest.raises(NounsError, match=r"cannot be opened.*inside it, .*en_mine-1\.0"):
+        load_nouns(str(tmp_path))
+
+
 def test_a_pipeline_without_parts_of_speech_is_refused(tmp_path):
     """It would find no noun in any question, silently."""
     pipeline = spacy.blank("en")
     pipeline.add_pipe("sentencizer")
     pipeline.to_disk(tmp_path)
-    with pytest.raises(NounsError, match=r"sets no parts of speech .*sentencizer"):
+    with pytest.raises(NounsError, match=r"sets no parts of speech .*sentencizer.*spacy download"):
         load_nouns(str(tmp_path))
 
 

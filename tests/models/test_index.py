@@ -89,10 +89,7 @@ def test_damaged_and_missing_vectors_are_named(tmp_path, cut):
 )
 def test_vectors_that_are_not_finite_are_not_written(tmp_path, value, dtype, words):
     made = Encoder(np.full((3, 4), value, np.float32))
-    with (
-        pytest.raises(VectorsError, match=words),
-        np.errstate(over="ignore"),
-    ):
+    with pytest.raises(VectorsError, match=words), np.errstate(over="ignore"):
         encode(passages(3), made, IndexSettings(dtype=dtype), tmp_path)
 
 
