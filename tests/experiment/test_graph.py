@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ragkit.experiment.graph import Graph
+from ragkit.experiment.graph import Graph, Of
 from ragkit.experiment.lab import Lab
+from ragkit.experiment.stages import stages as stages_of
 from ragkit.experiment.store import difference
 from ragkit.profile import VARIATIONS, load_profile
 
@@ -189,7 +190,7 @@ def test_a_profile_key_there_and_back_again(before, copy):
 
 
 def keys(profile):
-    return {stage.name: stage.key for stage in Graph(profile).stages()}
+    return {stage.name: stage.key for stage in stages_of(Graph(profile))}
 
 
 def test_settings_that_change_no_result_change_no_key():
@@ -208,7 +209,7 @@ def test_two_profiles_share_what_they_have_in_common():
 
 @pytest.mark.parametrize("profile", ["smoke", "tiny", "full", "small", "paper"])
 def test_inputs_come_first_names_are_unique_and_makers_exist(profile):
-    stages = Graph(load_profile(profile)).stages()
+    stages = stages_of(Graph(load_profile(profile)))
     seen = set()
     for stage in stages:
         assert {one.key for one in stage.inputs.values()} <= seen, stage.name
@@ -221,25 +222,41 @@ def test_inputs_come_first_names_are_unique_and_makers_exist(profile):
         assert f"\ndef {function}(" in source
 
 
-def test_variations_seeds_and_refreshes_share_what_they_do_not_touch():
-    graph = Graph(load_profile("smoke", ["choices.variations=[reverse KL, both sides]"]))
-    own = keys(graph.profile)
-    by_seed = {n: one.key for one in graph.again(1).stages() for n in [one.name]}
-    untouched = {key for key in by_seed.values() if key in set(own.values())}
-    kinds = {name.split("/")[0] for name, key in by_seed.items() if key in untouched}
-    assert {"passages", "retriever", "candidates", "style", "teacher"} <= kinds
-    assert not [n for n in by_seed if n.startswith("step1") and by_seed[n] in own.values()
-                and "seed 1" not in n]  # fmt: skip
+def test_variations_and_seeds_share_what_they_do_not_touch():
+    graph = Graph(load_profile("smoke"))
+    own = {stage.key for stage in stages_of(graph)}
+
+    def kinds(other):
+        """Kinds of which a stage is shared, and of which one is another."""
+        made = stages_of(other)
+        return [{one.kind for one in made if (one.key in own) is same} for same in (True, False)]
+
+    search = {"passages", "questions", "retriever", "vectors", "index", "bm25", "nouns"}
+    shared, changed = kinds(graph.again(7))
+    assert shared >= search | {"candidates", "style", "contextual", "teacher", "step2", "answers"}
+    assert changed >= {"step1", "teacher", "tokens", "step2", "answers"}
+    assert not changed & (search | {"style"})
+    assert "step1" not in shared
     for variation in VARIATIONS:
-        varied = {one.name: one for one in graph.varied(variation).stages()}
-        shared = {one.kind for one in varied.values() if one.key in set(own.values())}
-        assert {"passages", "questions", "retriever", "vectors"} <= shared
-        changed = {one.kind for one in varied.values() if one.key not in set(own.values())}
+        shared, changed = kinds(graph.varied(variation))
+        assert shared >= search
         assert "step2" in changed
+        assert not changed & search
+
+
+def test_each_run_of_step_1_is_judged_by_its_own_reader():
+    graph = Graph(load_profile("smoke"))
+    for system in ("closed book", "initial", "BM25", "fine-tuned attention"):
+        of = Of("almanac", "fine-tuned", system)
+        one, two = (g.stage("answers", of) for g in (graph, graph.again(1)))
+        assert one.key != two.key
+        assert two.inputs["step1"] is graph.again(1).stage("step1", Of("almanac"))
+    untaught = Of("almanac", "off-the-shelf", "closed book")
+    assert graph.stage("answers", untaught).key == graph.again(1).stage("answers", untaught).key
 
 
 def test_an_index_refresh_looks_again_with_the_retriever_as_it_is():
-    step2 = [one for one in Graph(load_profile("smoke")).stages() if one.kind == "step2"]
+    step2 = [one for one in stages_of(Graph(load_profile("smoke"))) if one.kind == "step2"]
     refreshed = [one for one in step2 if one.inputs["retriever"].kind == "step2"]
     assert len(refreshed) == 4  # two sets, two regimes
     last = refreshed[-1]
@@ -248,6 +265,9 @@ def test_an_index_refresh_looks_again_with_the_retriever_as_it_is():
     assert last.inputs["look"].inputs["candidates"] is last.inputs["candidates"]
     assert last.inputs["vectors"] is first.inputs["vectors"]  # only queries learn: no new encoding
     assert last.settings["distill"]["epochs"] + first.settings["distill"]["epochs"] == 2
+    whole = Graph(load_profile("smoke", ["index_refreshes=1"]))  # and answers come from the last
+    answers = whole.stage("answers", Of("almanac", "fine-tuned", "answer string"))
+    assert answers.inputs["ranking"].inputs["retriever"].kind == "step2"
 
 
 def test_a_notebook_opens_what_reads_only_without_torch():

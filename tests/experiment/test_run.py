@@ -75,7 +75,9 @@ def test_inputs_are_made_before_what_is_made_of_them(tmp_path, capfd):
     assert lab.status == {one.name: "ran: not made yet" for one in stages}
     said = capfd.readouterr().err
     for name in "abcd":
-        assert 0 <= said.index(f"done     passages/{name}") < said.index(f"running  questions/{name}")
+        assert (
+            0 <= said.index(f"done     passages/{name}") < said.index(f"running  questions/{name}")
+        )
     again = Lab(profile(tmp_path), tmp_path / "runs")
     run.make_all(again, data_of(again))
     assert set(again.status.values()) == {"reused"}
@@ -98,7 +100,7 @@ def test_an_error_in_one_stage_ends_all_with_its_sentence(tmp_path):
 
 
 def test_a_killed_worker_gives_a_sentence_and_the_run_goes_on(tmp_path):
-    lab = Lab(profile(tmp_path, *(WORLD.format(n, s) for n, s in ("a1", "b2"))), tmp_path / "runs")
+    lab = Lab(profile(tmp_path, WORLD.format("a", 20), WORLD.format("b", 21)), tmp_path / "runs")
     finished, held = (named(lab, f"passages/{name}") for name in "ab")
 
     def kill():
@@ -178,7 +180,8 @@ def test_tidy_keeps_what_the_profile_reaches(tmp_path):
 
 def test_ctrl_c_ends_kernels_and_goes_on(tmp_path):
     script = tmp_path / "works.py"
-    script.write_text(textwrap.dedent("""
+    script.write_text(
+        textwrap.dedent("""
         import signal, subprocess, sys, time
         signal.signal(signal.SIGINT, signal.default_int_handler)
         from ragkit.experiment.run import stoppable
@@ -190,7 +193,8 @@ def test_ctrl_c_ends_kernels_and_goes_on(tmp_path):
             stoppable([work])
         except KeyboardInterrupt:
             print("stopped")
-    """))
+    """)
+    )
     process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True,
                                env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     kernel = int(process.stdout.readline())

@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from ragkit.errors import StoreError
-from ragkit.experiment.graph import Graph
+from ragkit.experiment.graph import Graph, Of
 from ragkit.experiment.store import KNOBS, Stage, Store, only_run, read_record
 from ragkit.profile import load_profile
 
@@ -65,7 +65,9 @@ def stage(maker, kind="toy", **settings):
 
 def passages(*changes):
     """The passages of smoke's first set: a real stage that is cheap."""
-    return Graph(load_profile("smoke", ["sets.0.entities=12", *changes])).passages("almanac")
+    return Graph(load_profile("smoke", ["sets.0.entities=12", *changes])).stage(
+        "passages", Of("almanac")
+    )
 
 
 def test_there_and_back_again_is_made_twice(tmp_path):
