@@ -59,6 +59,12 @@ def toy(monkeypatch):
     monkeypatch.setitem(sys.modules, TOY, module)
 
 
+@pytest.fixture
+def runs(tmp_path):
+    """A run's folder that has no other run beside it."""
+    return tmp_path / "runs" / "mine"
+
+
 def stage(maker, kind="toy", **settings):
     return Stage(kind, f"{kind}/a", f"{TOY}:{maker}", settings, units={"steps": 6})
 
@@ -70,28 +76,28 @@ def passages(*changes):
     )
 
 
-def test_there_and_back_again_is_made_twice(tmp_path):
+def test_there_and_back_again_is_made_twice(runs):
     a, b = passages(), passages("sets.0.seed=77")
     assert a.key != b.key
     told = []
     for one in (a, b, passages(), b):
-        kept = Store(tmp_path)  # each as a process of its own
+        kept = Store(runs)  # each as a process of its own
         home = kept.open(one)
         told.append(kept.status[one.name])
-        assert home == tmp_path / "stages" / "passages" / one.key
+        assert home == runs / "stages" / "passages" / one.key
     assert told[0] == "ran: not made yet"
     assert told[1].startswith("ran: settings.set.seed ")
     assert told[1].endswith(" -> 77")
     assert told[2:] == ["reused", "reused"]
-    assert len(list((tmp_path / "stages" / "passages").iterdir())) == 2
+    assert len(list((runs / "stages" / "passages").iterdir())) == 2
 
 
-def test_a_damaged_file_is_named_and_made_again_to_the_same_bytes(tmp_path):
+def test_a_damaged_file_is_named_and_made_again_to_the_same_bytes(runs):
     one = passages()
-    file = Store(tmp_path).open(one) / "passages.arrow"
+    file = Store(runs).open(one) / "passages.arrow"
     whole = file.read_bytes()
     file.write_bytes(whole[:-8] + b"\0" * 8)
-    again = Store(tmp_path)
+    again = Store(runs)
     assert again.why_not(one) == "passages.arrow is damaged or missing"
     again.open(one)
     assert again.status[one.name] == "ran: passages.arrow is damaged or missing"
@@ -99,24 +105,24 @@ def test_a_damaged_file_is_named_and_made_again_to_the_same_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["not json", "{}", "[]", '{"record": {}, "files": 1}'])
-def test_a_damaged_record_is_found(tmp_path, text):
+def test_a_damaged_record_is_found(runs, text):
     one = passages()
-    (Store(tmp_path).open(one) / "stage.json").write_text(text)
-    kept = Store(tmp_path)
+    (Store(runs).open(one) / "stage.json").write_text(text)
+    kept = Store(runs)
     kept.open(one)
     assert kept.status[one.name] == "ran: its record is damaged"
-    assert Store(tmp_path).why_not(one) is None
+    assert Store(runs).why_not(one) is None
 
 
-def test_a_failed_stage_never_counts(tmp_path):
+def test_a_failed_stage_never_counts(runs):
     for error in (KeyboardInterrupt(), PermissionError(errno.EACCES, "Permission denied")):
         failing = Stage("toy", "toy/a", f"{TOY}:half", {"error": "any"})
         failing.record  # noqa: B018  # the key is made of plain values
         object.__setattr__(failing, "settings", {"error": error})
         with pytest.raises(type(error)):
-            Store(tmp_path).open(failing)
-        assert not list((tmp_path / "stages").glob("toy/*"))
-        assert Store(tmp_path).why_not(failing) == "not made yet"
+            Store(runs).open(failing)
+        assert not list((runs / "stages").glob("toy/*"))
+        assert Store(runs).why_not(failing) == "not made yet"
 
 
 def make_slowly(runs):
@@ -129,28 +135,30 @@ def process(runs):
     return made
 
 
-def test_a_killed_maker_goes_on_from_what_it_left(tmp_path):
-    made, steps = process(tmp_path), tmp_path / "steps"
+def test_a_killed_maker_goes_on_from_what_it_left(runs):
+    runs.mkdir(parents=True)
+    made, steps = process(runs), runs / "steps"
     while not steps.exists() or len(steps.read_text().split()) < 2:
         time.sleep(0.02)
     os.kill(made.pid, signal.SIGKILL)
     made.join()
-    assert not list((tmp_path / "stages").glob("toy/*"))
-    make_slowly(tmp_path)
+    assert not list((runs / "stages").glob("toy/*"))
+    make_slowly(runs)
     noted = [int(step) for step in steps.read_text().split()]
     assert noted[-1] == 5
     assert noted.count(0) == 1
-    (home,) = (tmp_path / "stages" / "toy").iterdir()
+    (home,) = (runs / "stages" / "toy").iterdir()
     assert {path.name for path in home.iterdir()} == {"progress", "stage.json"}
 
 
-def test_one_stage_is_made_by_one_process(tmp_path):
+def test_one_stage_is_made_by_one_process(runs):
     """A notebook opened beside a run waits for the run's stage and reuses it."""
-    both = [process(tmp_path), process(tmp_path)]
+    runs.mkdir(parents=True)
+    both = [process(runs), process(runs)]
     for made in both:
         made.join()
         assert made.exitcode == 0
-    assert (tmp_path / "steps").read_text().split() == [str(step) for step in range(6)]
+    assert (runs / "steps").read_text().split() == [str(step) for step in range(6)]
 
 
 def test_a_run_beside_it_is_taken_over_by_links(tmp_path):
@@ -176,60 +184,62 @@ def test_a_damaged_neighbour_is_not_taken_over(tmp_path):
 
 
 @pytest.mark.parametrize("maker", ["arrays", "text"])
-def test_a_file_that_finds_no_room(tmp_path, maker):
+def test_a_file_that_finds_no_room(runs, maker):
     """A real limit on the size of files, met by safetensors' writer and by Python's."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
     try:
         with pytest.raises(StoreError, match=r"No room to write stage toy/a in .*Free some space"):
-            Store(tmp_path).open(stage(maker))
+            Store(runs).open(stage(maker))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not list((tmp_path / "stages").glob("toy/*"))
-    assert len(list(Store(tmp_path).open(stage(maker)).iterdir())) == 2  # with room it is whole
+    assert not list((runs / "stages").glob("toy/*"))
+    assert len(list(Store(runs).open(stage(maker)).iterdir())) == 2  # with room it is whole
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="Only root can mount a tiny disk.")
-def test_a_really_full_disk(tmp_path):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)]
+def test_a_really_full_disk(runs):
+    runs.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(runs)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("Mounting is not allowed here; the test above meets a full disk without it.")
     try:
         with pytest.raises(StoreError, match="No space left on device"):
-            Store(tmp_path).open(stage("arrays"))
-        assert not list((tmp_path / "stages").glob("toy/*"))
+            Store(runs).open(stage("arrays"))
+        assert not list((runs / "stages").glob("toy/*"))
     finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
+        subprocess.run(["umount", str(runs)], check=True)
 
 
 @pytest.mark.parametrize("kind", [*KNOBS, "teacher"])
 @pytest.mark.parametrize("words", ["CUDA out of memory. Tried", "DefaultCPUAllocator: can't allocate memory", None])  # fmt: skip  # noqa: E501
-def test_memory_that_runs_out_names_the_knob(tmp_path, kind, words):
+def test_memory_that_runs_out_names_the_knob(runs, kind, words):
     failing = stage("half", kind, error=kind)
     failing.record  # noqa: B018
     error = MemoryError() if words is None else RuntimeError(words)
     object.__setattr__(failing, "settings", {"error": error})
     with pytest.raises(StoreError, match=f"Stage {kind}/a: memory ran out. Lower ") as caught:
-        Store(tmp_path).open(failing)
+        Store(runs).open(failing)
     assert KNOBS.get(kind, "reader.at_once") in str(caught.value)
 
 
-def test_two_runs_at_once_are_refused(tmp_path):
-    with only_run(tmp_path), pytest.raises(StoreError, match="Another run"), only_run(tmp_path):
+def test_two_runs_at_once_are_refused(runs):
+    runs.mkdir(parents=True)
+    with only_run(runs), pytest.raises(StoreError, match="Another run"), only_run(runs):
         pass
-    with only_run(tmp_path):  # and it is free again
+    with only_run(runs):  # and it is free again
         pass
 
 
 def test_a_run_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(StoreError, match="Choose another with --runs"):
+    with pytest.raises(StoreError, match=r"cannot be made .* Choose another --runs"):
         Store(tmp_path / "file" / "tiny")
 
 
-def test_what_a_stage_says_of_itself(tmp_path):
+def test_what_a_stage_says_of_itself(runs):
     one = passages()
-    saved = read_record(Store(tmp_path).open(one))
+    saved = read_record(Store(runs).open(one))
     made = saved["made"]
     head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     assert made["commit"] == head.stdout.strip()
@@ -243,9 +253,9 @@ def test_what_a_stage_says_of_itself(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="Measured on Linux only.")
-def test_the_peak_memory_is_that_of_the_stage_alone(tmp_path):
+def test_the_peak_memory_is_that_of_the_stage_alone(runs):
     peaks = []
     for values in (30_000_000, 1):  # 229 MiB, freed before the stage ends
-        home = Store(tmp_path).open(stage("memory", values=values))
+        home = Store(runs).open(stage("memory", values=values))
         peaks.append(read_record(home)["peak_mib"])
     assert peaks[0] > peaks[1] + 200
