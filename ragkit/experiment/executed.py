@@ -70,9 +70,9 @@ class Notebooks:
             )
 
     @cached_property
-    def keys(self) -> dict[str, str]:
-        """The keys of the run's stages by their names."""
-        return {stage.name: stage.key for stage in self.lab.stages}
+    def keys(self) -> set[str]:
+        """The keys of the run's stages. Another seed's graph has other names for those it shares."""
+        return {stage.key for stage in self.lab.stages}
 
     def record(self, source: Path) -> dict[str, Any]:
         """What an execution depends on besides the stages that it opens."""
@@ -95,7 +95,7 @@ class Notebooks:
         if saved["record"] != record:
             return difference(saved["record"], record)
         for name, key in saved["opened"].items():
-            if self.keys.get(name) != key:
+            if key not in self.keys:
                 return f"{name} was made anew"
         if contents(home) != saved["files"]:
             return "its files are damaged or missing"
