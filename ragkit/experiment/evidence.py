@@ -16,8 +16,8 @@ from ragkit.errors import NounsError
 from ragkit.experiment import claims, tables
 from ragkit.experiment.analysis import Analysis, Goal
 from ragkit.experiment.claims import Gain, Part
-from ragkit.experiment.graph import TAUGHT_BY
 from ragkit.experiment.lab import Lab
+from ragkit.experiment.stages import TAUGHT_BY
 from ragkit.indicators import measures
 from ragkit.indicators.measures import SPACES, Floats
 from ragkit.indicators.metrics import Interval, interval, paired_gain

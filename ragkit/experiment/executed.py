@@ -71,7 +71,7 @@ class Notebooks:
 
     @cached_property
     def keys(self) -> set[str]:
-        """The keys of the run's stages. Another seed's graph has other names for those it shares."""
+        """The keys of the run's stages; a variation opens many of them under its own name."""
         return {stage.key for stage in self.lab.stages}
 
     def record(self, source: Path) -> dict[str, Any]:

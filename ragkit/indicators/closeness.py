@@ -157,6 +157,8 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
     (`answer`, `nouns`) `{goal}/exact`, and `{goal}/{space}` in each of SPACES and CONTROLS.
 
     `contextual` is left out where this reader saw other passage tokens than the off-the-shelf one.
+    Beside it, for whoever measures by hand: `vectors.safetensors` (the input space's vectors of all
+    `ids` that occur, sorted), and `answers.json`, the tokens of each question's answer.
     """
     tokens, reader, base = (
         Tokens.load(inputs["tokens"]),
@@ -188,8 +190,12 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
             arrays[f"{goal}/{space}"] = measures.closeness_to(tokens, goals, embed)
         if goal in contextual and np.array_equal(contextual["ids"], tokens.ids):
             arrays[f"{goal}/contextual"] = contextual[goal]
+    ids = np.unique(np.concatenate([tokens.ids, *map(np.array, wanted["answer"])]))
+    vectors = embeddings(reader.tokenizer, ids, table, base.tokenizer)
     if device.is_main():
         write_arrays(folder / "closeness.safetensors", arrays)
+        write_arrays(folder / "vectors.safetensors", {"ids": ids, "vectors": vectors})
+        write_json(folder / "answers.json", wanted["answer"])
 
 
 def make_probe(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
