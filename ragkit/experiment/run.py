@@ -94,6 +94,7 @@ def make_all(lab: Lab, stages: Sequence[Stage]) -> None:
             lab.store.open(one)
         return
     context = multiprocessing.get_context("spawn")
+    others = set(psutil.Process().children())  # not ours to end
     pool = ProcessPoolExecutor(workers_of(lab), mp_context=context, initializer=begin_worker)
     running: dict[Future[str], Stage] = {}
     unmade = set(missing)
@@ -116,8 +117,8 @@ def make_all(lab: Lab, stages: Sequence[Stage]) -> None:
             "The same command goes on from what was finished."
         ) from None
     finally:
-        for process in psutil.Process().children():
-            process.terminate() if running else None
+        for process in set(psutil.Process().children()) - others if running else ():
+            process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
 
 

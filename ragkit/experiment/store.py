@@ -200,9 +200,9 @@ class Store:
         for other in sorted(self.folder.parent.glob(f"*/stages/{stage.place}/{RECORD}")):
             aside = self.folder / "partial" / f"{stage.kind}-{stage.key}.{os.getpid()}.link"
             shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(other.parent, aside, copy_function=link)
-            home.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(OSError):  # another process was faster
+            with suppress(OSError):  # another process was faster, or there is no room for copies
+                shutil.copytree(other.parent, aside, copy_function=link)
+                home.parent.mkdir(parents=True, exist_ok=True)
                 aside.rename(home)
             shutil.rmtree(aside, ignore_errors=True)
             return
