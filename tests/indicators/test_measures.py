@@ -81,7 +81,7 @@ def test_closeness_is_to_the_wanted_tokens_of_the_same_question():
 
 
 def test_vectors_are_dealt_anew_for_each_question():
-    """The same prompt asked 400 times: a common word is close by luck in some, and in others not."""
+    """The same prompt asked 400 times: a word is close by luck in some, and in others not."""
     n, table = 400, np.random.default_rng(0).normal(size=(30, 8))
     table[29] = np.nan  # has no vector, and gets none
     tokens = some_tokens([1, 2, 3, 29] * n, np.repeat(np.arange(n), 4))
