@@ -162,6 +162,8 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
     (`answer`, `nouns`) `{goal}/exact`, and `{goal}/{space}` in each of SPACES and CONTROLS.
 
     `contextual` is left out where this reader saw other passage tokens than the off-the-shelf one.
+    Beside it, for whoever measures by hand: `vectors.safetensors` (the input space's vectors of all
+    `ids` that occur, sorted), and `answers.json`, the tokens of each question's answer.
     """
     tokens, contextual = Tokens.load(inputs["tokens"]), {}
     if "contextual" in inputs:
@@ -182,8 +184,12 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
             arrays[f"{goal}/{name}"] = close
         if goal in contextual and np.array_equal(contextual["ids"], tokens.ids):
             arrays[f"{goal}/contextual"] = contextual[goal]
+    ids = np.unique(np.concatenate([tokens.ids, *map(np.array, wanted["answer"])]))
+    vectors = embeddings(reader.tokenizer, ids, table, base.tokenizer)
     if device.is_main():
         write_arrays(folder / "closeness.safetensors", arrays)
+        write_arrays(folder / "vectors.safetensors", {"ids": ids, "vectors": vectors})
+        write_json(folder / "answers.json", wanted["answer"])
 
 
 def make_probe(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
