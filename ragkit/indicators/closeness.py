@@ -164,6 +164,8 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
     `contextual` is left out where this reader saw other passage tokens than the off-the-shelf one.
     Beside it, for whoever measures by hand: `vectors.safetensors` (the input space's vectors of all
     `ids` that occur, sorted), and `answers.json`, the tokens of each question's answer.
+    Beside it, for whoever measures by hand: `vectors.safetensors` (the input space's vectors of all
+    `ids` that occur, sorted), and `answers.json`, the tokens of each question's answer.
     """
     tokens, contextual = Tokens.load(inputs["tokens"]), {}
     if "contextual" in inputs:
@@ -174,7 +176,8 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
     models = {"input": base, "own": reader, "retriever": retriever, "permuted": base}
     asked, nouns = opened(inputs, settings, "test")
     arrays: dict[str, NDArray[Any]] = {}
-    for goal, goals in wanted_ids(reader, asked.questions, nouns).items():
+    wanted = wanted_ids(reader, asked.questions, nouns)
+    for goal, goals in wanted.items():
         exact = measures.exact(tokens, goals)
         arrays[f"{goal}/exact"] = exact.astype(np.uint8)
         arrays[f"{goal}/overlap"] = exact.astype(np.float64)
@@ -186,8 +189,12 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
             arrays[f"{goal}/contextual"] = contextual[goal]
     ids = np.unique(np.concatenate([tokens.ids, *map(np.array, wanted["answer"])]))
     vectors = embeddings(reader.tokenizer, ids, table, base.tokenizer)
+    ids = np.unique(np.concatenate([tokens.ids, *map(np.array, wanted["answer"])]))
+    vectors = space(reader, base)(ids)
     if device.is_main():
         write_arrays(folder / "closeness.safetensors", arrays)
+        write_arrays(folder / "vectors.safetensors", {"ids": ids, "vectors": vectors})
+        write_json(folder / "answers.json", wanted["answer"])
         write_arrays(folder / "vectors.safetensors", {"ids": ids, "vectors": vectors})
         write_json(folder / "answers.json", wanted["answer"])
 
