@@ -31,7 +31,7 @@ from ragkit.experiment.store import Store, file_hash
 from ragkit.models import checkpoint, reader
 from ragkit.models.reader import Reader
 from ragkit.pages import report
-from ragkit.profile import ReaderSettings
+from ragkit.settings import ReaderSettings
 
 ROOT = Path(__file__).parent.parent
 PROFILE = """

@@ -15,7 +15,7 @@ from datasets import Dataset, load_dataset
 
 from ragkit.data.passages import Passage, passage_from
 from ragkit.errors import DataError
-from ragkit.profile import HubTable
+from ragkit.settings import HubTable
 
 ID_KEYS = ("id", "docid", "psg_id", "passage_id")  # of the passages of a pool
 

@@ -15,7 +15,7 @@ from ragkit.data.files import input_hash, read_jsonl
 from ragkit.data.passages import Passage, Passages
 from ragkit.data.text import holds_answer, normalise
 from ragkit.errors import DataError
-from ragkit.profile import FileSet, HubSet, HubTable, QuestionSet, WorldSet
+from ragkit.settings import FileSet, HubSet, HubTable, QuestionSet, WorldSet
 
 PARTS = ("distill", "dev", "test")
 PASSAGES = "passages.arrow"

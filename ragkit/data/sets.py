@@ -25,7 +25,7 @@ from ragkit.data.questions import (
 )
 from ragkit.data.worlds import build_world, world_passages
 from ragkit.errors import DataError
-from ragkit.profile import FileSet, HubSet, HubTable, QuestionSet, WorldSet
+from ragkit.settings import FileSet, HubSet, HubTable, QuestionSet, WorldSet
 
 log = logging.getLogger(__name__)
 Rows = dict[str, list[tuple[str, dict[str, Any]]]]  # of a hub's table: names and rows by part

@@ -19,7 +19,7 @@ import yaml
 from ragkit.data.passages import Passage
 from ragkit.data.questions import PARTS, Corpus, Question
 from ragkit.errors import DataError
-from ragkit.profile import WorldSet, asset
+from ragkit.settings import WorldSet, asset
 
 RESERVED_SHARE = 5  # one name word in five is kept for the frozen worlds
 YEARS = range(1710, 1960)

@@ -17,7 +17,8 @@ from ragkit.distillation.targets import READERS, TARGETS, UNTAUGHT, teacher_of
 from ragkit.experiment.kinds import KINDS
 from ragkit.experiment.outside import finder_state, model_files, passage_count
 from ragkit.experiment.store import Stage
-from ragkit.profile import Profile, WorldSet, varied
+from ragkit.profile import Profile, varied
+from ragkit.settings import WorldSet
 
 TAUGHT_BY = ("attention", "perplexity")  # the signals that every reader teaches by
 BESIDE = ("LOOP", "EMDR2")  # and those that only the two regimes' readers do

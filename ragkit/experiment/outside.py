@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ragkit.data.files import input_hash
 from ragkit.data.worlds import relations, spec
-from ragkit.profile import FileSet, HubTable, QuestionSet, WorldSet, asset
+from ragkit.settings import FileSet, HubTable, QuestionSet, WorldSet, asset
 
 POOL = 50  # passages of a question's pool on the hub, about: for the plan only
 

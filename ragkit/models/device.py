@@ -22,7 +22,7 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from tqdm.auto import tqdm
 
 from ragkit.errors import MachineError
-from ragkit.profile import MachineSettings
+from ragkit.settings import MachineSettings
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")

@@ -23,7 +23,7 @@ from ragkit.data.files import file_hash
 from ragkit.data.passages import block
 from ragkit.data.vocabulary import build_tokenizer
 from ragkit.models import device
-from ragkit.profile import MachineSettings
+from ragkit.settings import MachineSettings
 
 log = logging.getLogger(__name__)
 HIDDEN, LAYERS, HEADS = 64, 3, 8

@@ -23,7 +23,7 @@ from ragkit.data.questions import (
 from ragkit.data.sets import make_passages, make_questions
 from ragkit.data.text import normalise
 from ragkit.errors import DataError
-from ragkit.profile import FileSet
+from ragkit.settings import FileSet
 
 HEADER = "id\ttext\ttitle\n"
 REAL = pytest.mark.skipif(

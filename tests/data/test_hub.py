@@ -14,7 +14,7 @@ from ragkit.data.questions import Corpus, card, passage_settings, question_setti
 from ragkit.data.sets import make_passages, make_questions
 from ragkit.data.text import normalise
 from ragkit.errors import DataError
-from ragkit.profile import HubSet, HubTable
+from ragkit.settings import HubSet, HubTable
 
 TOWNS = [
     Passage(

@@ -10,7 +10,7 @@ from ragkit.data.questions import Corpus, passage_settings
 from ragkit.data.text import holds_answer
 from ragkit.data.vocabulary import build_tokenizer
 from ragkit.errors import DataError
-from ragkit.profile import WorldSet
+from ragkit.settings import WorldSet
 
 WORLDS = ("almanac", "trivia")
 
