@@ -136,7 +136,7 @@ def entity_matching(
         entities = worlds.make_entities(world, n_passages, rng, reserved=True, kind=kind)
         lines = []
         for e in entities:
-            passage = worlds.write_passage(e, relation, rng.randrange(5), rng)[0]
+            passage = worlds.write_passage(e, relation, rng.randrange(5), rng)
             lines.append(block(e.name, passage))
         lines.append("In short. " + worlds.cloze(entities[0], relation))
         logits = model(tokenizer("\n".join(lines), return_tensors="pt").input_ids).logits[0, -1]
