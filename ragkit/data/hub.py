@@ -25,7 +25,8 @@ def load(table: HubTable, split: str, columns: Sequence[str]) -> Dataset:
     """
     where = f"Table {table.dataset!r}, configuration {table.config!r}, split {split!r}"
     is_local = Path(table.dataset).is_dir()
-    kind, options = table.dataset, {} if is_local else {"revision": table.revision}
+    kind = table.dataset
+    options: dict[str, Any] = {} if is_local else {"revision": table.revision}
     if table.files:
         kind = "parquet" if table.files.endswith(".parquet") else "json"
         root = table.dataset if is_local else f"hf://datasets/{table.dataset}@{table.revision}"

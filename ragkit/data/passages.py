@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,9 +21,7 @@ log = logging.getLogger(__name__)
 AT_ONCE = 10_000  # passages of a batch in the file
 FIELDS = ("id", "title", "text")
 HEADER = ["id", "text", "title"]
-MOST_LINES = 10_000  # of one row of a TSV: one with more has a quote that is never closed
-# A row of three fields: one with quotes, tabs or line ends stands in quotes, its quotes doubled.
-QUOTED_ROW = re.compile("\t".join([r'("(?:[^"]++|"")*+"|[^"\t\r\n]*)'] * 3) + r"[\r\n]*")
+CSV_FIELD = re.compile('"(?:[^"]|"")*"')  # in quotes, those within doubled
 
 
 @dataclass(frozen=True)
@@ -105,59 +104,48 @@ def read_tsv(path: Path) -> Iterator[Passage]:
     Quotes are CSV's (DPR's own file) or part of the text (raw), as `quoting` finds. Passages of no
     text are left out, and the log says how many. Raises DataError that names file and line.
     """
-    quoted, decided = quoting(path)
-    empty: list[int] = []
+    is_csv, decided = quoting(path)
+    number, empty = 1, []
     with open_text(path) as file:
-        for number, line in rows_of(file, quoted):
-            row = line.rstrip("\r\n").split("\t")
-            match = QUOTED_ROW.fullmatch(line)
-            if '"' in line and (match is None if quoted else len(row) == 3 and line_quoting(line)):
-                kind = "CSV's: closed, and doubled within the text" if quoted else "just text"
-                raise DataError(
-                    f"{path}, line {number}: not a row of a file whose quotes are {kind} (see line "
-                    f"{decided}). Write them all alike."
-                )
-            if quoted and match:
-                row = [unquoted(field) for field in match.groups()]
-            if len(row) != 3 or (number == 1 and row != HEADER):
-                wanted = "the header id, text, title" if number == 1 else "3 fields"
-                raise DataError(f"{path}, line {number}: expected {wanted} (tabs), found {row}.")
-            if not row[1].strip():
-                empty.append(number)
-            elif number > 1:
-                yield Passage(row[0], row[2], row[1])
+        style = csv.QUOTE_MINIMAL if is_csv else csv.QUOTE_NONE
+        rows = csv.reader(file, delimiter="\t", quoting=style, strict=True)
+        try:
+            for row in rows:
+                if len(row) != 3 or (number == 1 and row != HEADER):
+                    wanted = "the header id, text, title" if number == 1 else "3 fields"
+                    raise csv.Error(f"expected {wanted}, between tabs; found {row}")
+                if not is_csv and line_quoting("\t".join(row)):
+                    raise csv.Error("quotes are doubled here, as in CSV")
+                if not row[1].strip():
+                    empty.append(number)
+                elif number > 1:
+                    yield Passage(row[0], row[2], row[1])
+                number = rows.line_num + 1
+        except csv.Error as error:
+            kind = "CSV's, and doubled within the text" if is_csv else "part of the text"
+            told = f" By line {decided} the file's quotes are {kind}." if decided else ""
+            raise DataError(f"{path}, line {number}: {error}.{told} Mend the row.") from None
     if empty:
         said = "%s: %d passages without text were left out (the first at line %d)."
         log.warning(said, path, len(empty), empty[0])
 
 
-def rows_of(lines: Iterable[str], quoted: bool) -> Iterator[tuple[int, str]]:
-    """Rows with the line they start on; a quoted one goes on until its quotes are closed."""
-    numbered = enumerate(lines, start=1)
-    for number, line in numbered:
-        parts, is_open = [line], quoted and line.count('"') % 2 == 1
-        while is_open and len(parts) < MOST_LINES and (more := next(numbered, None)):
-            parts.append(more[1])
-            is_open ^= more[1].count('"') % 2 == 1
-        yield number, "".join(parts)
-
-
-def unquoted(field: str) -> str:
-    """A field of a row as CSV means it."""
-    return field[1:-1].replace('""', '"') if field.startswith('"') else field
-
-
 def line_quoting(line: str) -> bool | None:
     """Whether a line's quotes must be CSV's (True) or part of the text (False); None: either."""
-    if line.count("\t") != 2:
+    fields = line.rstrip("\r\n").split("\t")
+    if len(fields) != 3:
         return True  # the beginning of a row of several lines, or a tab within quotes
-    if not (match := QUOTED_ROW.fullmatch(line)):
+    quoted = [field for field in fields if '"' in field]
+    if not all(CSV_FIELD.fullmatch(field) for field in quoted):
         return False
-    return any(field.startswith('"') and '""' in field[1:-1] for field in match.groups()) or None
+    return any('""' in field[1:-1] for field in quoted) or None
 
 
 def quoting(path: Path) -> tuple[bool, int]:
-    """Whether a TSV's quotes are CSV's, and the line that tells. Raises DataError if none does."""
+    """Whether a TSV's quotes are CSV's, and the line that tells (0: there are no quotes).
+
+    Raises DataError if no line tells.
+    """
     unclear = 0
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):

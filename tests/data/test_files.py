@@ -54,14 +54,17 @@ def test_a_dpr_file_plain_or_gzipped(tmp_path):
         (HEADER + "1\tone\tA\n2\ttwo\tB\n1\tthree\tC\n", "Passages 1 and 3 have the same id '1'"),
         (
             HEADER + '1\t"never closed\n' + "x\n" * 100_000,
-            "line 2: not a row of a file whose quotes are CSV's.* line 2",
+            "line 2: field larger .*line 2 the file's quotes are CSV's",
         ),
         (HEADER + '1\t"Brann"\tB\n', "line 2: are these quotes CSV's or part of the text"),
         (
             HEADER + '1\t"A ""b"""\tT\n2\t"C" d\tU\n',
-            "line 3: not a row .*doubled within the text .see line 2",
+            "line 3: .*By line 2 the file's quotes are CSV's",
         ),
-        (HEADER + '2\t"C" d\tU\n1\t"A ""b"""\tT\n', "line 3: not a row .*just text .see line 2"),
+        (
+            HEADER + '2\t"C" d\tU\n1\t"A ""b"""\tT\n',
+            "line 3: quotes are doubled here.*By line 2 .*part of the text",
+        ),
     ],
 )
 def test_bad_passages_are_named(tmp_path, text, words):
@@ -226,7 +229,7 @@ def test_a_gold_passage_of_null_is_none(tmp_path):
 def test_half_a_character_is_named(tmp_path):
     row = {"question": "who is \ud800 mayor", "answer": "a"}
     for text in (json.dumps(row), json.dumps([row])):
-        with pytest.raises(DataError, match="line 1: not valid JSON .*surrogates"):
+        with pytest.raises(DataError, match=r"line 1: not valid JSON .*surrogates"):
             rows_of(write(tmp_path, "q.jsonl", text))
 
 
