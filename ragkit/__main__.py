@@ -16,7 +16,7 @@ from ragkit.errors import RagkitError, StoreError
 from ragkit.experiment import plan, run
 from ragkit.experiment.lab import Lab, changed_profile
 from ragkit.pages import course, reference, report
-from ragkit.profile import asset
+from ragkit.settings import asset
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 FIGURES = NOTEBOOKS.parent / "figures"

@@ -28,7 +28,7 @@ from ragkit.data.files import file_hash, room_on_disk, write_whole
 from ragkit.errors import StoreError
 from ragkit.experiment.closure import closure_of
 from ragkit.experiment.provenance import memory_from_now, provenance, versions
-from ragkit.profile import FREE, MachineSettings
+from ragkit.settings import FREE, MachineSettings
 
 log = logging.getLogger(__name__)
 KNOBS = {
@@ -45,7 +45,7 @@ MAIN = os.environ.get("RANK", "0") == "0"
 
 
 def without_free(settings: Any) -> Any:
-    """Settings without those that change no result (`profile.FREE`), as plain JSON values."""
+    """Settings without those that change no result (`settings.FREE`), as plain JSON values."""
     if isinstance(settings, Mapping):
         return {name: without_free(one) for name, one in settings.items() if name not in FREE}
     if isinstance(settings, list | tuple):

@@ -29,7 +29,7 @@ from ragkit.errors import CourseError
 from ragkit.experiment.executed import kernel_of_here
 from ragkit.experiment.run import stoppable
 from ragkit.experiment.store import only_run
-from ragkit.profile import asset
+from ragkit.settings import asset
 
 log = logging.getLogger(__name__)
 HEADING = re.compile(r"### Exercise (\d+) · (.+?) \*\((easy|medium|hard), (\d+) minutes\)\*\n")

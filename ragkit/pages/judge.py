@@ -32,7 +32,7 @@ from ragkit.models.fid import load_reader
 from ragkit.models.loading import loading
 from ragkit.models.reader import Reader, embedded_reader
 from ragkit.pages.asked import Asked, has_word, holding, read_asked, usable
-from ragkit.profile import ROWS, AttentionSettings, IndicatorSettings, ReaderSettings
+from ragkit.settings import ROWS, AttentionSettings, IndicatorSettings, ReaderSettings
 
 log = logging.getLogger(__name__)
 ENOUGH = 30  # questions below which no line is drawn

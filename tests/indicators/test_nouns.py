@@ -26,7 +26,7 @@ from ragkit.indicators.nouns import (
     tagged_text,
     train_tagger,
 )
-from ragkit.profile import WorldSet
+from ragkit.settings import WorldSet
 
 REAL_DATA = Path(os.environ.get("RAGKIT_REAL_DATA", ""))
 real_data = pytest.mark.skipif(
