@@ -143,7 +143,7 @@ def do(arguments: argparse.Namespace) -> None:
     elif arguments.command == "reference":
         reference.publish(finished(lab), FIGURES, README)
     elif arguments.command == "course":
-        log.info("course: %s", course.write(NOTEBOOKS, finished(lab)))
+        log.info("course: %s", course.write(NOTEBOOKS, finished(lab).folder, arguments.profile))
     else:
         log.info("%d old stages removed", run.tidy(lab, NOTEBOOKS))
 

@@ -211,7 +211,8 @@ class Notebooks:
         for source in self.sources:
             home = self.held(source)
             saved = read_record(home) if home else None
-            assert home is not None and saved is not None
+            assert home is not None
+            assert saved is not None
             names = ("kind", "seconds", "peak_mib", "units", "made")
             told[source.stem] = {name: saved[name] for name in names}
             told[source.stem] |= {"key": home.name, "status": self.status[source.stem]}

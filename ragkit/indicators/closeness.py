@@ -164,8 +164,6 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
     `contextual` is left out where this reader saw other passage tokens than the off-the-shelf one.
     Beside it, for whoever measures by hand: `vectors.safetensors` (the input space's vectors of all
     `ids` that occur, sorted), and `answers.json`, the tokens of each question's answer.
-    Beside it, for whoever measures by hand: `vectors.safetensors` (the input space's vectors of all
-    `ids` that occur, sorted), and `answers.json`, the tokens of each question's answer.
     """
     tokens, contextual = Tokens.load(inputs["tokens"]), {}
     if "contextual" in inputs:
@@ -188,13 +186,9 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
         if goal in contextual and np.array_equal(contextual["ids"], tokens.ids):
             arrays[f"{goal}/contextual"] = contextual[goal]
     ids = np.unique(np.concatenate([tokens.ids, *map(np.array, wanted["answer"])]))
-    vectors = embeddings(reader.tokenizer, ids, table, base.tokenizer)
-    ids = np.unique(np.concatenate([tokens.ids, *map(np.array, wanted["answer"])]))
     vectors = space(reader, base)(ids)
     if device.is_main():
         write_arrays(folder / "closeness.safetensors", arrays)
-        write_arrays(folder / "vectors.safetensors", {"ids": ids, "vectors": vectors})
-        write_json(folder / "answers.json", wanted["answer"])
         write_arrays(folder / "vectors.safetensors", {"ids": ids, "vectors": vectors})
         write_json(folder / "answers.json", wanted["answer"])
 
