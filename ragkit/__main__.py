@@ -136,8 +136,8 @@ def do(arguments: argparse.Namespace) -> None:
     if arguments.command == "plan":
         say("\n".join(plan.lines(plan.make(lab))))
     elif arguments.command == "reproduce":
-        run.reproduce(lab, NOTEBOOKS)
-        write_report(lab)
+        if run.reproduce(lab, NOTEBOOKS):
+            write_report(lab)
     elif arguments.command == "report":
         write_report(finished(lab))
     elif arguments.command == "reference":
