@@ -229,7 +229,7 @@ class Store:
         module, _, function = stage.maker.partition(":")
         started, peak = time.monotonic(), memory_from_now()
         with room_on_disk(self.folder, f"stage {stage.name}"), room_in_memory(stage):
-            if not module.startswith("ragkit.data"):  # what only reads data needs no torch
+            if stage.machine and not module.startswith("ragkit.data"):  # data needs no torch
                 device = importlib.import_module("ragkit.models.device")
                 device.start(MachineSettings(**stage.machine["machine"]), stage.machine["threads"])
             maker = getattr(importlib.import_module(module), function)
