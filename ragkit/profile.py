@@ -12,15 +12,23 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from ragkit.errors import ProfileError
-
-# isort: off
 from ragkit.settings import (
-    ASSETS, FREE, LAYERS, POOLINGS, ROWS, AttentionSettings, Count, DistillSettings,  # noqa: F401
-    EvaluateSettings, FileSet, HubSet, HubTable, IndexSettings, IndicatorSettings,  # noqa: F401
-    MachineSettings, Name, NounSettings, QuestionSet, ReaderSettings, RetrieverSettings, Section,
-    Seeds, WorldSet, asset,  # noqa: F401
-)  # fmt: skip
-# isort: on
+    ASSETS,
+    AttentionSettings,
+    Count,
+    DistillSettings,
+    EvaluateSettings,
+    IndexSettings,
+    IndicatorSettings,
+    MachineSettings,
+    Name,
+    NounSettings,
+    QuestionSet,
+    ReaderSettings,
+    RetrieverSettings,
+    Section,
+    Seeds,
+)
 
 VARIATIONS: dict[str, dict[str, Any]] = {
     "rows: predicting": {"attention": {"rows": "predicting"}},

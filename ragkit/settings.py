@@ -90,7 +90,6 @@ class HubSet(Section):
     passages: HubTable | str | None = None
     passage_split: str = "train"
     pools: tuple[str, ...] = Field(default=(), strict=False)
-    most_passages: Count | None = None  # of a table or TSV, drawn by the seed
     seed: int = 0
     distill: Count = 2000
     dev: Count = 500
@@ -206,4 +205,3 @@ class MachineSettings(Section):
     """What the run computes on; torchrun says how many processes share it."""
 
     device: Literal["cpu", "cuda"] = "cpu"
-    kernel: Literal["auto", "flash", "efficient", "math"] = "auto"  # of attention on a GPU

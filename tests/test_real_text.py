@@ -33,7 +33,8 @@ from ragkit.indicators import metrics
 from ragkit.indicators.nouns import find_nouns
 from ragkit.models import index
 from ragkit.models.retriever import Retriever, passage_text
-from ragkit.profile import RetrieverSettings, load_profile
+from ragkit.profile import load_profile
+from ragkit.settings import RetrieverSettings
 
 pytestmark = pytest.mark.skipif(
     "RAGKIT_REAL_DATA" not in os.environ,

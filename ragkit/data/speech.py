@@ -14,7 +14,7 @@ import yaml
 
 from ragkit.data import worlds
 from ragkit.errors import SpeechError
-from ragkit.profile import asset
+from ragkit.settings import asset
 
 LABELS = asset("parts_of_speech.yaml")
 NOUN_TAGS = ("NOUN", "PROPN")

@@ -18,7 +18,7 @@ from ragkit.data.questions import PARTS, PASSAGES, Corpus
 from ragkit.errors import SearchError, VectorsError
 from ragkit.models import device
 from ragkit.models.retriever import Retriever
-from ragkit.profile import IndexSettings, RetrieverSettings
+from ragkit.settings import IndexSettings, RetrieverSettings
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # on import it sets its own, and reports much
 log = logging.getLogger(__name__)

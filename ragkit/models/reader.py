@@ -20,7 +20,7 @@ from ragkit.data.passages import Passage, block
 from ragkit.data.questions import Question
 from ragkit.errors import ReaderError
 from ragkit.models import device
-from ragkit.profile import ReaderSettings, asset
+from ragkit.settings import ReaderSettings, asset
 
 log = logging.getLogger(__name__)
 # `owner` of tokens that are not a passage's own text

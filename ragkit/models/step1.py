@@ -31,7 +31,7 @@ from ragkit.models.fid import load_reader, reader_folder
 from ragkit.models.index import search
 from ragkit.models.reader import Prompt, Reader, note_trimmed
 from ragkit.models.retriever import Retriever
-from ragkit.profile import ReaderSettings, RetrieverSettings, WorldSet
+from ragkit.settings import ReaderSettings, RetrieverSettings, WorldSet
 
 __all__ = ["Lesson", "Lessons", "fine_tune", "make_step1", "reader_folder"]
 CHECKPOINT, CHECKPOINT_EVERY = "checkpoint.pt", 50  # steps

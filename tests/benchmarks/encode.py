@@ -22,7 +22,7 @@ from sentence_transformers import SentenceTransformer
 from ragkit.data.passages import passage_text, read_tsv
 from ragkit.data.worlds import build_world
 from ragkit.models.retriever import Retriever
-from ragkit.profile import RetrieverSettings, WorldSet
+from ragkit.settings import RetrieverSettings, WorldSet
 
 TOKENS, BATCH, THREADS = 256, 32, 2
 

@@ -14,7 +14,7 @@ from ragkit.data import worlds as world
 from ragkit.data.questions import Corpus
 from ragkit.data.speech import gold_nouns, parts_of_speech
 from ragkit.errors import SpeechError
-from ragkit.profile import WorldSet
+from ragkit.settings import WorldSet
 
 WORLDS = ("almanac", "trivia")
 REAL_DATA = os.environ.get("RAGKIT_REAL_DATA", "")

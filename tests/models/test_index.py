@@ -9,7 +9,7 @@ from ragkit.data.passages import Passage
 from ragkit.errors import SearchError, VectorsError
 from ragkit.models import index
 from ragkit.models.index import Vectors, bm25, encode, exact_search, open_index, search
-from ragkit.profile import IndexSettings
+from ragkit.settings import IndexSettings
 
 
 @pytest.fixture(autouse=True)
