@@ -104,7 +104,7 @@ def world_lessons(settings: WorldSet, retriever: Retriever, k: int, seed: int) -
     for number in range(TRAINING_WORLDS):
         corpus = training_world(settings, 1000 * seed + number)
         queries = retriever.encode([q.text for q in corpus.questions["distill"]])
-        encoded = retriever.encode([passage_text(p) for p in corpus.passages])
+        encoded = retriever.encode([passage_text(p) for p in corpus.passages], "passage")
         lessons += corpus_lessons(corpus, search(queries, encoded, k)[0].tolist(), k)
     return lessons
 
