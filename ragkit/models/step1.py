@@ -27,7 +27,7 @@ from ragkit.data.questions import Corpus, Question
 from ragkit.data.worlds import build_world
 from ragkit.errors import ReaderError
 from ragkit.models import device
-from ragkit.models.fid import load_reader, reader_folder
+from ragkit.models.fid import fitted, load_reader, reader_folder
 from ragkit.models.index import search
 from ragkit.models.reader import Prompt, Reader, note_trimmed
 from ragkit.models.retriever import Retriever
@@ -288,7 +288,7 @@ def make_step1(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
         corpus = Corpus.load("", inputs["passages"], inputs["questions"])
         candidates = load_file(inputs["candidates"] / "candidates.safetensors")
         lessons = corpus_lessons(corpus, candidates["distill"].tolist(), k)
-    reader = load_reader(chosen.model, chosen, to_train=True)
+    reader = fitted(load_reader(chosen.model, chosen, to_train=True), inputs)
     draw = Lessons(lessons, k, chosen.gold_share).draw
     losses = fine_tune(reader, draw, folder, seed, Metrics(folder, chosen))
     if device.is_main():
