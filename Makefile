@@ -43,7 +43,6 @@ slow: $(READY)       ## the tests that take many minutes
 
 bench: $(READY)      ## attention (plain, ours, eager) and encoding: about an hour
 	$(RUN) tests/benchmarks/attention.py runs/bench
-	$(RUN) tests/benchmarks/encode.py runs/bench
 
 lint: $(READY)       ## ruff, mypy, and the order of the rooms
 	$(RUN) -m ruff check ragkit tests
