@@ -125,7 +125,8 @@ class Notebooks:
 
     def run(self, source: Path) -> None:
         """Executes one notebook aside and keeps it with its figures and what it opened."""
-        record, reason = self.record(source), self.status[source.stem].removeprefix("ran: ")
+        record, reason = self.record(source), self.state(source)[1]
+        self.status[source.stem] = f"ran: {reason}"
         log.info("running  notebook %s (%s)", source.stem, reason)
         folder = self.lab.folder / "partial" / f"notebook-{source.stem}"
         shutil.rmtree(folder, ignore_errors=True)
