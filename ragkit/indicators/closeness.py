@@ -166,12 +166,11 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
     retriever_settings = RetrieverSettings(**settings["retriever"])
     retriever = Retriever.load(str(inputs["retriever"] / "model"), retriever_settings)
     table = base.model.get_input_embeddings().weight
-    dealt = torch.randperm(len(table), generator=torch.Generator().manual_seed(settings["seed"]))
     spaces = {
         "input": (table, base.tokenizer),
         "own": (reader.model.get_input_embeddings().weight, reader.tokenizer),
         "retriever": (retriever.model.get_input_embeddings().weight, retriever.tokenizer),
-        "permuted": (table[dealt], base.tokenizer),
+        "permuted": (table, base.tokenizer),
     }
     contextual = {}
     if "contextual" in inputs:
@@ -185,7 +184,8 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
         arrays[f"{goal}/overlap"] = exact.astype(np.float64)
         for space, (vectors, owner) in spaces.items():
             embed = partial(embeddings, reader.tokenizer, table=vectors, owner=owner)
-            arrays[f"{goal}/{space}"] = measures.closeness_to(tokens, goals, embed)
+            dealt = np.random.default_rng(settings["seed"]) if space == "permuted" else None
+            arrays[f"{goal}/{space}"] = measures.closeness_to(tokens, goals, embed, dealt)
         if goal in contextual and np.array_equal(contextual["ids"], tokens.ids):
             arrays[f"{goal}/contextual"] = contextual[goal]
     if device.is_main():

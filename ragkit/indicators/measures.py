@@ -29,7 +29,7 @@ Ints = NDArray[np.int64]
 PLACES = ("passages", "titles", "question", "template", "answer", "first token")
 MEASURES = ("attention", "Spearman", "Spearman closest")
 SPACES = ("input", "own", "retriever", "contextual")  # where closeness is measured
-# the input space with its vectors dealt out anew; 1 for the wanted tokens and 0 for others
+# the input space, its vectors dealt anew for each question; 1 for wanted tokens, 0 for others
 CONTROLS = ("permuted", "overlap")
 
 
@@ -172,6 +172,22 @@ def closest(close: Floats, question: Ints, share: float) -> NDArray[np.bool_]:
     """The closest share of each question's tokens `[tokens]`, at least one; ties come along."""
     counts = np.maximum(1, np.round(share * np.bincount(question)))
     return ranks(-close, question, "min") <= counts[question]
+
+
+def alike(
+    close: Floats, control: Floats, question: Ints, exact: NDArray[np.bool_], share: float
+) -> NDArray[np.bool_]:
+    """Where the closest share and its control's are the same exact tokens `[questions]`.
+
+    Such a question cannot tell a space from its control, whatever the reader attends to: leave it
+    out of their comparison, and say how many are.
+    """
+    known, n = np.isfinite(close) & np.isfinite(control), count(question)
+    near = np.zeros((2, len(close)), dtype=bool)
+    for row, values in zip(near, (close, control), strict=True):
+        row[known] = closest(values[known], question[known], share)
+    telling = np.bincount(question[(near[0] != near[1]) | (near[0] & ~exact)], minlength=n)
+    return (telling == 0) & (np.bincount(question[near[0]], minlength=n) > 0)
 
 
 def measure(

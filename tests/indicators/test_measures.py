@@ -80,6 +80,25 @@ def test_closeness_is_to_the_wanted_tokens_of_the_same_question():
     assert measures.exact(tokens, [[3], [], [9, 7]]).tolist() == [False, True, True, True, True]
 
 
+def test_vectors_are_dealt_anew_for_each_question():
+    """The same prompt asked 400 times: a word is close by luck in some, and in others not."""
+    n, table = 400, np.random.default_rng(0).normal(size=(30, 8))
+    table[29] = np.nan  # has no vector, and gets none
+    tokens = some_tokens([1, 2, 3, 29] * n, np.repeat(np.arange(n), 4))
+    wanted = [[3]] * n
+    first, again = (
+        measures.closeness_to(tokens, wanted, lambda ids: table[ids], np.random.default_rng(5))
+        for _ in range(2)
+    )
+    assert np.array_equal(first, again, equal_nan=True)
+    rows = first.reshape(n, 4)
+    assert (rows[:, 2] == 1).all()  # a wanted token stays the closest
+    assert np.isnan(rows[:, 3]).all()
+    assert len(np.unique(rows[:, 0])) == 3  # the pairs that 1 and 3 can get
+    share = (rows[:, 0] > rows[:, 1]).mean()
+    assert 0.4 < share < 0.6  # dealt once for all it would be 0 or 1
+
+
 def test_the_closest_share_takes_ties_along():
     close = np.array([0.9, 0.1, 0.5, 0.5, 0.2, 0.5, 0.0, 0.0, 0.0, 0.0])
     one = np.zeros(10, dtype=int)
@@ -115,6 +134,26 @@ def test_an_indicator_of_many_questions_is_that_of_each():
         if size > 2:
             within = stats.spearmanr(lifts[nearest], close[mine][nearest]).statistic
             assert table["Spearman closest"][number] == pytest.approx(within)
+
+
+def test_a_control_that_cannot_differ_is_seen():
+    """Ten tokens a question, the closest fifth: as many exact ones, more, fewer, none known."""
+    close = np.linspace(0.5, 0, 10)
+    close = np.stack([close, close, close, np.full(10, np.nan)])
+    exact = np.zeros((4, 10), dtype=bool)
+    exact[0, :2] = exact[1, :3] = exact[2, :1] = True
+    close[exact] = 1
+    control = np.where(exact, 1, np.linspace(0, 0.5, 10))
+    question = np.repeat(np.arange(4), 10)
+    given = [close.ravel(), control.ravel(), question, exact.ravel()]
+    assert measures.alike(*given, 0.2).tolist() == [True, True, False, False]
+    assert measures.alike(*given, 0.5).tolist() == [False] * 4
+    attention = np.random.default_rng(0).random(40)
+    tops = [
+        measures.indicator(attention, one, question, exact.ravel(), 0.2)["attention"]
+        for one in given[:2]
+    ]
+    assert (tops[0] == tops[1]).tolist() == [True, True, False, False]
 
 
 def test_what_is_undefined_is_nan_and_not_zero():
