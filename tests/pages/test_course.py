@@ -160,7 +160,7 @@ def test_an_exercise_out_of_shape_is_named(notebook, words):
 @pytest.mark.parametrize("stem", NOTEBOOKS)
 def test_students_get_everything_but_the_solutions(stem):
     source = NOTEBOOKS[stem]
-    student, solution = (course.copy_of(source, "smoke", "../..", kind) for kind in course.SAID)
+    student, solution = (course.copy_of(source, "smoke", "../..", kind) for kind in course.KINDS)
     nbformat.validate(student)
     answers = {e.answer.id for e in EXERCISES.values() if e.notebook == stem}
     for cell, full, own in zip(source.cells, solution.cells, student.cells, strict=True):
@@ -172,13 +172,13 @@ def test_students_get_everything_but_the_solutions(stem):
             assert full.source == cell.source
             assert (own.source == cell.source) == (cell.id not in answers)
         compile(own.source, own.id, "exec") if own.cell_type == "code" else None
-    texts = {kind: nbformat.writes(course.copy_of(source, "", "", kind)) for kind in course.SAID}
+    texts = {kind: nbformat.writes(course.copy_of(source, "", "", kind)) for kind in course.KINDS}
     assert texts["student"].count("YOUR CODE HERE") == len(answers) + bool(answers)
     assert "BEGIN SOLUTION" not in texts["student"]
     for kind, text in texts.items():
         assert '"wrong"' not in text
         assert "Solved here" not in text  # each copy says what it is itself
-        assert not answers or course.SAID[kind] in "\n".join(
+        assert not answers or course.KINDS[kind] in "\n".join(
             cell.source for cell in course.copy_of(source, "", "", kind).cells
         )
     kept = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
@@ -196,7 +196,7 @@ def test_the_stub_stands_as_far_right_as_the_solution():
 def test_nbgrader_makes_the_same_stubs():
     preprocessors = pytest.importorskip("nbgrader.preprocessors", reason="no dependency")
     for notebook in NOTEBOOKS.values():
-        ours, solved = (course.copy_of(notebook, "", "", kind) for kind in course.SAID)
+        ours, solved = (course.copy_of(notebook, "", "", kind) for kind in course.KINDS)
         theirs, _ = preprocessors.ClearSolutions().preprocess(solved, {})
         pairs = zip(ours.cells, theirs.cells, strict=True)
         assert all(a.source == b.source for a, b in pairs if a.cell_type == "code")
