@@ -58,18 +58,12 @@ FAULTS = [
         {"check": "assert total, 'Nothing yet.'"},
         r": its check passes on the wrong answer 'total = numbers\[0\] \* numbers\[1\]'",
     ),
-    (
-        {"answer": ANSWER.replace("+", "-")},
-        r", its check on the solution: AssertionError: The sum",
-    ),
+    ({"answer": ANSWER.replace("+", "-")}, r", its check on the solution: AssertionError: The sum"),
     (
         {"answer": ANSWER.replace("total = None", "del total")},
         r": its check ends in NameError: .* on the stub\. Let an assert",
     ),
-    (
-        {"answer": ANSWER.replace("numbers[1]", "numbers[2]")},
-        r", its solution: IndexError",
-    ),
+    ({"answer": ANSWER.replace("numbers[1]", "numbers[2]")}, r", its solution: IndexError"),
     (
         {"wrong": [WRONG, "total = numbers[2]"]},
         r": the wrong answer 'total = numbers\[2\]' does not even run: IndexError",
