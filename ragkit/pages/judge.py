@@ -145,7 +145,9 @@ def measure(
         for space, (one, share) in spaces.items()
     }
     tables["overlap"] = tables["overlap"][["attention", "Spearman"]]
-    tables["measured"]["lead"] = tables["measured"]["attention"] - tables["permuted"]["attention"]
+    alike = measures.alike(close, dealt, question, exact, SHARE)
+    lead = tables["measured"]["attention"] - tables["permuted"]["attention"]
+    tables["measured"]["lead"] = lead.mask(alike)
     known = np.bincount(question, np.isfinite(close)) > 0
     asked = np.array([len(ids) > 0 for ids in wanted])
     for what, which in (
@@ -154,6 +156,8 @@ def measure(
          asked & tables["measured"]["Spearman"].isna()),
         (f"passage tokens left out of {name}: without an embedding in the space",
          known[question] & np.isnan(close)),
+        (f"questions left out of the lift of {name} over its control: the closest tokens are the "
+         "same ones in both", alike),
     ):  # fmt: skip
         counts[what] += int(which.sum())
     return tables, measures.deciles(look.attention, close, question)

@@ -131,7 +131,7 @@ def test_one_question_by_hand(reader, nouns):
                 assert got[goal, space, "Spearman" + ending] == pytest.approx(by_scipy, abs=1e-6)
         assert got[goal, "overlap", "attention"] == pytest.approx(lift[exact].mean(), rel=1e-4)
         lead = got[goal, "measured", "attention"] - got[goal, "permuted", "attention"]
-        assert got[goal, "measured", "lead"] == pytest.approx(lead)
+        assert np.nan_to_num(got[goal, "measured", "lead"]) == pytest.approx(lead)  # or left out
     alpha = seen.alpha[:, 0, :, 0].mean((0, 1)).numpy()
     assert judged.mass["passages"] == pytest.approx(alpha[inside].sum(), abs=1e-5)
     assert judged.mass["first token"] == pytest.approx(alpha[0], abs=1e-5)
@@ -277,6 +277,15 @@ def test_constant_closeness_is_counted_and_left_out(reader, nouns):
 def test_a_question_of_two_passage_tokens(reader, nouns):
     judged = judge(reader, [row(texts=["river", "town"]), row(PLACES[1])], nouns)
     assert counted(judged, "Indicator 1", "fewer than three") == 1
+
+
+def test_a_control_that_cannot_differ_is_counted_and_left_out(reader, nouns):
+    """Where the answer fills the closest tenth, it does so whatever the vectors are."""
+    texts = ["Ulm Ulm Ulm the town", "Ulm by the river Ulm"]
+    judged = judge(reader, [row(texts=texts), row(PLACES[1])], nouns)
+    assert counted(judged, "over its control", "Indicator 1") >= 1
+    assert np.isnan(judged.per_question["answer lead"][0])
+    assert np.isfinite(judged.per_question["answer attention"]).all()
 
 
 def test_a_space_with_another_tokenizer(reader, nouns, tmp_path):
