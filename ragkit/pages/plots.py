@@ -6,6 +6,7 @@ phone shows it 360 pixels wide. A figure's function gives it with its alt text; 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -18,25 +19,24 @@ from adjustText import adjust_text
 from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from ragkit.pages import html
+from ragkit.settings import asset
 
-PALETTE, MARKERS = sns.color_palette("colorblind"), "os^D"
+PALETTE, MARKERS = sns.color_palette("colorblind"), ["o", "s", "^", "D"]
 WIDTH = 5.6
 LABEL_MOVES = 300  # of names of points: a count, no seconds, so that a busy machine draws the same
 KINDS = {"attention": "Blues", "perplexity": "Oranges", "control": "Greys"}  # of targets
-LOGGED = ("loss", "answer lift", "nouns lift", "answer Spearman", "nouns Spearman")  # by Step 1
+LOGGED = ["loss", "answer lift", "nouns lift", "answer Spearman", "nouns Spearman"]  # by Step 1
 VERDICTS = {"working": PALETTE[0], "not working": PALETTE[3], "too early to tell": "0.55"}
+RULE = {"color": "0.3", "lw": 1, "ls": ":"}  # a line that says where nothing happens
+WITHIN: dict[str, Any] = {"estimator": "median", "errorbar": ("pi", 100)}  # see `bounds`
 
 
 def use_theme() -> None:
     """The look of every figure: colour-blind safe, legible on a phone."""
-    rc = dict.fromkeys(("font.size", "axes.labelsize", "legend.fontsize"), 12)
-    rc |= {"axes.titlesize": 13, "xtick.labelsize": 12, "ytick.labelsize": 12, "figure.dpi": 110}
-    words = {"axes.titleweight": "bold", "axes.titlelocation": "left", "savefig.bbox": "tight"}
-    files = {"svg.fonttype": "none", "svg.hashsalt": "ragkit"}  # text as text, the same ids always
-    sns.set_theme(style="whitegrid", palette="colorblind", rc={**rc, **words, **files})
+    sns.set_theme(style="whitegrid", palette="colorblind")
+    plt.style.use(asset("figures.mplstyle"))
 
 
 def column(heights: list[float], sharex: bool = True) -> tuple[Figure, list[Axes]]:
@@ -46,26 +46,28 @@ def column(heights: list[float], sharex: bool = True) -> tuple[Figure, list[Axes
     return figure, list(axes[:, 0])
 
 
-def panels(table: pd.DataFrame, by: list[str], height: float, xlabel: str) -> tuple[Figure, Any]:
-    """A panel for each value of the columns `by`: its axis, the value, and its rows."""
-    parts = list(table.groupby(by, sort=False))
+def panels(
+    draw: Callable[..., object], table: pd.DataFrame, height: float, ncols: int, **look: Any
+) -> Figure:
+    """What `draw` (of seaborn, or like it) makes of each value of `panel`, under one legend."""
+    parts = list(table.groupby("panel", sort=False))
     figure, axes = column([height] * len(parts))
-    for axis, (value, _) in zip(axes, parts, strict=True):
-        axis.set_title(value[0])
-    axes[-1].set_xlabel(xlabel)
-    return figure, [(axis, *part) for axis, part in zip(axes, parts, strict=True)]
+    for axis, (name, part) in zip(axes, parts, strict=True):
+        draw(part, ax=axis, **look)
+        axis.set_title(name)
+        axis.get_legend().remove()
+    handles, labels = axes[0].get_legend_handles_labels()
+    if len(labels) > 1:
+        labels = [fill(label, 56 // ncols) for label in labels]
+        figure.legend(handles, labels, loc="outside upper center", ncols=ncols, frameon=False)
+    return figure
 
 
-def entries(axis: Axes, width: int = 28) -> dict[str, Any]:
-    """What a legend says of `axis`: each label once, in lines of so many letters."""
-    names = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    return {"handles": list(names.values()), "labels": [fill(name, width) for name in names]}
-
-
-def legend(figure: Figure, ncols: int) -> None:
-    """The legend of the first panel, above all panels."""
-    shown = entries(figure.axes[0], 56 // ncols)
-    figure.legend(**shown, loc="outside upper center", ncols=ncols, frameon=False)
+def bounds(table: pd.DataFrame) -> pd.DataFrame:
+    """Mean, low and high as three rows of `value`, for seaborn to draw WITHIN them: their median is
+    the mean, their range the interval."""
+    numbers = ["mean", "low", "high"]
+    return table.melt(table.columns.difference(numbers, sort=False), numbers, "bound")
 
 
 def told(table: pd.DataFrame, form: str) -> str:
@@ -92,12 +94,8 @@ def kind(system: str) -> str:
 
 def gains(table: pd.DataFrame) -> tuple[Figure, str]:
     """Gain in HR@5 of each target, a panel a set; columns set, system, mean, low, high."""
-    kinds = table.assign(reader=table["system"].map(kind))
-    figure, _ = dots(kinds, "system", "gain in HR@5 over the initial retriever", 0)
-    best = table.loc[table["mean"].idxmax()]
-    lines = told(table, "{set}, {system}: {mean:+.3f} from {low:+.3f} to {high:+.3f}")
-    said = f"Largest: {best['system']} on {best['set']}. {lines}"
-    return figure, f"Gain in HR@5 over the initial retriever, with 95 % intervals. {said}"
+    label = "gain in HR@5 over the initial retriever"
+    return dots(table.assign(reader=table["system"].map(kind)), "system", label, 0)
 
 
 def curves(table: pd.DataFrame, measure: str, label: str) -> tuple[Figure, str]:
@@ -105,19 +103,15 @@ def curves(table: pd.DataFrame, measure: str, label: str) -> tuple[Figure, str]:
 
     `table` has columns set, system, seed, epoch and the measure.
     """
-    systems = list(table["system"].unique())
-    colours: dict[str, Any] = {}
+    systems, colours = list(table["system"].unique()), {}
     for name, shades in KINDS.items():
-        alike = [s for s in systems if kind(s) == name]
+        alike = [system for system in systems if kind(system) == name]
         colours.update(zip(alike, sns.color_palette(shades, len(alike) + 2)[2:], strict=True))
-    look: dict[str, Any] = {"palette": colours, "style_order": systems}
-    look |= {"hue": "system", "style": "system", "markers": True, "dashes": False, "ms": 8}
-    figure, parts = panels(table, ["set"], 3.3, "epoch of Step 2")
-    for axis, _, part in parts:
-        sns.lineplot(part, x="epoch", y=measure, errorbar=("pi", 100), ax=axis, **look)
-        axis.get_legend().set_visible(False)
-        axis.set(ylabel=label, xticks=sorted(part["epoch"].unique()))
-    legend(figure, 2)
+    look = {"hue": "system", "palette": colours, "style": "system", "style_order": systems}
+    look |= {"markers": True, "dashes": False, "ms": 8, "errorbar": ("pi", 100)}
+    drawn = table.assign(panel=table["set"])
+    figure = panels(sns.lineplot, drawn, 3.3, 2, x="epoch", y=measure, **look)
+    plt.setp(figure.axes, ylabel=label, xlabel="epoch of Step 2", xticks=table["epoch"].unique())
     last = table[table["epoch"] == table["epoch"].max()]
     ends = last.groupby(["set", "system"])[measure].mean().rename("value").reset_index()
     said = f"{label} along the epochs of Step 2, mean and range over seeds. At the end: "
@@ -129,8 +123,8 @@ def heat_map(scores: pd.DataFrame) -> tuple[Figure, str]:
     figure, (axis,) = column([0.55 * scores.shape[0] + 1.6])
     named = scores.set_axis([fill(str(row), 18) for row in scores.index])
     look = {"cmap": sns.blend_palette(["#ffffff", "#6baed6"], as_cmap=True)}  # under black digits
-    look["cbar_kws"] = {"label": "share of attention", "orientation": "horizontal"}
     look |= {"annot": scores.shape[1] <= 6, "fmt": ".2f", "annot_kws": {"color": "black"}}
+    look["cbar_kws"] = {"label": "share of attention", "orientation": "horizontal"}
     sns.heatmap(named, ax=axis, **look)
     axis.set(xlabel="layer", ylabel="passage")
     axis.tick_params(axis="y", rotation=0)
@@ -144,20 +138,16 @@ def attention_cost(table: pd.DataFrame) -> tuple[Figure, str]:
 
     `table` is the bench's: columns kind (of reader), tokens, way, seconds, MB.
     """
-    names = {"seconds": "seconds", "MB": "peak MB"}
-    long = table.melt(["kind", "tokens", "way"], list(names), "measure")
-    long["panel"] = long["kind"] + ": " + long["measure"].map(names)
-    looks = {"fused": (PALETTE[0], "-o"), "ours": (PALETTE[1], "--s"), "eager": (PALETTE[3], "-.D")}
-    figure, parts = panels(long, ["panel"], 2.1, "tokens")
-    for axis, _, part in parts:
-        for way, (colour, look) in looks.items():
-            line = part[part["way"] == way]
-            axis.plot(line["tokens"], line["value"], look, color=colour, label=way)
-        axis.set(xscale="log", yscale="log")
-        lengths = sorted(part["tokens"].unique())
-        axis.set_xticks(lengths, [f"{t:,}" for t in lengths])
+    named = table.rename(columns={"MB": "peak MB"})
+    long = named.melt(["kind", "tokens", "way"], ["seconds", "peak MB"], "measure")
+    long["panel"] = long["kind"] + ": " + long["measure"]
+    look = {"hue": "way", "style": "way", "markers": True}
+    figure = panels(sns.lineplot, long, 2.1, 3, x="tokens", y="value", **look)
+    lengths = sorted(table["tokens"].unique())
+    for axis in figure.axes:
+        axis.set(xscale="log", yscale="log", ylabel="")
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axis.minorticks_off()
-    legend(figure, 3)
     lines = told(table, "{kind}, {tokens} tokens, {way}: {seconds:.2f} s, {MB:.0f} MB")
     said = "Seconds and peak memory beyond the model of one forward pass against its length."
     return figure, f"{said} {lines}"
@@ -165,17 +155,13 @@ def attention_cost(table: pd.DataFrame) -> tuple[Figure, str]:
 
 def deciles(table: pd.DataFrame) -> tuple[Figure, str]:
     """Lift by closeness; columns set, goal, reader, tenth (10 is closest), mean, low, high."""
-    under = "tenth of the passage tokens, 10 = closest"
-    figure, parts = panels(table, ["set", "goal"], 2.6, under)
-    for axis, (name, goal), part in parts:
-        for number, (reader, line) in enumerate(part.groupby("reader", sort=False)):
-            colour, marker = PALETTE[number], MARKERS[number % 4]
-            axis.fill_between(line["tenth"], line["low"], line["high"], color=colour, alpha=0.2)
-            axis.plot(line["tenth"], line["mean"], color=colour, marker=marker, label=reader)
-        axis.axhline(1, color="0.3", lw=1, ls=":")
-        axis.set(title=f"{name}: closeness to the {goal}", xticks=range(1, 11))
-        axis.set_ylabel("lift (1 = average)")
-    legend(figure, 1)
+    long = bounds(table.assign(panel=table["set"] + ": closeness to the " + table["goal"]))
+    look = {"hue": "reader", "style": "reader", "markers": True, "dashes": False, **WITHIN}
+    figure = panels(sns.lineplot, long, 2.6, 1, x="tenth", y="value", **look)
+    label = "tenth of the passage tokens, 10 = closest"
+    for axis in figure.axes:
+        axis.axhline(1, **RULE)
+        axis.set(xlabel=label, ylabel="lift (1 = average)", xticks=range(1, 11))
     closest = table[table["tenth"] == 10]
     lines = told(closest, "{set}, {goal}, {reader}: {mean:.2f} from {low:.2f} to {high:.2f}")
     said = "Lift of passage tokens by tenth of closeness, with 95 percent intervals."
@@ -187,23 +173,38 @@ def dots(table: pd.DataFrame, row: str, label: str, line: float) -> tuple[Figure
 
     `table` has columns set, reader, `row`, mean, low, high; each value of `row` has its row.
     """
-    rows, readers = (list(table[name].unique()) for name in (row, "reader"))
-    figure, parts = panels(table, ["set"], 0.44 * len(rows) + 0.6, label)
-    for axis, _, mine in parts:
-        apart = 0.14 if len(mine) > len(rows) else 0  # in one row
-        for number, reader in enumerate(readers):
-            part = mine[mine["reader"] == reader].set_index(row).reindex(rows)
-            shift = apart * ((len(readers) - 1) / 2 - number)
-            places = [shift - place for place in range(len(rows))]
-            colour = "0.45" if reader == "control" else PALETTE[number]
-            axis.hlines(places, part["low"], part["high"], color=colour, lw=2)
-            look = {"marker": MARKERS[number % 4], "ms": 6, "ls": "", "label": reader}
-            axis.plot(part["mean"], places, color=colour, **look)
-        axis.set_yticks(range(0, -len(rows), -1), [fill(str(one), 25) for one in rows])
-        axis.axvline(line, color="0.3", lw=1, ls=":")
-    legend(figure, 3 if len(readers) in (3, 5, 6) else 2)
-    lines = told(table, f"{{set}}, {{reader}}, {{{row}}}: {{mean:.2f}}")
-    return figure, f"{label}, by {row}, means with 95 percent intervals. {lines}"
+    readers = list(table["reader"].unique())
+    drawn = table.assign(panel=table["set"], row=[fill(str(one), 25) for one in table[row]])
+    alone = not table.duplicated(["set", row]).any()  # in their rows: none must be moved aside
+    look = {"dodge": not alone and 0.14 * (len(readers) - 1), "markers": MARKERS * 2, "ms": 6}
+    look["palette"] = ["0.45" if r == "control" else PALETTE[i] for i, r in enumerate(readers)]
+    look |= {"hue": "reader", "hue_order": readers, "order": drawn["row"].unique(), "ls": "none"}
+    look |= {"err_kws": {"lw": 2}, **WITHIN}
+    height, ncols = 0.44 * drawn["row"].nunique() + 0.6, 3 if len(readers) in (3, 5, 6) else 2
+    figure = panels(sns.pointplot, bounds(drawn), height, ncols, x="value", y="row", **look)
+    for axis in figure.axes:
+        axis.axvline(line, **RULE)
+        axis.set(xlabel=label, ylabel="")
+    best = table.loc[table["mean"].idxmax()]
+    largest = f"Largest: {best[row]} on {best['set']}"
+    form = f"{{set}}, {{reader}}, {{{row}}}: {{mean:.3f}} from {{low:.3f}} to {{high:.3f}}"
+    said = f"{label}, by {row}, means with 95 percent intervals. {largest}. {told(table, form)}"
+    return figure, said
+
+
+def named_points(part: pd.DataFrame, ax: Axes, line: float | None) -> None:
+    """One panel of `followings`: the names of readers stand at the points of the first signal."""
+    signals = part["signal"].unique()
+    colours, signs = (dict(zip(signals, some, strict=False)) for some in (PALETTE, MARKERS))
+    look = {"hue": "signal", "style": "signal", "palette": colours, "markers": signs, "s": 50}
+    sns.scatterplot(part, x="value", y="gain", ax=ax, **look)
+    ax.vlines(part["value"], part["low"], part["high"], part["signal"].map(colours), lw=1.2)
+    for point in part[part["signal"] == signals[0]].itertuples():
+        ax.text(point.value, point.gain, point.reader.removeprefix("step "), size=10)
+    ax.margins(x=0.2)
+    ax.axhline(0, **RULE)
+    if line is not None:
+        ax.axvline(line, **RULE | {"ls": "--"})
 
 
 def followings(table: pd.DataFrame, measure: str, line: float | None = None) -> tuple[Figure, str]:
@@ -211,29 +212,13 @@ def followings(table: pd.DataFrame, measure: str, line: float | None = None) -> 
 
     `table` has columns set, reader, value, gain, low, high (of the gain) and signal.
     """
+    figure = panels(named_points, table.assign(panel=table["set"]), 4.0, 2, line=line)
     numbers = "(a number: a reader after so many steps of Step 1)"
-    figure, parts = panels(table, ["set"], 4.0, f"{measure}\n{numbers}")
-    named = []
-    for axis, _, mine in parts:
-        for number, (signal, part) in enumerate(mine.groupby("signal", sort=False)):
-            look = {"fmt": MARKERS[number], "color": PALETTE[number], "lw": 1.2, "label": signal}
-            reach = [part["gain"] - part["low"], part["high"] - part["gain"]]
-            axis.errorbar(part["value"], part["gain"], yerr=reach, **look)
-        first = mine[mine["signal"] == table["signal"].iloc[0]].itertuples()
-        texts = [axis.text(p.value, p.gain, p.reader.removeprefix("step "), size=10) for p in first]
-        named.append(texts)
-        axis.xaxis.set_major_locator(MaxNLocator(6))
-        axis.margins(x=0.2)
-        axis.axhline(0, color="0.3", lw=1, ls=":")
-        if line is not None:
-            axis.axvline(line, color="0.3", lw=1, ls="--")
-        axis.set_ylabel("gain in HR@5")
-    if table["signal"].nunique() > 1:
-        legend(figure, 2)
+    plt.setp(figure.axes, xlabel=f"{measure}\n{numbers}", ylabel="gain in HR@5")
     leader = {"arrowstyle": "-", "color": "0.7", "lw": 0.8}
-    for (axis, _, mine), texts in zip(parts, named, strict=True):
-        points = {"x": mine["value"].to_numpy(), "y": mine["gain"].to_numpy(), "ax": axis}
-        adjust_text(texts, **points, expand=(1.15, 1.5), iter_lim=LABEL_MOVES, arrowprops=leader)
+    for axis, (_, part) in zip(figure.axes, table.groupby("set", sort=False), strict=True):
+        look = {"x": part["value"].to_numpy(), "y": part["gain"].to_numpy(), "arrowprops": leader}
+        adjust_text(list(axis.texts), ax=axis, expand=(1.15, 1.5), iter_lim=LABEL_MOVES, **look)
     lines = told(table, "{set}, {reader}, {signal}: {value:.2f}, gain {gain:+.3f}")
     said = f"{measure} of each reader against the gain in HR@5 of the retriever it taught."
     return figure, f"{said} {lines}"
@@ -245,20 +230,18 @@ def specification(table: pd.DataFrame, choices: list[str], label: str) -> tuple[
     `table` has columns mean, low, high, and those of `choices`.
     """
     ordered = table.sort_values("mean").reset_index(drop=True)
-    options = [(choice, value) for choice in choices for value in ordered[choice].drop_duplicates()]
-    figure, (top, below) = column([3.0, 0.26 * len(options)])
+    taken = ordered[choices].melt(var_name="choice", ignore_index=False)
+    options = taken["choice"] + ": " + taken["value"].astype(str)
+    figure, (top, below) = column([3.0, 0.26 * options.nunique()])
     above, under = ordered["low"] > 0, ordered["high"] < 0
     sign = np.select([above, under], [PALETTE.as_hex()[0], PALETTE.as_hex()[3]], "#999999")
     top.vlines(ordered.index, ordered["low"], ordered["high"], color=sign, lw=1)
     top.scatter(ordered.index, ordered["mean"], c=sign, s=8, zorder=3)
     top.axhline(0, color="0.2", lw=1)
     top.set_ylabel(label)
-    for place, (choice, value) in enumerate(options):
-        taken = ordered.index[ordered[choice] == value]
-        below.plot(taken, [-place] * len(taken), "|", color="0.25", ms=5)
-    below.set_yticks(range(0, -len(options), -1), [f"{choice}: {v}" for choice, v in options])
+    sns.scatterplot(x=taken.index, y=options, ax=below, color="0.25", marker="|", linewidth=1)
     below.tick_params(axis="y", labelsize=10)
-    below.set_xlabel("specifications, sorted")
+    below.set(xlabel="specifications, sorted", ylabel="")
     below.grid(visible=False)
     counts = f"{above.sum()} lie clearly above zero, {under.sum()} clearly below"
     said = f"{counts}, {len(ordered) - above.sum() - under.sum()} neither."
@@ -272,26 +255,21 @@ def trainings(step1: pd.DataFrame, step2: pd.DataFrame, label: str) -> tuple[Fig
     training, epoch, gain (of `label` since the start) and verdict (what the monitor says of it).
     """
     known = [name for name in LOGGED if name in step1 and step1[name].notna().any()]
-    measures = list(dict.fromkeys(name.split()[-1] for name in known))
-    figure, axes = column([2.6] * (len(measures) + step2["set"].nunique()), sharex=False)
-    for axis, measure in zip(axes, measures, strict=False):
-        for number, (set_name, part) in enumerate(step1.groupby("set", sort=False)):
-            for name in [one for one in known if one.endswith(measure)]:
-                line, said = part.dropna(subset=[name]), f"{set_name} {name.removesuffix(measure)}"
-                look = "--s" if "nouns" in name else "-o" if "answer" in name else "-"
-                axis.plot(line["step"], line[name], look, ms=5, color=PALETTE[number], label=said)
-        if measure != "loss":
-            axis.axhline(float(measure == "lift"), color="0.3", lw=1, ls=":")
-        axis.set(title=f"Step 1: {measure}", xlabel="step")
-        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    first = step1.melt(["set", "step"], known, "name").dropna().rename(columns={"step": "at"})
+    parts = first["name"].str.split()
+    first = first.assign(panel="Step 1: " + parts.str[-1], line=first["set"] + " " + parts.str[0])
+    second = step2.rename(columns={"epoch": "at", "gain": "value", "verdict": "line"})
+    second["panel"] = "Step 2, " + second["set"] + f": {label}, from its start"
+    both = pd.concat([first.assign(training=first["line"], unit="step"), second])
+    figure, axes = column([2.6] * both["panel"].nunique(), sharex=False)
+    for axis, (name, part) in zip(axes, both.groupby("panel", sort=False), strict=True):
+        named = enumerate(part["line"].unique())
+        colours = {line: VERDICTS.get(line, PALETTE[number]) for number, line in named}
+        look = {"hue": "line", "palette": colours, "style": "line", "units": "training"}
+        sns.lineplot(part, x="at", y="value", estimator=None, ax=axis, **look)
+        axis.axhline(float(name.endswith("lift")), **RULE)
+        axis.set(title=name, xlabel=part["unit"].fillna("epoch").iloc[0], ylabel="")
         axis.legend(fontsize=10, ncols=2)
-    below = axes[len(measures) :]
-    for axis, (set_name, mine) in zip(below, step2.groupby("set", sort=False), strict=True):
-        for (_, word), part in mine.groupby(["training", "verdict"], sort=False):
-            axis.plot(part["epoch"], part["gain"], "o-", ms=4, color=VERDICTS[word], label=word)
-        axis.axhline(0, color="0.3", lw=1, ls=":")
-        axis.set(title=f"Step 2, {set_name}: {label}, from its start", xlabel="epoch")
-        axis.legend(**entries(axis), fontsize=10)
     newest = step1.groupby("set", sort=False).last().reset_index()  # the last known of each column
     lines = told(newest, "{set}: " + ", ".join(f"{name} {{{name}:.2f}}" for name in known))
     counts = step2.groupby("training")["verdict"].first().value_counts()
