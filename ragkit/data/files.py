@@ -30,7 +30,7 @@ ROW = 'an object a question, such as {"question": "...", "answer": ["..."]}'
 def open_text(path: Path) -> Iterator[TextIO]:
     """A text file, gzipped or not. Raises DataError if it is missing, cut short or not UTF-8."""
     if not path.is_file():
-        raise DataError(f"No file {path}. Check the path: it starts from the profile's folder.")
+        raise DataError(f"No file {path}. Check the path: a profile's start from its folder.")
     opened = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:

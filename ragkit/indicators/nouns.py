@@ -25,8 +25,8 @@ WIDTH, DEPTH, ROWS = 96, 2, 2000
 EPOCHS, BATCH, DROPOUT = 4, 64, 0.3  # like the depth, chosen on the news half of PUD
 TAGGED_ENTITIES, TAGGED_PASSAGES = 240, 120
 HOW_TO_GET_ONE = (
-    "Install one (python -m spacy download en_core_web_sm, which needs the network) and write its "
-    "name under nouns.model in the profile, or write a folder saved with spaCy's to_disk."
+    "Install one (python -m spacy download en_core_web_sm, which needs the network) or save one to "
+    "a folder with spaCy's to_disk, and name it under nouns.model in the profile (judge: --nouns)."
 )
 Labelled = tuple[list[str], list[str]]  # the words of a text and their UPOS
 

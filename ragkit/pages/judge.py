@@ -1,8 +1,7 @@
 """Is a reader of one's own fit to teach a retriever? Both indicators on a few hundred questions.
 
-from ragkit.pages.judge import judge
-from ragkit.pages.judge_page import write_html
-write_html(judge("path/to/reader", "questions.jsonl"), Path("judgement.html"))
+from ragkit.pages import judge, judge_page
+judge_page.write_html(judge.judge("path/to/reader", "questions.jsonl"), Path("judgement.html"))
 """
 
 from __future__ import annotations
@@ -10,29 +9,28 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig
 
 from ragkit.errors import JudgeError, NounsError
 from ragkit.experiment.evidence import LINE
 from ragkit.indicators import measures
-from ragkit.indicators.closeness import Spans, embeddings, wanted_ids
-from ragkit.indicators.measures import PLACES, Floats, Ints, Tokens
+from ragkit.indicators.closeness import Spans, space, wanted_ids
+from ragkit.indicators.measures import Floats, Ints, Tokens
 from ragkit.indicators.metrics import Interval, interval
-from ragkit.indicators.nouns import HOW_TO_GET_ONE, find_nouns, load_nouns
+from ragkit.indicators.nouns import find_nouns, load_nouns
 from ragkit.indicators.tokens import look_at_tokens
 from ragkit.models.fid import load_reader
 from ragkit.models.loading import loading
 from ragkit.models.reader import Reader, embedded_reader
 from ragkit.pages.asked import Asked, has_word, holding, read_asked, usable
-from ragkit.settings import ROWS, AttentionSettings, IndicatorSettings, ReaderSettings
+from ragkit.settings import AttentionSettings, IndicatorSettings, ReaderSettings
 
 log = logging.getLogger(__name__)
 ENOUGH = 30  # questions below which no line is drawn
@@ -43,10 +41,7 @@ CHAT = (
     "The reader has a chat template, but is asked by ragkit's plain prompt without it: within the "
     "template it may attend otherwise."
 )
-HOW_TO_FIND_NOUNS = (
-    "Give --nouns an installed spaCy pipeline's name (python -m spacy download en_core_web_sm, "
-    "which needs the network), or a pipeline's folder: the one with its config.cfg."
-)
+Tables = Mapping[str, Mapping[str, pd.DataFrame]]
 
 
 @dataclass(frozen=True)
@@ -59,54 +54,27 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Look:
-    """What one pass of the reader showed: `attention` `[tokens]` belongs to `tokens`.
+class Judgement:
+    """What `judge` found.
 
-    `nouns` are each question's, as character spans, None if they could not be found. `embed` gives
-    the vectors of tokens `[ids, d]` in the space where closeness is measured.
+    `attention` `[tokens]` is that of `tokens`, as the reader saw them; `nouns` are each question's,
+    by their characters, None if they could not be found. `tables` has what `measure` gives for each
+    goal. The `checks` make the verdict; `direct` stands beside it. `counts` says what was left out,
+    cut or needs care, `how` what was judged by what.
     """
 
+    reader: Reader
     asked: list[Asked]
     tokens: Tokens
     attention: Floats
     nouns: Spans | None
-    embed: Callable[[Ints], Floats]
-    tokenizer: PreTrainedTokenizerBase
-
-    @property
-    def places(self) -> list[slice]:
-        """Where each question's tokens stand."""
-        return measures.by_question(self.tokens.question, len(self.asked))
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """What `judge` found.
-
-    `numbers` has a row for each number of each indicator: goal, number, space (`measured`,
-    `permuted`, `overlap`), mean, low, high, n (questions behind it). `per_question` has a row a
-    question, with the measured numbers by goal; `lead` is the lift minus that in the permuted
-    space. `tenths` has the mean lift of each tenth of the tokens by closeness. `mass` is the share
-    of plain attention on each of PLACES. `counts` says what was left out, cut or needs care. `how`
-    says what was judged by what. `checks` make the verdict; `direct` stands beside it.
-    """
-
-    reader: str
+    tables: Tables
     verdict: str
     checks: list[Check]
     direct: Check
-    numbers: pd.DataFrame
-    per_question: pd.DataFrame
-    tenths: pd.DataFrame
-    mass: dict[str, float]
     counts: dict[str, int]
     how: dict[str, str]
-    look: Look
     seconds: float
-
-    @property
-    def questions(self) -> int:
-        return len(self.look.asked)
 
 
 def load(name: str) -> Reader:
@@ -126,41 +94,36 @@ def load(name: str) -> Reader:
 
 
 def measure(
-    look: Look, goal: str, wanted: list[list[int]], counts: Counter[str]
-) -> tuple[dict[str, pd.DataFrame], Floats]:
-    """An indicator, a row a question, by space, and its lift by tenths `[questions, 10]`.
+    tokens: Tokens, attention: Floats, embed: Callable[[Ints], Floats], wanted: list[list[int]]
+) -> tuple[dict[str, pd.DataFrame], dict[str, int]]:
+    """An indicator, a row a question, by space, and `tenths`: the lift of tenths by closeness.
 
-    Measured, in the control (`permuted`: the vectors are dealt out anew for each question), and by
-    `overlap` with the wanted tokens alone. `counts` takes up what is left out.
+    Spaces: `measured` (with `lead`, its lift minus the control's), the control `permuted` (the
+    vectors are dealt out anew for each question), and `overlap` with the wanted tokens alone.
+    `embed` gives the vectors of tokens `[ids, d]`. Then how many questions have no Spearman, tokens
+    no vector, questions the same closest tokens in the control.
     """
-    tokens, question, name = look.tokens, look.tokens.question, GOALS[goal]
-    close = measures.closeness_to(tokens, wanted, look.embed)
-    dealt = measures.closeness_to(tokens, wanted, look.embed, np.random.default_rng(0))
+    question = tokens.question
+    close = measures.closeness_to(tokens, wanted, embed)
+    dealt = measures.closeness_to(tokens, wanted, embed, np.random.default_rng(0))
     exact = measures.exact(tokens, wanted)
     overlap = np.where((np.bincount(question, exact) > 0)[question], exact, np.nan)
     spaces = {"measured": (close, SHARE), "permuted": (dealt, SHARE)}
     spaces["overlap"] = (overlap, 0.0)  # the closest token and its equals: the exact ones
     tables = {
-        space: measures.indicator(look.attention, one, question, exact, share).iloc[:, 1:]
+        space: measures.indicator(attention, one, question, exact, share).iloc[:, 1:]
         for space, (one, share) in spaces.items()
     }
     tables["overlap"] = tables["overlap"][["attention", "Spearman"]]
     alike = measures.alike(close, dealt, question, exact, SHARE)
     lead = tables["measured"]["attention"] - tables["permuted"]["attention"]
     tables["measured"]["lead"] = lead.mask(alike)
-    known = np.bincount(question, np.isfinite(close)) > 0
-    asked = np.array([len(ids) > 0 for ids in wanted])
-    for what, which in (
-        (f"questions left out of the Spearman of {name}: fewer than three tokens with an embedding "
-         "in the space, or all equally close or attended",
-         asked & tables["measured"]["Spearman"].isna()),
-        (f"passage tokens left out of {name}: without an embedding in the space",
-         known[question] & np.isnan(close)),
-        (f"questions left out of the lift of {name} over its control: the closest tokens are the "
-         "same ones in both", alike),
-    ):  # fmt: skip
-        counts[what] += int(which.sum())
-    return tables, measures.deciles(look.attention, close, question)
+    lifts = measures.deciles(attention, close, question)
+    tables["tenths"] = pd.DataFrame(lifts, columns=range(1, 11))
+    undefined = tables["measured"]["Spearman"].isna() & [len(ids) > 0 for ids in wanted]
+    known = (np.bincount(question, np.isfinite(close)) > 0)[question]
+    lacking = {"Spearman": undefined, "vectors": known & np.isnan(close), "control": alike}
+    return tables, {what: int(which.sum()) for what, which in lacking.items()}
 
 
 def mean_of(values: Any) -> Interval:
@@ -179,16 +142,17 @@ def check(name: str, value: Interval, line: float, told: str) -> Check:
     return Check(name, found, f"{told}: {value} over {value.n} questions.")
 
 
-def direct_check(look: Look) -> Check:
+def direct_check(asked: list[Asked], tokens: Tokens, attention: Floats) -> Check:
     """Does the passage with most attention hold the answer more often than one drawn at random?
 
     Only questions with the answer in some passages and not in all can tell.
     """
     first, chance = [], []
-    for mine, (question, passages) in zip(look.places, look.asked, strict=True):
+    places = measures.by_question(tokens.question, len(asked))
+    for mine, (question, passages) in zip(places, asked, strict=True):
         found, size = holding(question, passages), len(passages)
         if 0 < len(found) < size:
-            scores = np.bincount(look.tokens.owner[mine], look.attention[mine], size)
+            scores = np.bincount(tokens.owner[mine], attention[mine], size)
             first.append(int(scores.argmax()) in found)
             chance.append(len(found) / size)
     name = "The passage with most attention holds the answer. The line: chance"
@@ -199,20 +163,22 @@ def direct_check(look: Look) -> Check:
     return check(name, interval(np.array(first) - np.array(chance)), 0.0, f"{told}; difference")
 
 
-def checks_of(measured: dict[str, pd.DataFrame], why_not: str) -> list[Check]:
+def checks_of(tables: Tables, why_not: str) -> list[Check]:
     """Indicator 2's Spearman against the paper's line, each indicator's lift against its control.
 
-    `measured` has the measured table of each goal; `why_not` says why `nouns` is not among them.
+    `why_not` says why `nouns` is not among the goals of the `tables`.
     """
     name = f"Indicator 2, Spearman. The line: the paper's {LINE}"
     checks = [Check(name, UNSURE, f"Not computed. {why_not}")]
-    if "nouns" in measured:
+    if "nouns" in tables:
         told = "Mean Spearman between attention and closeness to the question's nouns"
-        checks = [check(name, mean_of(measured["nouns"]["Spearman"]), LINE, told)]
-    control = "the tokens which are closest with the space's vectors dealt out anew"
-    for goal, table in measured.items():
+        checks = [check(name, mean_of(tables["nouns"]["measured"]["Spearman"]), LINE, told)]
+    told = (
+        "Lift, minus that of the tokens which are closest with the space's vectors dealt out anew"
+    )
+    for goal, table in tables.items():
         name = f"{GOALS[goal]}, lift of the closest {SHARE:.0%}. The line: its control"
-        checks.append(check(name, mean_of(table["lead"]), 0.0, f"Lift, minus that of {control}"))
+        checks.append(check(name, mean_of(table["measured"]["lead"]), 0.0, told))
     return checks
 
 
@@ -222,79 +188,55 @@ def verdict_of(checks: list[Check]) -> str:
     return BELOW if BELOW in found else ABOVE if found == {ABOVE} else UNSURE
 
 
+def nouns_of(asked: list[Asked], pipeline: str) -> tuple[Spans | None, str]:
+    """The nouns of the questions, or None and why they cannot be found."""
+    try:
+        return find_nouns(load_nouns(pipeline), [question.text for question, _ in asked]), ""
+    except NounsError as error:
+        log.warning("Indicator 2 is not computed. %s", error)
+        return None, str(error)
+
+
 def judge(
-    reader_name: str,
-    questions: str | Path | Sequence[dict[str, Any]],
-    nouns: str = "en_core_web_sm",
-    space_reader: str | None = None,
+    name: str, questions: str, nouns: str = "en_core_web_sm", other: str | None = None
 ) -> Judgement:
     """Judges a reader (a folder, a hub name, or `embedded`) on questions with passages.
 
-    `questions`: see `read_asked`. `nouns` is a spaCy pipeline, by name or folder; without one
-    Indicator 2 is not computed, the rest is. Closeness is measured in the input embeddings of
-    `space_reader`, by default the reader's own: readers compare only within one space. Attention is
-    read as the companion's profiles do by default: last row of the prompt, value norm, mean of all
-    layers. It cannot know whether passages are true.
+    `questions`: a file, see `read_asked`. `nouns` is a spaCy pipeline, by name or folder; without
+    one Indicator 2 is not computed, the rest is. Closeness is measured in the input embeddings of
+    the reader `other`, by default its own: readers compare only within one space. Attention is read
+    as profiles do by default: last row of the prompt, value norm, mean of all layers. It cannot
+    know whether passages are true.
     """
-    started, settings, why_not = time.monotonic(), AttentionSettings(), ""
-    counts: Counter[str] = Counter()
-    given = read_asked(questions)
-    reader = load(reader_name)
-    space = load(space_reader) if space_reader else reader
+    started, counts = time.monotonic(), Counter[str]()
+    given, reader = read_asked(Path(questions)), load(name)
+    model = load(other) if other else reader
     if is_chat := bool(getattr(reader.tokenizer, "chat_template", None)):
         log.warning("%s", CHAT)
     log.info("cutting  %d questions with their passages into tokens", len(given))
     asked = usable(reader, given, counts)
     texts, found = [question for question, _ in asked], [passages for _, passages in asked]
-    spans: Spans | None = None
-    try:
-        spans = find_nouns(load_nouns(nouns), [question.text for question in texts])
-    except NounsError as error:
-        why_not = f"{str(error).removesuffix(HOW_TO_GET_ONE)}{HOW_TO_FIND_NOUNS}"
-        log.warning("Indicator 2 is not computed. %s", why_not)
+    spans, why_not = nouns_of(asked, nouns)
     log.info("reading  %d prompts, one pass over each", len(asked))
-    tokens = look_at_tokens(reader, texts, found)
-    table = space.model.get_input_embeddings().weight
-    embed = partial(embeddings, reader.tokenizer, table=table, owner=space.tokenizer)
-    look = Look(asked, tokens, tokens.attention(settings), spans, embed, reader.tokenizer)
-    wanted = wanted_ids(reader, texts, spans)
+    tokens, embed = look_at_tokens(reader, texts, found), space(reader, model)
+    attention = tokens.attention(AttentionSettings())
+    wanted, tables = wanted_ids(reader, texts, spans), {}
     pairs = zip(texts, wanted["answer"], strict=True)
     wanted["answer"] = [ids if has_word(one.answers[0]) else [] for one, ids in pairs]
-    without = sum(not ids for ids in wanted.get("nouns", []))
-    counts["questions without a noun (left out of Indicator 2)"] += without
-    numbers, tenths, measured = [], [], {}
+    counts["no noun"] = sum(not ids for ids in wanted.get("nouns", []))
     for goal, ids in wanted.items():
         log.info("measuring %s (%.0f s so far)", GOALS[goal], time.monotonic() - started)
-        tables, lifts = measure(look, goal, ids, counts)
-        measured[goal] = tables["measured"]
-        for which, one in tables.items():
-            for name in one:
-                row = {"goal": goal, "number": name, "space": which}
-                numbers.append(row | asdict(mean_of(one[name])))
-        for tenth, column in enumerate(lifts.T, 1):
-            tenths.append({"goal": goal, "tenth": tenth} | asdict(mean_of(column)))
-    checks = checks_of(measured, why_not)
-    mass = tokens.mass[:, ROWS.index(settings.rows)].mean(0).tolist()
-    names = pd.Series([question.id for question in texts], name="question")
-    each = [one.add_prefix(f"{goal} ") for goal, one in measured.items()]
+        tables[goal], lacking = measure(tokens, attention, embed, ids)
+        counts.update({f"{goal} {what}": count for what, count in lacking.items()})
     how = {
-        "Reader": reader_name,
+        "Reader": name,
         "Prompt": CHAT if is_chat else "ragkit's plain prompt",
-        "Closeness is measured in the input embeddings of": space_reader or "its own",
+        "Closeness is measured in the input embeddings of": other or "its own",
         "Nouns found by": nouns if spans is not None else "none",
         "Passages a question, on average": f"{np.mean([len(one) for one in found]):.1f}",
     }
+    checks = checks_of(tables, why_not)
     return Judgement(
-        reader=reader_name,
-        verdict=verdict_of(checks),
-        checks=checks,
-        direct=direct_check(look),
-        numbers=pd.DataFrame(numbers),
-        per_question=pd.concat([names, *each], axis=1),
-        tenths=pd.DataFrame(tenths),
-        mass=dict(zip(PLACES, mass, strict=True)),
-        counts={what: count for what, count in counts.items() if count},
-        how=how,
-        look=look,
-        seconds=time.monotonic() - started,
-    )
+        reader, asked, tokens, attention, spans, tables, verdict_of(checks), checks,
+        direct_check(asked, tokens, attention), counts, how, time.monotonic() - started,
+    )  # fmt: skip
