@@ -3,7 +3,7 @@
 import pytest
 
 from ragkit.errors import ProfileError
-from ragkit.profile import load_profile, save_profile, shipped
+from ragkit.profile import SHIPPED, load_profile, save_profile
 
 GOOD = "name: mine\nsets: [{source: world, name: a, world: almanac, seed: 1}]\n"
 
@@ -14,7 +14,7 @@ def write(tmp_path, text):
     return str(path)
 
 
-@pytest.mark.parametrize("name", shipped())
+@pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_profiles_load(name):
     assert load_profile(name).name == name
 
@@ -57,15 +57,13 @@ def test_an_unknown_profile_gets_the_nearest_name():
 
 def test_two_sets_of_one_name_are_refused(tmp_path):
     text = GOOD.replace("}]", "}, {source: world, name: a, world: trivia, seed: 1}]")
-    with pytest.raises(ProfileError, match=r"sets\.name: 'a' stands there twice"):
+    with pytest.raises(ProfileError, match="sets: 'a' stands there twice"):
         load_profile(write(tmp_path, text))
 
 
-@pytest.mark.parametrize(
-    ("text", "found"), [("", "nothing"), ("- a\n- b\n", "list"), ("just words\n", "str")]
-)
-def test_a_file_without_keys_is_refused(tmp_path, text, found):
-    with pytest.raises(ProfileError, match=f"expected keys with values.*found {found}"):
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words\n"])
+def test_a_file_without_keys_is_refused(tmp_path, text):
+    with pytest.raises(ProfileError, match="expected keys with values"):
         load_profile(write(tmp_path, text))
 
 
@@ -104,7 +102,7 @@ def test_changes_are_made_before_validation(tmp_path):
     assert load_profile(str(tmp_path / "saved.yaml")) == profile
     for change, words in (
         ("k", "is no change"),
-        ("sets.9.distill=1", "no place 'sets.9.distill'"),
+        ("sets.9.distill=1", "'sets.9.distill=1' is no change"),
         ("reader.bach=1", "reader.bach: unknown key. The nearest valid key is 'batch'"),
     ):
         with pytest.raises(ProfileError, match=words):

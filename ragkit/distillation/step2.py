@@ -26,7 +26,7 @@ from ragkit.errors import DistillError
 from ragkit.models import device
 from ragkit.models.index import DEPTH, Index, open_index, search
 from ragkit.models.retriever import Retriever
-from ragkit.profile import AttentionSettings, DistillSettings, IndexSettings, RetrieverSettings
+from ragkit.settings import AttentionSettings, DistillSettings, IndexSettings, RetrieverSettings
 
 CHECKPOINT = "checkpoint.pt"
 LossOf = Callable[[Tensor, Tensor], Tensor]

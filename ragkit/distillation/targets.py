@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 from ragkit.data.text import holds_answer
 from ragkit.distillation.asked import Asked
 from ragkit.errors import DistillError
-from ragkit.profile import POOLINGS, ROWS, AttentionSettings
+from ragkit.settings import POOLINGS, ROWS, AttentionSettings
 
 Floats = NDArray[np.float64]
 Places = Sequence[Sequence[int]]  # of passages, for each question

@@ -22,7 +22,7 @@ from ragkit.distillation.asked import Asked
 from ragkit.models import device
 from ragkit.models.fid import open_reader
 from ragkit.models.reader import Prompt, Reader, note_trimmed
-from ragkit.profile import POOLINGS
+from ragkit.settings import POOLINGS
 
 Array = NDArray[np.float32]
 

@@ -15,7 +15,7 @@ from ragkit.experiment.tables import top_is_gold
 from ragkit.indicators import measures
 from ragkit.indicators.measures import SPACES, Floats
 from ragkit.indicators.metrics import paired_gain
-from ragkit.profile import LAYERS, ROWS, AttentionSettings
+from ragkit.settings import LAYERS, ROWS, AttentionSettings
 
 SHARES = (0.05, 0.1, 0.2)
 MEASURES = ("Spearman", *(f"attention, closest {share:.0%}" for share in SHARES))

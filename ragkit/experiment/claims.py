@@ -12,7 +12,7 @@ import yaml
 
 from ragkit.errors import ClaimError
 from ragkit.indicators.metrics import Interval
-from ragkit.profile import asset
+from ragkit.settings import asset
 
 WEAKER = ("not comparable", "not yet measured", "undecided")  # than a verdict, weakest first
 VERDICTS = ("reproduced", "partly", "not reproduced", *WEAKER)

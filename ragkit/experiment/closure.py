@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from ragkit.data.files import file_hash
-from ragkit.profile import ASSETS
+from ragkit.settings import ASSETS
 
 PACKAGE = Path(__file__).parent.parent
 

@@ -16,7 +16,8 @@ from ragkit.distillation.targets import TARGETS, UNTAUGHT, teacher_of
 from ragkit.experiment.kinds import KINDS
 from ragkit.experiment.outside import finder_state, model_files, passage_count
 from ragkit.experiment.store import Stage
-from ragkit.profile import Profile, WorldSet, varied
+from ragkit.profile import Profile, varied
+from ragkit.settings import WorldSet
 
 CEILING = "both sides"  # the variation under which the oracle shows how far Step 2 can go
 PROBED = 32  # questions of dev on which a probe measures the indicators

@@ -26,7 +26,8 @@ from ragkit.errors import NounsError, ProfileError
 from ragkit.experiment.graph import Graph, Of
 from ragkit.experiment.stages import stages
 from ragkit.experiment.store import Stage, Store
-from ragkit.profile import Profile, QuestionSet, load_profile
+from ragkit.profile import Profile, load_profile
+from ragkit.settings import QuestionSet
 
 TAKEN = ("course", "lab", "bench")  # folders below `runs/` that are no runs
 OPENED = "RAGKIT_OPENED"  # names a file that takes down which stages a notebook opens

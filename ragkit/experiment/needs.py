@@ -13,7 +13,8 @@ import yaml
 from ragkit.errors import PlanError
 from ragkit.experiment.outside import passage_count
 from ragkit.experiment.store import Stage
-from ragkit.profile import HubSet, HubTable, Profile, asset
+from ragkit.profile import Profile
+from ragkit.settings import HubSet, HubTable, asset
 
 BASE = 0.8e9  # bytes of a process that has loaded torch and transformers
 PASSAGE, QUESTION, ANSWER = 150, 20, 16  # tokens of 100 words of Wikipedia; asked; written

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ragkit.data.files import input_hash
 from ragkit.data.worlds import relations, spec
-from ragkit.profile import FileSet, HubTable, QuestionSet, WorldSet, asset
+from ragkit.settings import FileSet, HubTable, QuestionSet, WorldSet, asset
 
 POOL = 50  # passages of a question's pool on the hub, about: for the plan only
 
@@ -52,8 +52,7 @@ def passage_count(settings: QuestionSet) -> int:
     if isinstance(settings, FileSet):
         return lines_of(Path(settings.passages)) if Path(settings.passages).is_file() else 0
     if isinstance(settings.passages, HubTable):
-        rows = settings.passages.rows.get(settings.passage_split, 0)
-        return min(settings.most_passages or rows, rows or settings.most_passages or 0)
+        return settings.passages.rows.get(settings.passage_split, 0)
     if settings.passages is not None:
-        return settings.most_passages or lines_of(Path(settings.passages))
+        return lines_of(Path(settings.passages))
     return POOL * (settings.distill + settings.dev + settings.test)

@@ -26,7 +26,8 @@ from ragkit.experiment import needs
 from ragkit.experiment.lab import Lab
 from ragkit.experiment.run import set_of, workers_of
 from ragkit.experiment.store import Stage, read_record
-from ragkit.profile import HubSet, Profile, QuestionSet, WorldSet
+from ragkit.profile import Profile
+from ragkit.settings import HubSet, QuestionSet, WorldSet
 
 FILE = "plan.json"
 SHARE_OF_PEAK = 0.3  # of its operations a second that a GPU reaches on such models

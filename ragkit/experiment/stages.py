@@ -8,7 +8,7 @@ from itertools import chain, zip_longest
 from ragkit.distillation.targets import READERS, UNTAUGHT
 from ragkit.experiment.graph import CEILING, Graph, Of
 from ragkit.experiment.store import Stage
-from ragkit.profile import WorldSet
+from ragkit.settings import WorldSet
 
 TAUGHT_BY = ("attention", "perplexity")  # the signals that every reader teaches by
 BESIDE = ("LOOP", "EMDR2")  # and those that only the two regimes' readers do

@@ -28,7 +28,7 @@ from ragkit.data.files import file_hash, room_on_disk, write_whole
 from ragkit.errors import StoreError
 from ragkit.experiment.closure import closure_of
 from ragkit.experiment.provenance import memory_from_now, provenance, versions
-from ragkit.profile import FREE, MachineSettings
+from ragkit.settings import FREE, MachineSettings
 
 log = logging.getLogger(__name__)
 KNOBS = {
@@ -45,7 +45,7 @@ MAIN = os.environ.get("RANK", "0") == "0"
 
 
 def without_free(settings: Any) -> Any:
-    """Settings without those that change no result (`profile.FREE`), as plain JSON values."""
+    """Settings without those that change no result (`settings.FREE`), as plain JSON values."""
     if isinstance(settings, Mapping):
         return {name: without_free(one) for name, one in settings.items() if name not in FREE}
     if isinstance(settings, list | tuple):
@@ -200,9 +200,9 @@ class Store:
         for other in sorted(self.folder.parent.glob(f"*/stages/{stage.place}/{RECORD}")):
             aside = self.folder / "partial" / f"{stage.kind}-{stage.key}.{os.getpid()}.link"
             shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(other.parent, aside, copy_function=link)
-            home.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(OSError):  # another process was faster
+            with suppress(OSError):  # another process was faster, or there is no room for copies
+                shutil.copytree(other.parent, aside, copy_function=link)
+                home.parent.mkdir(parents=True, exist_ok=True)
                 aside.rename(home)
             shutil.rmtree(aside, ignore_errors=True)
             return

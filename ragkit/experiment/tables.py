@@ -15,7 +15,7 @@ from ragkit.distillation.targets import READERS, oracle_scores
 from ragkit.experiment.graph import CEILING, Of
 from ragkit.experiment.lab import Lab, read_json
 from ragkit.experiment.stages import answered
-from ragkit.profile import WorldSet
+from ragkit.settings import WorldSet
 
 
 def per_question(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -> pd.DataFrame:

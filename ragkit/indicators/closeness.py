@@ -27,7 +27,7 @@ from ragkit.models import device
 from ragkit.models.fid import load_reader, open_reader
 from ragkit.models.reader import PART, Reader
 from ragkit.models.retriever import Retriever
-from ragkit.profile import AttentionSettings, ReaderSettings, RetrieverSettings
+from ragkit.settings import AttentionSettings, ReaderSettings, RetrieverSettings
 
 Spans = Sequence[Sequence[tuple[int, int]]]  # the nouns of each question, by their characters
 

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file
 
 from ragkit.distillation.targets import over_layers
 from ragkit.errors import IndicatorError
-from ragkit.profile import ROWS, AttentionSettings
+from ragkit.settings import ROWS, AttentionSettings
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -39,7 +39,7 @@ class Tokens:
 
     `[tokens]`: `ids`, `owner` (place of its passage), `question`, `from_end` (tokens to the
     prompt's end), `ends` (place of its last character in its passage's text, -1 if unknown).
-    `contribution` `[tokens, rows, norm (off, on), layers]`, rows as in `profile.ROWS`; `mass`
+    `contribution` `[tokens, rows, norm (off, on), layers]`, rows as in `settings.ROWS`; `mass`
     `[questions, rows, places]`: share of plain attention, mean of all layers, on each of PLACES.
     """
 

@@ -100,7 +100,7 @@ def tagged_text(world: str, seed: int) -> list[Labelled]:
             rel = worlds.relations(world)[entity.kind, relation]
             texts.append(worlds.ask(entity, relation, rng.randrange(len(rel["questions"])), rng))
             wording = rng.randrange(len(rel["statements"]))
-            passages.append(worlds.write_passage(entity, relation, wording, rng)[0])
+            passages.append(worlds.write_passage(entity, relation, wording, rng))
     labelled = []
     for text in texts + rng.sample(passages, TAGGED_PASSAGES):
         tagged = parts_of_speech(text)

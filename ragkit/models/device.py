@@ -22,7 +22,7 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from tqdm.auto import tqdm
 
 from ragkit.errors import MachineError
-from ragkit.profile import MachineSettings
+from ragkit.settings import MachineSettings
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def start(machine: MachineSettings, threads: int) -> None:
-    """Takes the profile's device, kernel and threads for this process; joins the others of its run,
+    """Takes the profile's device and threads for this process; joins the others of its run,
     if there are any.
 
     Raises MachineError if there is no such device, or this process already computes on another.
@@ -48,11 +48,6 @@ def start(machine: MachineSettings, threads: int) -> None:
     PartialState(cpu=machine.device == "cpu")
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
-    if machine.device == "cuda":
-        kernel, backends = machine.kernel, torch.backends.cuda
-        backends.enable_flash_sdp(kernel in ("auto", "flash"))
-        backends.enable_mem_efficient_sdp(kernel in ("auto", "efficient"))
-        backends.enable_math_sdp(kernel in ("auto", "math"))
 
 
 def device() -> torch.device:

@@ -18,7 +18,7 @@ from ragkit.data.questions import PARTS, PASSAGES, Corpus
 from ragkit.errors import SearchError, VectorsError
 from ragkit.models import device
 from ragkit.models.retriever import Retriever
-from ragkit.profile import IndexSettings, RetrieverSettings
+from ragkit.settings import IndexSettings, RetrieverSettings
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # on import it sets its own, and reports much
 log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def encode(
     array: Any = np.lib.format.open_memmap(path, "r+") if done and device.is_main() else None
     for start in range(done, len(passages), settings.shard):
         texts = [passage_text(p) for p in passages[start : start + settings.shard]]
-        made = retriever.encode(texts).astype(settings.dtype)
+        made = retriever.encode(texts, "passage").astype(settings.dtype)
         if not np.isfinite(made).all():
             hint = (
                 "set index.dtype to float32 (float16 ends at 65504)"

@@ -17,7 +17,7 @@ from IPython.display import HTML
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ragkit.profile import asset
+from ragkit.settings import asset
 
 TEMPLATES = Environment(
     loader=FileSystemLoader(asset("templates")), autoescape=True, undefined=StrictUndefined

@@ -24,7 +24,7 @@ from pygments.lexers import PythonLexer
 
 from ragkit.experiment.lab import Lab
 from ragkit.pages import html, reference, sliders
-from ragkit.profile import asset
+from ragkit.settings import asset
 
 SHOWN_ROWS = 12  # of a figure's table
 # Where each claim is measured, by the notebook's number.

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from ragkit.distillation import targets
 from ragkit.experiment.lab import Lab
-from ragkit.profile import POOLINGS, ROWS, asset
+from ragkit.settings import POOLINGS, ROWS, asset
 
 QUESTIONS, EXAMPLES = 200, 12
 NUMBERS = 400_000  # scores a reader at most, or the page grows too heavy: fewer questions then

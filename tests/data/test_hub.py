@@ -14,7 +14,7 @@ from ragkit.data.questions import Corpus, card, passage_settings, question_setti
 from ragkit.data.sets import make_passages, make_questions
 from ragkit.data.text import normalise
 from ragkit.errors import DataError
-from ragkit.profile import HubSet, HubTable
+from ragkit.settings import HubSet, HubTable
 
 TOWNS = [
     Passage(
@@ -102,33 +102,12 @@ def test_hits_are_told_by_the_answer_where_no_gold_passage_is_known(tmp_path):
     assert one.golds([question], ranking[:, :1]) == [()]
 
 
-def test_a_subset_of_the_passages_is_drawn_by_the_seed(tmp_path):
-    few = made(hub_set(tmp_path, most_passages=7), tmp_path / "few")
-    assert len(few.passages) == 7
-    assert [p.id for p in few.passages] == sorted(p.id for p in few.passages)
-    assert list(
-        made(hub_set(tmp_path / "b", most_passages=7), tmp_path / "few-again").passages
-    ) == list(few.passages)
-    assert list(
-        made(hub_set(tmp_path / "c", most_passages=7, seed=3), tmp_path / "few-other").passages
-    ) != list(few.passages)
-
-
 def test_passages_from_a_tsv(tmp_path):
     (tmp_path / "p.tsv").write_text(
         "id\ttext\ttitle\n" + "".join(f"{p.id}\t{p.text}\t{p.title}\n" for p in TOWNS)
     )
     whole = made(hub_set(tmp_path, passages=str(tmp_path / "p.tsv")), tmp_path / "made")
     assert list(whole.passages) == TOWNS
-    assert (
-        len(
-            made(
-                hub_set(tmp_path / "b", passages=str(tmp_path / "p.tsv"), most_passages=3),
-                tmp_path / "made-few",
-            ).passages
-        )
-        == 3
-    )
 
 
 def test_trivia_answers_come_with_their_aliases(tmp_path):
@@ -179,7 +158,7 @@ def cut(path):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda t: {"questions": nq(t, config="other")}, "does not hold whole data files"),
+        (lambda t: {"questions": nq(t, config="other")}, "cannot be loaded .*whole files"),
         (lambda t: {"questions": nq(t, rows={"train": 87925})}, "the profile expects 87925"),
         (lambda t: {"questions": nq(t, columns={"question": "query"})},
          r"no column 'query' \(our 'question'\); there are question, answer"),
@@ -187,7 +166,7 @@ def cut(path):
         (lambda t: {"distill": 30}, "Lower distill, dev or test"),
         (lambda t: {"passages": str(t / "none.tsv")}, "No file"),
         (lambda t: {"passages": None, "pools": ("answer",)}, "a passage of the pool: no 'text'"),
-        (lambda t: cut(next((t / "wiki").rglob("train-00001*"))) or {}, "does not hold whole data"),
+        (lambda t: cut(next((t / "wiki").rglob("train-00001*"))) or {}, "whole files"),
         (lambda t: {"questions": HubTable(dataset="nobody/no-such-name")}, "cannot be loaded"),
     ],
 )  # fmt: skip
@@ -220,8 +199,6 @@ def test_sets_over_the_same_passages_share_them(tmp_path):
     one = hub_set(tmp_path)
     other = one.model_copy(update={"name": "other", "seed": 9, "distill": 3})
     assert passage_settings(one) == passage_settings(other)
-    few = [s.model_copy(update={"most_passages": 7}) for s in (one, other)]
-    assert passage_settings(few[0]) != passage_settings(few[1])
     before = passage_settings(one)
     write_wiki(tmp_path / "wiki2", TOWNS[:5])
     (tmp_path / "wiki2" / "data").rename(tmp_path / "wiki" / "more")

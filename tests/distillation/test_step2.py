@@ -20,7 +20,7 @@ from ragkit.distillation.log import read_log
 from ragkit.errors import DistillError
 from ragkit.models.index import make_vectors
 from ragkit.models.retriever import train_by_cropping
-from ragkit.profile import AttentionSettings, DistillSettings, IndexSettings, RetrieverSettings
+from ragkit.settings import AttentionSettings, DistillSettings, IndexSettings, RetrieverSettings
 
 
 def test_kl_is_that_of_sentence_transformers():

@@ -16,7 +16,7 @@ from ragkit.data.questions import Corpus, Question
 from ragkit.distillation import targets
 from ragkit.distillation.asked import Asked
 from ragkit.errors import DistillError
-from ragkit.profile import POOLINGS, ROWS, AttentionSettings
+from ragkit.settings import POOLINGS, ROWS, AttentionSettings
 
 ATTENTION = AttentionSettings(rows="last_prompt", norm=True, layers="all", pooling="sum")
 RNG = np.random.default_rng(0)

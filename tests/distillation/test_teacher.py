@@ -14,7 +14,7 @@ from ragkit.data.passages import Passage, write_passages
 from ragkit.data.questions import Question
 from ragkit.distillation import teacher
 from ragkit.models.fid import load_reader
-from ragkit.profile import POOLINGS, ROWS, ReaderSettings
+from ragkit.settings import POOLINGS, ROWS, ReaderSettings
 
 PASSAGES = [
     Passage("0", "Orla Venn", "Orla Venn was born in old Tarholm, a port."),

@@ -6,7 +6,8 @@ import pytest
 
 from ragkit.experiment import choices
 from ragkit.indicators.measures import SPACES, Tokens, indicator
-from ragkit.profile import VARIATIONS, AttentionSettings, Profile, WorldSet, varied
+from ragkit.profile import VARIATIONS, Profile, varied
+from ragkit.settings import AttentionSettings, WorldSet
 
 
 class Stub:

@@ -26,7 +26,7 @@ from ragkit.models.fid import load_reader
 from ragkit.models.reader import PART
 from ragkit.models.retriever import train_by_cropping
 from ragkit.models.step1 import reader_folder
-from ragkit.profile import AttentionSettings, ReaderSettings, RetrieverSettings
+from ragkit.settings import AttentionSettings, ReaderSettings, RetrieverSettings
 
 PASSAGES = [
     Passage("0", "Orla Venn", "Orla Venn was born in Ulm. The family moved away in 1810."),

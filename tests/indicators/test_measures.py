@@ -16,7 +16,7 @@ from scipy.spatial.distance import cosine
 from ragkit.errors import IndicatorError
 from ragkit.indicators import measures
 from ragkit.indicators.measures import Tokens
-from ragkit.profile import ROWS, AttentionSettings
+from ragkit.settings import ROWS, AttentionSettings
 
 numbers = arrays(np.float64, 12, elements=st.sampled_from([0.0, 0.25, 0.5, 1.0, 2.0, 3.5]))
 questions = arrays(np.int64, 12, elements=st.integers(0, 3)).map(np.sort)

@@ -8,7 +8,7 @@ import torch
 
 from ragkit.errors import MachineError
 from ragkit.models import device
-from ragkit.profile import MachineSettings
+from ragkit.settings import MachineSettings
 
 
 def test_one_process_takes_everything_with_weight_one():

@@ -9,7 +9,7 @@ from ragkit.data.passages import Passage
 from ragkit.errors import SearchError, VectorsError
 from ragkit.models import index
 from ragkit.models.index import Vectors, bm25, encode, exact_search, open_index, search
-from ragkit.profile import IndexSettings
+from ragkit.settings import IndexSettings
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,8 @@ class Encoder:
     def __init__(self, array, dies_at=None):
         self.array, self.dies_at, self.calls = array, dies_at, 0
 
-    def encode(self, texts):
+    def encode(self, texts, kind):
+        assert kind == "passage"
         self.calls += 1
         if self.calls == self.dies_at:
             raise KeyboardInterrupt

@@ -17,7 +17,7 @@ from ragkit.errors import ReaderError
 from ragkit.models import step1
 from ragkit.models.fid import load_reader
 from ragkit.models.step1 import Lesson, Lessons, Metrics, fine_tune
-from ragkit.profile import ReaderSettings, WorldSet
+from ragkit.settings import ReaderSettings, WorldSet
 
 PASSAGES = [
     Passage("0", "Orla Venn", "Orla Venn was born in Ulm."),

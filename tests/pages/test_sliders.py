@@ -17,7 +17,8 @@ from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
 from ragkit.distillation import targets
 from ragkit.pages import report, sliders
-from ragkit.profile import POOLINGS, ROWS, AttentionSettings, load_profile
+from ragkit.profile import load_profile
+from ragkit.settings import POOLINGS, ROWS, AttentionSettings
 
 K, LAYERS, N = 4, 3, 30
 NASTY = "</script><script>document.title='broken'</script><!-- & \u2028"
