@@ -41,10 +41,8 @@ test: $(READY)       ## all tests but the slow ones
 slow: $(READY)       ## the tests that take many minutes
 	$(RUN) -m pytest tests -m slow
 
-bench: $(READY)      ## attention (plain, ours, eager), encoding, an index of a million vectors: about an hour
+bench: $(READY)      ## attention (plain, ours, eager) and encoding: about an hour
 	$(RUN) tests/benchmarks/attention.py runs/bench
-	$(RUN) tests/benchmarks/encode.py runs/bench
-	$(RUN) tests/benchmarks/index.py runs/bench
 
 lint: $(READY)       ## ruff, mypy, and the order of the rooms
 	$(RUN) -m ruff check ragkit tests

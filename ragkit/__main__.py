@@ -12,8 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from ragkit.attention.kernels import AttentionError
-from ragkit.errors import RagkitError
+from ragkit.errors import RagkitError, StoreError
 from ragkit.experiment import plan, run
 from ragkit.experiment.lab import Lab, changed_profile
 from ragkit.pages import course, reference, report
@@ -69,7 +68,11 @@ def copy_for_lab(runs: Path) -> Path:
     Copies that are there are kept. They stand one folder nearer to the runs.
     """
     folder = runs / "lab"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = f"{error.strerror}: {error.filename}"
+        raise StoreError(f"{folder} cannot be made ({why}). Choose another --runs.") from None
     for source in sorted(NOTEBOOKS.glob("*.ipynb")):
         copy = folder / source.name
         if copy.exists():
@@ -133,14 +136,14 @@ def do(arguments: argparse.Namespace) -> None:
     if arguments.command == "plan":
         say("\n".join(plan.lines(plan.make(lab))))
     elif arguments.command == "reproduce":
-        run.reproduce(lab, NOTEBOOKS)
-        write_report(lab)
+        if run.reproduce(lab, NOTEBOOKS):
+            write_report(lab)
     elif arguments.command == "report":
         write_report(finished(lab))
     elif arguments.command == "reference":
         reference.publish(finished(lab), FIGURES, README)
     elif arguments.command == "course":
-        log.info("course: %s", course.write(NOTEBOOKS, finished(lab)))
+        log.info("course: %s", course.write(NOTEBOOKS, finished(lab).folder, arguments.profile))
     else:
         log.info("%d old stages removed", run.tidy(lab, NOTEBOOKS))
 
@@ -151,12 +154,15 @@ def main() -> int:
     run.start_logging()
     try:
         do(arguments)
-    except (RagkitError, AttentionError) as error:
-        log.error("%s", error)
-        return 2
     except KeyboardInterrupt:
         log.error("Stopped. What was finished is kept; the same command goes on from there.")
         return 130
+    except Exception as error:
+        # The attention room stands alone; by its name its error is known without loading torch.
+        if not isinstance(error, RagkitError) and type(error).__name__ != "AttentionError":
+            raise
+        log.error("%s", error)
+        return 2
     return 0
 
 

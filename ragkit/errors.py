@@ -40,7 +40,7 @@ class IndicatorError(RagkitError):
 
 
 class NounsError(RagkitError):
-    """No spaCy pipeline can find the nouns of a set's questions; the message says why and how to get one."""
+    """No pipeline finds the nouns of a set's questions; the message says how to get one."""
 
 
 class CheckpointError(RagkitError):

@@ -1,4 +1,4 @@
-"""What a reader is asked and a retriever taught: the questions for distillation."""
+"""What a reader is asked: questions of one part, and the candidates of each."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from ragkit.data.questions import Corpus, Question
 
 @dataclass(frozen=True)
 class Asked:
-    """The questions for distillation and their candidates: places of passages `[questions, k]`."""
+    """Questions and their candidates: places of passages `[questions, k]`."""
 
     corpus: Corpus
     questions: list[Question]
     candidates: NDArray[np.int64]
 
     @classmethod
-    def open(cls, inputs: Mapping[str, Path], most: int, k: int) -> Asked:
-        """At most so many questions with k candidates each, from the folders of their stages."""
+    def open(cls, inputs: Mapping[str, Path], part: str, most: int, k: int) -> Asked:
+        """At most so many questions of a part, with k candidates each, from their stages."""
         corpus = Corpus.load("", inputs["passages"], inputs["questions"])
-        found = load_file(inputs["candidates"] / "candidates.safetensors")["distill"]
-        questions = corpus.questions["distill"][:most]
+        questions = corpus.questions[part][:most]
+        found = load_file(inputs["candidates"] / "candidates.safetensors")[part]
         return cls(corpus, questions, found[: len(questions), :k])
 
+    @property
     def passages(self) -> list[list[Passage]]:
         """The candidates as passages, best first, for each question."""
         return [[self.corpus.passages[place] for place in row] for row in self.candidates]

@@ -12,7 +12,6 @@ from ragkit.data.files import write_whole
 
 FILE = "metrics.jsonl"
 LOOKS = 2  # times an epoch that Step 2 is looked at
-
 Row = dict[str, Any]
 
 

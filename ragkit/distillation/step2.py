@@ -1,4 +1,4 @@
-"""Step 2: the retriever moves until its scores say what the target says (kl_loss, train)."""
+"""Step 2: the retriever moves until its scores say what the target says."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ from ragkit.distillation.log import LOOKS, Row, write_log
 from ragkit.distillation.targets import target_of
 from ragkit.errors import DistillError
 from ragkit.models import device
-from ragkit.models.index import DEPTH, open_index, search
+from ragkit.models.index import DEPTH, Index, open_index, search
 from ragkit.models.retriever import Retriever
 from ragkit.settings import AttentionSettings, DistillSettings, IndexSettings, RetrieverSettings
 
 CHECKPOINT = "checkpoint.pt"
 LossOf = Callable[[Tensor, Tensor], Tensor]
-VectorsOf = Callable[[Retriever, Tensor], Tensor]
 
 
 def kl_loss(target: Tensor, scores: Tensor, temperature: float) -> Tensor:
@@ -38,8 +37,7 @@ def kl_loss(target: Tensor, scores: Tensor, temperature: float) -> Tensor:
 
     The target is detached: only the retriever learns.
     """
-    target = target.detach()
-    logs = (scores / temperature).log_softmax(-1)
+    target, logs = target.detach(), (scores / temperature).log_softmax(-1)
     return (torch.xlogy(target, target) - target * logs).sum(-1).mean()
 
 
@@ -53,98 +51,126 @@ def emdr2_loss(logs: Tensor, scores: Tensor, temperature: float) -> Tensor:
     """EMDR2 (Sachan et al. 2021): -mean over tokens of log sum_k p(token | q, d_k) p_RETR(d_k).
 
     `logs` `[questions, k, tokens]` are the reader's log-probabilities of the answer's tokens given
-    each passage alone, NaN behind the answer's end. Unlike a fixed target it asks for any one
-    passage that explains the answer.
+    each passage alone, NaN behind its end. Any one passage that explains the answer is enough.
     """
     there = logs[:, 0].isfinite()
     mixed = (logs.nan_to_num() + (scores / temperature).log_softmax(-1)[:, :, None]).logsumexp(1)
     return -((mixed * there).sum(1) / there.sum(1)).mean()
 
 
-class RetrieverLoss(nn.Module):
-    """A retriever as a module whose forward pass is its loss: what Accelerate wraps for training.
+class Lesson(nn.Module):
+    """A retriever and what it is taught, as a module whose forward pass is the loss of Step 2.
 
-    Of the questions chosen `[batch]`, `vectors_of` gives the candidates' vectors `[batch, k, d]`
-    (stored ones train the query side only, fresh ones both), `loss_of` the loss of the scores
-    `[batch, k]`.
+    `loss_of` gives the loss of the questions chosen `[batch]` from their scores `[batch, k]`. By
+    side 'query' the passages' vectors stay those of the index; else they are made afresh.
     """
 
-    def __init__(self, retriever: Retriever, vectors_of: VectorsOf, loss_of: LossOf) -> None:
+    def __init__(
+        self, retriever: Retriever, asked: Asked, index: Index, side: str, loss_of: LossOf
+    ) -> None:
         super().__init__()
-        self.retriever, self.vectors_of, self.loss_of = retriever, vectors_of, loss_of
+        self.retriever, self.asked, self.index = retriever, asked, index
+        self.stays, self.loss_of = side == "query", loss_of
+        self.texts = [question.text for question in asked.questions]
 
     def forward(self, tokens: BatchEncoding, chosen: Tensor) -> Tensor:
         """The mean loss of the questions chosen, given as tokens."""
         queries = self.retriever(tokens).float()
-        vectors = self.vectors_of(self.retriever, chosen).float()
+        vectors = self.vectors(self.asked.candidates[chosen.numpy()]).float()
         return self.loss_of(chosen, torch.einsum("qd,qkd->qk", queries, vectors))
 
+    def vectors(self, places: NDArray[np.int64]) -> Tensor:
+        """The vectors of passages `[batch, k, d]`."""
+        if self.stays:
+            return torch.from_numpy(self.index.vectors.take(places)).to(device.device())
+        unique, back = np.unique(places, return_inverse=True)
+        vectors = self.retriever([passage_text(self.asked.corpus.passages[i]) for i in unique])
+        return vectors[torch.from_numpy(back.reshape(places.shape)).to(device.device())]
 
-def train(
-    retriever_loss: RetrieverLoss,
-    texts: list[str],
-    settings: DistillSettings,
-    seed: int,
-    folder: Path,
-    watch: Callable[[Retriever], dict[str, float]],
-) -> list[Row]:
-    """Step 2: moves the retriever so that the loss of its scores falls, for questions as `texts`.
+    def find(self, part: str, depth: int) -> NDArray[np.int64]:
+        """The first passages of each question of a part `[questions, depth]`."""
+        corpus, encode = self.asked.corpus, self.retriever.encode
+        queries = encode([q.text for q in corpus.questions[part]])
+        if not self.stays:
+            return search(queries, encode(list(map(passage_text, corpus.passages))), depth)[0]
+        return device.agreed(self.index.search(queries, depth)[0] if device.is_main() else None)
 
-    Returns the rows of its log in `folder`, one for the start and for each LOOKS-th of an epoch:
-    `epoch`, mean `loss` since the row before (NaN at the start), what `watch` says, `rate`,
-    `seconds` since the start, `left` by the pace so far. CHECKPOINT in `folder` lets a killed run
-    go on with the same steps; the caller removes it. The processes of a run share each batch.
-    Raises DistillError if the loss is not a number.
-    """
-    retriever = retriever_loss.retriever
-    accelerator = device.accelerator(retriever.settings.dtype)
-    adam = torch.optim.AdamW(retriever.parameters(), lr=settings.rate, weight_decay=0.01)
-    module, optimizer = accelerator.prepare(retriever_loss, adam)
+    def hr(self) -> float:
+        """HR@k on dev."""
+        k, corpus = self.asked.candidates.shape[1], self.asked.corpus
+        found = self.find("dev", k)
+        golds = corpus.golds(corpus.questions["dev"], found)
+        return float(hits(found.tolist(), golds, k).mean())
+
+
+def batches_of(n: int, settings: DistillSettings, seed: int) -> list[Tensor]:
+    """The batches of all epochs, places of n questions; each epoch has an order of its own."""
     batches: list[Tensor] = []
     for epoch in range(settings.epochs):
         generator = torch.Generator().manual_seed(1000 * seed + epoch)
-        batches += torch.randperm(len(texts), generator=generator).split(settings.batch)
+        batches += torch.randperm(n, generator=generator).split(settings.batch)
+    return batches
+
+
+def train(lesson: Lesson, settings: DistillSettings, seed: int, folder: Path) -> list[Row]:
+    """Step 2: moves the lesson's retriever so that the loss falls.
+
+    Returns the rows of its log in `folder`, one for the start and for each LOOKS-th of an epoch:
+    `epoch`, mean `loss` since the row before (NaN at the start), `hr` on dev, `rate`, `seconds`
+    since the start, `left` by the pace so far. CHECKPOINT in `folder` lets a killed run go on with
+    the same steps; the caller removes it. The processes of a run share each batch. Raises
+    DistillError if the loss is not a number.
+    """
+    retriever = lesson.retriever
+    accelerator = device.accelerator(retriever.settings.dtype)
+    adam = torch.optim.AdamW(retriever.parameters(), lr=settings.rate, weight_decay=0.01)
+    module, optimizer = accelerator.prepare(lesson, adam)
+    kept = {"retriever": retriever, "optimizer": optimizer}
+    if accelerator.scaler:  # of float16 on a GPU
+        kept["scaler"] = accelerator.scaler
+    batches = batches_of(len(lesson.texts), settings, seed)
     ends = np.linspace(0, len(batches), LOOKS * settings.epochs + 1).round().astype(int)
 
     def tokens_of(batch: Tensor) -> BatchEncoding:
-        return retriever.tokens([texts[i] for i in device.share(batch)[0]])
+        return retriever.tokens([lesson.texts[i] for i in device.share(batch)[0]])
+
+    def step(tokens: BatchEncoding, batch: Tensor) -> float:
+        chosen, weight = device.share(batch)
+        loss = module(tokens, chosen) * weight
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(retriever.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return device.mean_over_processes(float(loss.detach()))
 
     if (saved := device.load_checkpoint(folder / CHECKPOINT)) is None:
-        rows: list[Row] = [{"epoch": 0, "loss": math.nan, **watch(retriever), "seconds": 0.0}]
+        rows: list[Row] = [{"epoch": 0, "loss": math.nan, "hr": lesson.hr(), "seconds": 0.0}]
     else:
-        retriever.load_state_dict(saved["retriever"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if accelerator.scaler:  # of float16 on a GPU
-            accelerator.scaler.load_state_dict(saved["scaler"])
+        for name, part in kept.items():
+            part.load_state_dict(saved[name])
         rows = saved["rows"]
     write_log(folder, rows, device.is_main())
     done, before, began = len(rows) - 1, rows[-1]["seconds"], time.monotonic()
     for look in tqdm(range(done + 1, len(ends)), desc="Step 2", leave=False):
-        part, losses = batches[ends[look - 1] : ends[look]], []
+        row: Row = {"epoch": look / LOOKS}
+        mine, losses = batches[ends[look - 1] : ends[look]], []
         retriever.train()
-        for batch, tokens in zip(part, device.ahead(part, tokens_of), strict=True):
-            chosen, weight = device.share(batch)
-            loss = module(tokens, chosen) * weight
-            accelerator.backward(loss)
-            losses.append(device.mean_over_processes(float(loss.detach())))
+        for batch, tokens in zip(mine, device.ahead(mine, tokens_of), strict=True):
+            losses.append(step(tokens, batch))
             if not math.isfinite(losses[-1]):
-                why = f"Step 2: the loss is not a number before epoch {look / LOOKS:g}. "
-                stopped = {"epoch": look / LOOKS, "stopped": why + "Lower distill.rate."}
-                write_log(folder, [*rows, stopped], device.is_main())
-                raise DistillError(stopped["stopped"])
-            accelerator.clip_grad_norm_(retriever.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+                why = f"Step 2: the loss is not a number before epoch {row['epoch']:g}."
+                row["stopped"] = f"{why} Lower distill.rate."
+                write_log(folder, [*rows, row], device.is_main())
+                raise DistillError(row["stopped"])
         retriever.eval()
-        measured = {"loss": float(np.mean(losses)) if losses else math.nan, **watch(retriever)}
+        row |= {"loss": float(np.mean(losses)) if losses else math.nan, "hr": lesson.hr()}
         passed = time.monotonic() - began
         left = passed * (len(ends) - 1 - look) / (look - done)
-        times = {"seconds": round(before + passed, 2), "left": round(left, 1)}
-        rows.append({"epoch": look / LOOKS, **measured, "rate": settings.rate, **times})
+        row |= {"rate": settings.rate, "seconds": round(before + passed, 2), "left": round(left, 1)}
+        rows.append(row)
         write_log(folder, rows, device.is_main())
-        state = {"retriever": retriever.state_dict(), "optimizer": optimizer.state_dict()}
-        scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-        device.save_checkpoint(folder / CHECKPOINT, {**state, "scaler": scaler, "rows": rows})
+        states = {name: part.state_dict() for name, part in kept.items()}
+        device.save_checkpoint(folder / CHECKPOINT, {**states, "rows": rows})
     return rows
 
 
@@ -166,40 +192,17 @@ def loss_of(
 
 def make_step2(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """Step 2 for one target and seed: `ranking.safetensors` of the test questions, `curve.json`
-    with HR@k on dev, and the retriever if `keep` is set.
-    """
-    k, distill = settings["k"], DistillSettings(**settings["distill"])
-    asked = Asked.open(inputs, distill.questions, k)
+    with HR@k on dev, and the retriever if `keep` is set."""
+    distill = DistillSettings(**settings["distill"])
+    asked = Asked.open(inputs, "distill", distill.questions, settings["k"])
     encoding = RetrieverSettings(**settings["retriever"])
     retriever = Retriever.load(str(inputs["retriever"] / "model"), encoding)
     index = open_index(inputs["vectors"], inputs["index"], IndexSettings(**settings["index"]))
     look = load_file(inputs["look"] / "scores.safetensors") if "look" in inputs else None
-    corpus, query_side = asked.corpus, distill.side == "query"
-
-    def vectors_of(now: Retriever, chosen: Tensor) -> Tensor:
-        places = asked.candidates[chosen.numpy()]
-        if query_side:
-            return torch.from_numpy(index.vectors.take(places)).to(device.device())
-        unique, back = np.unique(places, return_inverse=True)
-        vectors = now([passage_text(corpus.passages[i]) for i in unique])
-        return vectors[torch.from_numpy(back.reshape(places.shape)).to(device.device())]
-
-    def find(now: Retriever, part: str, depth: int) -> NDArray[np.int64]:
-        queries = now.encode([q.text for q in corpus.questions[part]])
-        if query_side:
-            return device.agreed(index.search(queries, depth)[0] if device.is_main() else None)
-        return search(queries, now.encode(list(map(passage_text, corpus.passages))), depth)[0]
-
-    def watch(now: Retriever) -> dict[str, float]:
-        found = find(now, "dev", k)
-        golds = corpus.golds(corpus.questions["dev"], found)
-        return {"hr": float(hits(found.tolist(), golds, k).mean())}
-
     torch.manual_seed(settings["seed"])
-    retriever_loss = RetrieverLoss(retriever, vectors_of, loss_of(asked, look, settings))
-    texts = [q.text for q in asked.questions]
-    rows = train(retriever_loss, texts, distill, settings["seed"], folder, watch)
-    found = find(retriever, "test", min(DEPTH, len(corpus.passages)))
+    lesson = Lesson(retriever, asked, index, distill.side, loss_of(asked, look, settings))
+    rows = train(lesson, distill, settings["seed"], folder)
+    found = lesson.find("test", min(DEPTH, len(asked.corpus.passages)))
     if settings["keep"]:
         retriever.save(folder / "model")
     if device.is_main():

@@ -1,4 +1,4 @@
-"""Targets: stored scores of a question's passages become the distributions that Step 2 teaches."""
+"""Targets: scores of a question's passages become the distributions that Step 2 teaches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from scipy import special
 from scipy.optimize import brentq
 
-from ragkit.data.passages import Passage
 from ragkit.data.text import holds_answer
 from ragkit.distillation.asked import Asked
 from ragkit.errors import DistillError
@@ -74,9 +73,7 @@ def temperature_for(scores: Floats, share: float) -> float:
 
     if gap(-8) >= 0:
         return math.exp(-8)
-    if gap(8) <= 0:
-        return math.inf
-    return math.exp(brentq(gap, -8, 8))
+    return math.inf if gap(8) <= 0 else math.exp(brentq(gap, -8, 8))
 
 
 def from_scores(scores: Floats, share: float) -> Floats:
@@ -85,30 +82,10 @@ def from_scores(scores: Floats, share: float) -> Floats:
     return softmax(standard, temperature_for(standard, share))
 
 
-def uniform(n: int, k: int) -> Floats:
-    """Every passage the same: a teacher that knows nothing."""
-    return np.full((n, k), 1 / k)
-
-
 def oracle_scores(candidates: Places, golds: Places) -> Floats:
-    """1 for gold passages, 0 for others `[questions, k]`: a teacher that knows all."""
+    """1 for gold passages, 0 for others `[questions, k]`."""
     pairs = zip(candidates, golds, strict=True)
     return np.array([[float(place in gold) for place in row] for row, gold in pairs])
-
-
-def answer_string_scores(
-    candidates: Places, passages: Sequence[Passage], answers: Sequence[Sequence[str]]
-) -> Floats:
-    """1 for passages that contain an answer as text: what string matching alone would teach."""
-    rows = []
-    for places, golds in zip(candidates, answers, strict=True):
-        rows.append([float(holds_answer(passages[place].text, golds)) for place in places])
-    return np.array(rows)
-
-
-def shuffled(targets: Floats, seed: int) -> Floats:
-    """Each question's target permuted among its passages: the same entropy, no knowledge."""
-    return np.random.default_rng(seed).permuted(targets, axis=1)
 
 
 def over_layers(values: NDArray[np.float32], layers: str) -> Floats:
@@ -127,10 +104,7 @@ def attention_scores(scores: Scores, settings: AttentionSettings) -> Floats:
 
 
 def likelihood(scores: Scores) -> Floats:
-    """Perplexity distillation's passage scores `[questions, k]`.
-
-    The mean log-probability of the answer's tokens given that passage alone.
-    """
+    """Mean log-probability of the answer's tokens given each passage alone `[questions, k]`."""
     return np.nanmean(scores["answer_logs"], axis=2).astype(np.float64)
 
 
@@ -141,12 +115,12 @@ def scores_of(
 
     `look` holds the stored scores of the target's reader; None for a control that needs none.
     """
-    candidates = asked.candidates.tolist()
     if target == "oracle":
-        return oracle_scores(candidates, asked.corpus.golds(asked.questions, asked.candidates))
+        golds = asked.corpus.golds(asked.questions, asked.candidates)
+        return oracle_scores(asked.candidates.tolist(), golds)
     if target == "answer string":
-        answers = [question.answers for question in asked.questions]
-        return answer_string_scores(candidates, asked.corpus.passages, answers)
+        pairs = zip(asked.passages, asked.questions, strict=True)
+        return np.array([[float(holds_answer(p.text, q.answers)) for p in row] for row, q in pairs])
     taught = teacher_of(target)
     if taught is None or look is None:
         raise DistillError(f"There is no target {target!r}, or its reader's scores are missing.")
@@ -169,6 +143,7 @@ def target_of(
     rest as in `scores_of`.
     """
     if target == "uniform":
-        return uniform(*asked.candidates.shape)
+        return np.full(asked.candidates.shape, 1 / asked.candidates.shape[1])
     made = from_scores(scores_of(target, look, asked, attention), share)
-    return shuffled(made, shuffle_seed) if target == "shuffled" else made
+    shuffle = np.random.default_rng(shuffle_seed)
+    return shuffle.permuted(made, axis=1) if target == "shuffled" else made

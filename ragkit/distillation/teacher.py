@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import chain
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from ragkit.attention import branch, contributions, passage_scores, read_prefix, record
+from ragkit.attention import passage_scores
 from ragkit.data.files import write_arrays
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
@@ -21,41 +23,23 @@ from ragkit.distillation.asked import Asked
 from ragkit.models import device
 from ragkit.models.fid import open_reader
 from ragkit.models.reader import Prompt, Reader, note_trimmed
-from ragkit.settings import POOLINGS, ROWS, AttentionSettings
+from ragkit.settings import POOLINGS, AttentionSettings
 
 Array = NDArray[np.float32]
-
-
-def row_weights(prompt: Prompt, row_type: str) -> list[int]:
-    """Positions of a row type in a prompt that ends with its answer and an end token.
-
-    `last_prompt` has not seen the answer, whose first token it predicts; `predicting` predict each
-    token of it (ATLAS-style); `consuming` have read them.
-    """
-    first, last = prompt.answer_start, len(prompt.ids) - 1  # the end token stands at `last`
-    return {
-        "last_prompt": [first - 1],
-        "predicting": list(range(first - 1, last - 1)),
-        "consuming": list(range(first, last)),
-    }[row_type]
 
 
 def token_contributions(reader: Reader, prompts: list[Prompt]) -> Tensor:
     """Token contributions of every row type, without and with the value norm, from one pass.
 
-    `[norm (off, on), layers, ROWS, prompts, tokens]`, padded on the right. The prompts must hold
-    their answers.
+    `[norm (off, on), layers, ROWS, prompts, tokens]`, padded on the right. The prompts end with
+    their answers and an end token. `last_prompt` has not seen the answer, whose first token it
+    predicts; `predicting` predict each token of it (ATLAS-style); `consuming` have read them.
     """
-    places = [[row_weights(p, row_type) for row_type in ROWS] for p in prompts]
-    positions = [sorted(set(chain.from_iterable(one))) for one in places]
-    widest = max(map(len, positions))
-    rows = torch.tensor([p + [p[-1]] * (widest - len(p)) for p in positions])
-    uses = torch.zeros(len(ROWS), *rows.shape)
-    for i, one in enumerate(places):
-        for group, used in enumerate(one):
-            for position in used:
-                uses[group, i, positions[i].index(position)] = 1
-    return reader.attention(prompts, rows, uses)
+    before = torch.tensor([[p.answer_start - 1] for p in prompts])
+    answers = torch.tensor([[len(p.ids) - 1 - p.answer_start] for p in prompts])
+    steps = torch.arange(int(answers.max()) + 1).expand(len(prompts), -1)
+    uses = torch.stack([steps == 0, steps < answers, (steps > 0) & (steps <= answers)])
+    return reader.attention(prompts, before + steps.minimum(answers), uses.float())
 
 
 def calibrated_scores(
@@ -64,23 +48,15 @@ def calibrated_scores(
     """Passage scores `[k]` from the prompt's last row, asked the question and asked 'N/A'.
 
     Their difference is the calibrated score (ICR): what the passages get for the question, not for
-    where they stand. The passages are read once: both questions go on from the same cache.
+    where they stand.
     """
     blank = replace(question, text="N/A", cloze="N/A")
-    prompts = [reader.prompt(q, passages) for q in (question, blank)]
-    shortest, shared = min(len(p.ids) for p in prompts), 0
-    while shared < shortest - 1 and prompts[0].ids[shared] == prompts[1].ids[shared]:
-        shared += 1
-    prefix = torch.tensor([prompts[0].ids[:shared]])
-    cache = read_prefix(reader.model, prefix, torch.ones_like(prefix)) if shared else None
     scores = []
-    for prompt in prompts:
-        ids, mask = torch.tensor([prompt.ids[shared:]]), torch.ones(1, len(prompt.ids))
-        past = branch(cache) if cache is not None else None
-        seen = record(reader.model, ids, mask, torch.tensor([[ids.shape[1] - 1]]), past)
-        tokens = contributions(seen, torch.ones(1, 1), settings.norm)[:, 0].mean(0)
+    for prompt in [reader.prompt(q, passages) for q in (question, blank)]:
+        last = torch.tensor([[prompt.answer_start - 1]])
+        tokens = reader.attention([prompt], last, torch.ones(1, 1, 1))[int(settings.norm), :, 0, 0]
         owner = torch.tensor(prompt.owner, device=tokens.device)
-        scores.append(passage_scores(tokens, owner, len(passages), settings.pooling))
+        scores.append(passage_scores(tokens.mean(0), owner, len(passages), settings.pooling))
     return scores[0], scores[1]
 
 
@@ -108,7 +84,6 @@ def look(
     passage alone, NaN behind the end; `trimmed` `[questions]`: tokens cut off a prompt too long.
     """
     k, pairs = len(found[0]), list(zip(questions, found, strict=True))
-    prompts = [reader.prompt(q, passages, q.answers[0]) for q, passages in pairs]
 
     def seen(batch: list[Prompt]) -> list[tuple[Array, Array]]:
         tokens, result = token_contributions(reader, batch).cpu().float(), []
@@ -122,6 +97,7 @@ def look(
             result.append((attention.numpy(), outside.numpy()))
         return result
 
+    prompts = [reader.prompt(q, passages, q.answers[0]) for q, passages in pairs]
     made = in_order(prompts, reader.settings.at_once, seen, "attention")
     alone = [reader.prompt(q, [p], q.answers[0]) for q, passages in pairs for p in passages]
     logs = -answer_losses(reader, alone, 4 * reader.settings.at_once)
@@ -135,33 +111,30 @@ def look(
 
 def answer_losses(reader: Reader, prompts: list[Prompt], at_once: int) -> Array:
     """Negative log-likelihood of each prompt's answer tokens `[prompts, tokens]`, NaN behind it."""
-    longest = max(len(p.ids) - p.answer_start for p in prompts)
-    losses = np.full((len(prompts), longest), np.nan, dtype=np.float32)
 
     @torch.no_grad()
-    def of_batch(batch: list[Prompt]) -> Array:
-        return reader.token_losses(batch).float().cpu().numpy()
+    def of_batch(batch: list[Prompt]) -> list[Tensor]:
+        return list(reader.token_losses(batch).float().cpu())
 
-    for row, one in zip(losses, in_order(prompts, at_once, of_batch, "likelihood"), strict=True):
-        row[: len(one)] = one
-    return losses
+    rows = in_order(prompts, at_once, of_batch, "likelihood")
+    return pad_sequence(rows, batch_first=True, padding_value=math.nan).numpy()
 
 
 def left_out_losses(reader: Reader, questions: list[Question], found: list[list[Passage]]) -> Array:
     """LOOP's scores `[questions, k]` (ATLAS): the answer's mean loss without that passage."""
-    prompts = [
-        reader.prompt(q, passages[:place] + passages[place + 1 :], q.answers[0])
-        for q, passages in zip(questions, found, strict=True)
-        for place in range(len(passages))
-    ]
+    prompts = []
+    for question, passages in zip(questions, found, strict=True):
+        for place in range(len(passages)):
+            others = passages[:place] + passages[place + 1 :]
+            prompts.append(reader.prompt(question, others, question.answers[0]))
     losses = answer_losses(reader, prompts, reader.settings.at_once)
     return np.nanmean(losses, axis=1).reshape(len(questions), -1)
 
 
 def make_teacher(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """A reader's look at the questions for distillation: `scores.safetensors`, `trimmed.json`."""
-    asked = Asked.open(inputs, settings["questions"], settings["k"])
-    scores = look(open_reader(inputs, settings), asked.questions, asked.passages())
+    asked = Asked.open(inputs, "distill", settings["questions"], settings["k"])
+    scores = look(open_reader(inputs, settings), asked.questions, asked.passages)
     if device.is_main():
         write_arrays(folder / "scores.safetensors", scores)
     note_trimmed(int((scores["trimmed"] > 0).sum()), len(asked.questions), folder)
@@ -169,7 +142,7 @@ def make_teacher(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str
 
 def make_loop(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """The same reader without one passage at a time: `scores.safetensors` with `loop`."""
-    asked = Asked.open(inputs, settings["questions"], settings["k"])
-    losses = left_out_losses(open_reader(inputs, settings), asked.questions, asked.passages())
+    asked = Asked.open(inputs, "distill", settings["questions"], settings["k"])
+    losses = left_out_losses(open_reader(inputs, settings), asked.questions, asked.passages)
     if device.is_main():
         write_arrays(folder / "scores.safetensors", {"loop": losses})

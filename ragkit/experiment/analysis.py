@@ -75,17 +75,19 @@ class Analysis:
         return measures.indicator(attention, close, tokens.question, exact, settings.share)
 
     def by_word(self, which: str, cut: Callable[[str], list[Tagged]]) -> list[str]:
-        """What `cut` says of the word that each passage token belongs to `[tokens]`.
+        """What `cut` says of the word that each passage token belongs to, or 'unknown' `[tokens]`.
 
         `cut` gives the start, end and label of every word of a passage's text, in order.
         """
         tokens, labels = self.tokens(which), []
-        for mine, passages in zip(measures.by_question(tokens.question), self.found, strict=True):
+        places = measures.by_question(tokens.question, len(self.found))
+        for mine, passages in zip(places, self.found, strict=True):
             for place, passage in enumerate(passages):
-                words = cut(passage.text)
                 last = tokens.ends[mine][tokens.owner[mine] == place]
-                ends = np.array([end for _, end, _ in words])
-                labels += [words[i][2] for i in np.searchsorted(ends, last, side="right")]
+                words = cut(passage.text)
+                numbers = np.searchsorted([end for _, end, _ in words], last, side="right")
+                for number, known in zip(numbers, last >= 0, strict=True):
+                    labels.append(words[number][2] if known else "unknown")
         return labels
 
     def speech(self, which: str) -> list[str]:

@@ -76,12 +76,9 @@ def improves(gain: Gain) -> str:
 
 
 def fails(poor: Gain, good: Gain) -> str:
-    """Rule of C2: the upper bound of the poor reader's gain lies below half of the good one's.
-
-    If the good reader itself gains nothing there is no half to be below: undecided.
-    """
+    """Rule of C2: the poor reader's gain lies below half of the good one's, if that gains."""
     if improves(good) in ("not reproduced", "undecided"):
-        return "undecided"
+        return "undecided"  # there is no half to be below
     half = good.value.mean / 2
     if poor.value.high < half:
         return at_most_partly("reproduced", min(poor.seeds, good.seeds))
@@ -94,9 +91,9 @@ def most(top: Interval, lead: Interval) -> str:
 
 
 def higher_when_it_works(difference: Interval, gain: Interval) -> str:
-    """Rule of C5 and C6 for one number, fine-tuned minus off-the-shelf as the gain is.
+    """Rule of C5 and C6 for one number: it is higher in the reader whose distillation gains more.
 
-    It is higher in the reader whose distillation gains more; undecided if neither clearly does.
+    Number and gain are fine-tuned minus off-the-shelf.
     """
     if not clear(gain):
         return "undecided"
@@ -108,7 +105,7 @@ def higher_when_it_works(difference: Interval, gain: Interval) -> str:
 def divided_by(line: float, means: dict[str, Interval], gain: Interval) -> str:
     """Rule of C6's line: the reader whose distillation gains more lies above it, the other below.
 
-    Not reproduced if one lies clearly on the wrong side; undecided if neither clearly gains more.
+    Not reproduced if one of them lies clearly on the wrong side.
     """
     if not clear(gain) or not all(np.isfinite(value.mean) for value in means.values()):
         return "undecided"
@@ -131,16 +128,16 @@ def together(verdicts: list[str]) -> str:
 
 def over_runs(runs: dict[int, Part]) -> Part:
     """A claim on one set over several runs of Step 1, by their seeds (see `together`)."""
-    told = [part.measured for part in runs.values()]
-    if len(runs) > 1:
-        told = [f"Step 1 with seed {seed}: {part.measured}" for seed, part in runs.items()]
+    if len(runs) == 1:
+        return next(iter(runs.values()))
+    told = [f"Step 1 with seed {seed}: {part.measured}" for seed, part in runs.items()]
     return Part(together([part.verdict for part in runs.values()]), " | ".join(told))
 
 
 def decide(parts: dict[str, dict[str, Part]], judge: bool) -> dict[str, dict[str, Any]]:
     """The ledger from `parts[set][claim]`; C8 compares the sets.
 
-    With `judge` off (a profile too small to tell) every measured claim is 'not comparable'.
+    With `judge` off (a profile too small to tell) every claim is 'not comparable'.
     """
     ledger: dict[str, dict[str, Any]] = {}
     same = []
@@ -159,10 +156,8 @@ def decide(parts: dict[str, dict[str, Part]], judge: bool) -> dict[str, dict[str
     verdict = "partly" if held else "not reproduced"
     if len(held) == len(ledger) and {row["verdict"] for row in ledger.values()} == {"reproduced"}:
         verdict = "reproduced"
-    told = (
-        f"the same verdict on both sets: {', '.join(same) or 'none'}; "
-        f"of these reproduced or partly so: {', '.join(held) or 'none'}"
-    )
+    told = f"the same verdict on both sets: {', '.join(same) or 'none'}; "
+    told += f"of these reproduced or partly so: {', '.join(held) or 'none'}"
     ledger["C8"] = {
         "verdict": verdict if judge and len(parts) > 1 else "not comparable",
         "measured": told if judge else "",

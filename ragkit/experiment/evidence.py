@@ -17,12 +17,14 @@ from ragkit.experiment import claims, tables
 from ragkit.experiment.analysis import Analysis, Goal
 from ragkit.experiment.claims import Gain, Part
 from ragkit.experiment.lab import Lab
+from ragkit.experiment.stages import TAUGHT_BY
 from ragkit.indicators import measures
 from ragkit.indicators.measures import SPACES, Floats
 from ragkit.indicators.metrics import Interval, interval, paired_gain
 
 COMPARED = ("attention", "Spearman")  # the two numbers of an indicator, as the paper names them
 LINE = 0.3  # the paper's threshold for Indicator 2
+DIFFERENCE = " minus ".join(TAUGHT_BY)
 ENOUGH_READERS = 8  # below that a rank correlation over readers says nothing
 
 
@@ -77,11 +79,7 @@ def mean_of(analysis: Analysis, values: Floats) -> Interval:
 
 @over_runs
 def most_attention(analysis: Analysis, goal: Goal) -> Part:
-    """C3 (answer) or C4 (nouns) on one set.
-
-    The fine-tuned reader's lift by tenths of closeness, on questions whose gold passage was
-    retrieved: the closest tenth, and its lead over the highest other, paired by question.
-    """
+    """C3 (answer) or C4 (nouns): the closest tenth's lift, and its lead over the highest other."""
     profile, tokens = analysis.lab.profile, analysis.tokens("fine-tuned")
     close, _ = analysis.closeness("fine-tuned", goal, profile.indicators.space)
     lifts = measures.deciles(tokens.attention(profile.attention), close, tokens.question)
@@ -115,10 +113,9 @@ def indicator_one(analysis: Analysis) -> Part:
     gap = gain_difference(analysis)
     found = differences(analysis, "answer", analysis.lab.profile.indicators.space)
     told = ", ".join(f"{name} {value}" for name, value in found.items())
-    return Part(
-        claims.together([claims.higher_when_it_works(value, gap) for value in found.values()]),
-        f"fine-tuned minus off-the-shelf: HR@5 gain {gap}, {told}",
-    )
+    verdicts = [claims.higher_when_it_works(value, gap) for value in found.values()]
+    told = f"fine-tuned minus off-the-shelf: HR@5 gain {gap}, {told}"
+    return Part(claims.together(verdicts), told)
 
 
 @over_runs
@@ -167,9 +164,8 @@ def resampled(values: list[Floats], resamples: int, seed: int) -> Floats:
 def followings(analysis: Analysis, goal: Goal) -> pd.DataFrame:
     """How well an indicator orders the readers by the gain that each teaches: rank correlation.
 
-    A row a measure and signal ('attention', 'perplexity', and 'attention minus perplexity'), with
-    intervals: resampled are the questions of the indicator and, independently, those of the gain.
-    Columns: measure, signal, correlation, low, high, readers.
+    Columns: measure, signal (attention, perplexity, and their difference), correlation, low, high,
+    readers. Resampled are the questions of the indicator and, independently, those of the gain.
     """
     readers, resamples = analysis.lab.readers(), analysis.lab.profile.evaluate.bootstrap
     indicators = [analysis.indicator(which, goal) for which in readers]
@@ -177,16 +173,15 @@ def followings(analysis: Analysis, goal: Goal) -> pd.DataFrame:
     for measure in COMPARED:
         values = [table[measure].to_numpy() for table in indicators]
         means, drawn = np.array([np.nanmean(v) for v in values]), resampled(values, resamples, 0)
-        point, cloud = {}, {}
-        for signal in ("attention", "perplexity"):
+        found = {}  # of each signal the correlation, and those of the resamples
+        for signal in TAUGHT_BY:
             gains = [analysis.hit_gains(f"{which} {signal}").mean(0) for which in readers]
-            point[signal] = rank_correlation(means, np.array([gain.mean() for gain in gains]))
-            cloud[signal] = rank_correlation(drawn, resampled(gains, resamples, 1))
-        for found in (point, cloud):
-            found["attention minus perplexity"] = found["attention"] - found["perplexity"]
-        for signal, value in point.items():
+            value = rank_correlation(means, np.array([gain.mean() for gain in gains]))
+            found[signal] = value, rank_correlation(drawn, resampled(gains, resamples, 1))
+        found[DIFFERENCE] = tuple(a - b for a, b in zip(*found.values(), strict=True))
+        for signal, (value, cloud) in found.items():
             row = {"measure": measure, "signal": signal, "correlation": float(value)}
-            kept = cloud[signal][np.isfinite(cloud[signal])]
+            kept = cloud[np.isfinite(cloud)]
             low, high = np.quantile(kept, [0.025, 0.975]) if len(kept) else (np.nan, np.nan)
             rows.append({**row, "low": float(low), "high": float(high), "readers": len(readers)})
     return pd.DataFrame(rows)
@@ -198,22 +193,19 @@ def less_informative(analysis: Analysis) -> Part:
     verdicts, notes = [], []
     for goal in get_args(Goal):
         table = followings(analysis, goal)
-        for row in table[table["signal"] == "attention minus perplexity"].itertuples():
+        for row in table[table["signal"] == DIFFERENCE].itertuples():
             value = Interval(row.correlation, row.low, row.high, row.readers)
             enough = row.readers >= ENOUGH_READERS
             verdicts.append(claims.above(value) if enough else "undecided")
             notes.append(f"{goal} {row.measure} {value}")
-    return Part(
-        claims.together(verdicts),
-        f"correlation with the gain, attention minus perplexity: {', '.join(notes)}",
-    )
+    told = f"correlation with the gain, {DIFFERENCE}: {', '.join(notes)}"
+    return Part(claims.together(verdicts), told)
 
 
 def leave_one_out(values: Floats, works: NDArray[np.bool_]) -> tuple[float, float]:
     """Share of readers told rightly by LINE, and by the best threshold found on the others.
 
-    `values` `[readers]` is an indicator, `works` whether the reader's distillation gained. Ties
-    between thresholds: the middle one.
+    An indicator's `values` `[readers]`, and whether distillation `works`; of equal ones the middle.
     """
     right = []
     for out in range(len(values)):

@@ -14,7 +14,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,13 +31,16 @@ from ragkit.experiment.store import RECORD, contents, difference, link, read_rec
 log = logging.getLogger(__name__)
 DRAWN_WITH = ("pandas", "matplotlib", "seaborn", "papermill", "nbclient", "ipykernel")
 OWN_ERRORS = {*vars(errors), "AttentionError"}
+TOLD = ("kind", "seconds", "peak_mib", "units", "made")  # of a record, in the manifest
 
 
 def kernel_of_here(folder: Path, name: str, env: dict[str, str]) -> str:
     """Writes a kernel that runs this interpreter and this package; returns its name.
 
-    A `python3` kernel that somebody else installed may run another Python altogether.
+    A `python3` kernel that somebody else installed may run another Python altogether. Where several
+    processes work as one, a kernel is none of them.
     """
+    env = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "-1", **env}
     place = folder / "kernels" / name
     place.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
@@ -70,9 +72,9 @@ class Notebooks:
             )
 
     @cached_property
-    def keys(self) -> dict[str, str]:
-        """The keys of the run's stages by their names."""
-        return {stage.name: stage.key for stage in self.lab.stages}
+    def keys(self) -> set[str]:
+        """The keys of the run's stages; a variation opens many of them under its own name."""
+        return {stage.key for stage in self.lab.stages}
 
     def record(self, source: Path) -> dict[str, Any]:
         """What an execution depends on besides the stages that it opens."""
@@ -84,48 +86,47 @@ class Notebooks:
             "versions": versions(LIBRARIES + DRAWN_WITH),
         }
 
-    def executions(self, source: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-        """Earlier executions of a notebook, the newest first."""
-        found = [(home, read_record(home)) for home in self.home.glob("*")]
-        known = [(home, saved) for home, saved in found if saved and saved["name"] == source.stem]
-        yield from sorted(known, key=lambda one: str(one[1]["made"]["when"]), reverse=True)
-
     def why_not(self, home: Path, saved: dict[str, Any], record: dict[str, Any]) -> str | None:
         """Why an execution does not hold any more; None if it does."""
         if saved["record"] != record:
             return difference(saved["record"], record)
         for name, key in saved["opened"].items():
-            if self.keys.get(name) != key:
+            if key not in self.keys:
                 return f"{name} was made anew"
-        if contents(home) != saved["files"]:
-            return "its files are damaged or missing"
-        return None
+        return None if contents(home) == saved["files"] else "its files are damaged or missing"
 
-    def held(self, source: Path) -> Path | None:
-        """The folder of an execution that holds."""
-        record = self.record(source)
-        for home, saved in self.executions(source):
-            if self.why_not(home, saved, record) is None:
-                return home
-        return None
+    def state(self, source: Path) -> tuple[Path | None, str]:
+        """The folder of an execution that holds; if there is none, why not the newest."""
+        record, found = self.record(source), []
+        for home in self.home.glob("*"):
+            saved = read_record(home)
+            if saved is not None and saved["name"] == source.stem:
+                reason = self.why_not(home, saved, record)
+                if reason is None:
+                    return home, ""
+                found.append((str(saved["made"]["when"]), reason))
+        return None, max(found, default=("", "not made yet"))[1]
+
+    def held(self, source: Path) -> Path:
+        """The folder of the execution that holds; there must be one."""
+        home, reason = self.state(source)
+        if home is None:
+            raise NotebookError(f"Notebook {source.stem} was run, and does not hold: {reason}.")
+        return home
 
     def missing(self) -> list[Path]:
         """The notebooks that must be run."""
-        waiting = []
         for source in self.sources:
-            if self.held(source) is None:
-                waiting.append(source)
-            else:
+            home, reason = self.state(source)
+            self.status[source.stem] = f"ran: {reason}" if home is None else "reused"
+            if home is not None:
                 log.info("reused   notebook %s", source.stem)
-                self.status[source.stem] = "reused"
-        return waiting
+        return [source for source in self.sources if self.status[source.stem] != "reused"]
 
     def run(self, source: Path) -> None:
         """Executes one notebook aside and keeps it with its figures and what it opened."""
-        record, reason = self.record(source), "not made yet"
-        for home, saved in self.executions(source):
-            reason = self.why_not(home, saved, record) or reason
-            break
+        record, reason = self.record(source), self.state(source)[1]
+        self.status[source.stem] = f"ran: {reason}"
         log.info("running  notebook %s (%s)", source.stem, reason)
         folder = self.lab.folder / "partial" / f"notebook-{source.stem}"
         shutil.rmtree(folder, ignore_errors=True)
@@ -154,7 +155,6 @@ class Notebooks:
         shutil.rmtree(home, ignore_errors=True)
         home.parent.mkdir(parents=True, exist_ok=True)
         folder.rename(home)
-        self.status[source.stem] = f"ran: {reason}"
         log.info("done     notebook %s in %.0f s", source.stem, seconds)
 
     def execute(self, source: Path, folder: Path, env: dict[str, str]) -> None:
@@ -190,17 +190,12 @@ class Notebooks:
 
     def publish(self) -> None:
         """Lays the notebooks with their outputs, and all their figures, into the run's folder."""
-        for part in ("notebooks", "figures"):
+        for part, below in (("notebooks", "*.ipynb"), ("figures", "figures/*")):
             aside = self.lab.folder / f"{part}.new"
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
             for source in self.sources:
-                home = self.held(source)
-                assert home is not None
-                files = (
-                    [home / source.name] if part == "notebooks" else (home / "figures").iterdir()
-                )
-                for file in files:
+                for file in self.held(source).glob(below):
                     link(str(file), str(aside / file.name))
             shutil.rmtree(self.lab.folder / part, ignore_errors=True)
             aside.rename(self.lab.folder / part)
@@ -209,12 +204,9 @@ class Notebooks:
         """What each notebook says of itself, and what happened to it now."""
         told: dict[str, Any] = {}
         for source in self.sources:
-            home = self.held(source)
-            saved = read_record(home) if home else None
-            assert home is not None and saved is not None
-            names = ("kind", "seconds", "peak_mib", "units", "made")
-            told[source.stem] = {name: saved[name] for name in names}
-            told[source.stem] |= {"key": home.name, "status": self.status[source.stem]}
+            saved = json.loads((self.held(source) / RECORD).read_text("utf8"))
+            told[source.stem] = {name: saved[name] for name in TOLD}
+            told[source.stem] |= {"status": self.status[source.stem]}
         return told
 
 

@@ -1,27 +1,24 @@
-"""The experiment, declared once: every stage of a profile with its inputs, settings and maker.
+"""The experiment, declared once: what a stage of a profile is made of, for every kind (`kinds`).
 
-Running, planning, the manifest, the report and the notebooks all read this list. A choice taken
+Running, planning, the manifest, the report and the notebooks all walk these stages. A choice taken
 otherwise (`Graph.varied`), another seed of Step 1 (`Graph.again`) and an index refresh are further
 stages of it: those that they do not touch have the same key, and are the same stages.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from itertools import chain, zip_longest
 from typing import Any
 
 from ragkit.data.questions import passage_settings, question_settings
-from ragkit.distillation.targets import READERS, TARGETS, UNTAUGHT, teacher_of
+from ragkit.distillation.targets import TARGETS, UNTAUGHT, teacher_of
 from ragkit.experiment.kinds import KINDS
 from ragkit.experiment.outside import finder_state, model_files, passage_count
 from ragkit.experiment.store import Stage
 from ragkit.profile import Profile, varied
 from ragkit.settings import WorldSet
 
-TAUGHT_BY = ("attention", "perplexity")  # the signals that every reader teaches by
-BESIDE = ("LOOP", "EMDR2")  # and those that only the two regimes' readers do
 CEILING = "both sides"  # the variation under which the oracle shows how far Step 2 can go
 PROBED = 32  # questions of dev on which a probe measures the indicators
 # Of the reader's section, what matters where it only reads; the rest is Step 1's.
@@ -246,85 +243,3 @@ class Graph:
             start = self.stage("step2", replace(of, epochs=part, keep=True))
             of = replace(of, epochs=of.epochs - part, start=start)
         return self.stage("step2", of)
-
-    # All of them
-
-    def trained_targets(self) -> list[str]:
-        """Every target that Step 2 is run for: the main table's, and each reader's signals."""
-        signals = [f"{which} {signal}" for signal in TAUGHT_BY for which in self.readers()]
-        beside = [f"{which} {signal}" for signal in BESIDE for which in READERS]
-        return list(dict.fromkeys([*self.targets, *signals, *beside]))
-
-    def answered(self, targets: Iterable[str] | None = None) -> Iterator[tuple[str, str, int]]:
-        """System, reader and seed of all answers in the main table, or for some targets only."""
-        for which in READERS:
-            yield "closed book", which, 0
-        if self.profile.evaluate.bm25:
-            yield "BM25", "fine-tuned", 0
-        for which in READERS:
-            yield "initial", which, 0
-        for target in targets or self.targets:
-            for seed in self.profile.distill.seeds:
-                yield target, regime_of(target), seed
-
-    def of_set(self, name: str) -> Iterator[Stage]:
-        """What the notebooks ask of one set, under the first seed of Step 1."""
-        seeds = self.profile.distill.seeds
-        for kind in ("style", "step1", *(["bm25"] if self.profile.evaluate.bm25 else [])):
-            yield self.stage(kind, Of(name))
-        for which in self.readers():
-            yield from (
-                self.stage(kind, Of(name, which)) for kind in ("teacher", "closeness", "probe")
-            )
-        for which in READERS:
-            yield from (self.stage(kind, Of(name, which)) for kind in ("loop", "premises"))
-        for target in self.trained_targets():
-            yield from (self.step2(name, target, seed) for seed in seeds)
-        for system, which, seed in self.answered():
-            yield self.stage("answers", Of(name, which, system, seed))
-        if isinstance(self.sets[name], WorldSet) and self.profile.distill.side == "query":
-            yield self.varied(CEILING).step2(name, "oracle", seeds[0])
-        for variation in self.profile.choices.variations:
-            other = self.varied(variation)
-            yield from (other.step2(name, f"{which} attention", seeds[0]) for which in READERS)
-        for seed in self.profile.step1_seeds[1:]:
-            yield from self.again(seed).of_further_run(name)
-
-    def of_further_run(self, name: str) -> Iterator[Stage]:
-        """What another seed of Step 1 makes anew for the claims."""
-        with_nouns = self.has_nouns(name)  # without nouns no claim asks for readers on the way
-        for which in self.readers() if with_nouns else READERS:
-            yield self.stage("closeness", Of(name, which))
-            for signal in TAUGHT_BY if with_nouns else TAUGHT_BY[:1]:
-                for seed in self.profile.distill.seeds:
-                    yield self.step2(name, f"{which} {signal}", seed)
-        for system, which, seed in self.answered():
-            if which == "fine-tuned" and (
-                system not in TARGETS or system == "fine-tuned attention"
-            ):
-                yield self.stage("answers", Of(name, which, system, seed))
-
-    def stages(self) -> list[Stage]:
-        """All of them, each once, inputs before what is made of them, the sets by turns."""
-        turns = zip_longest(*(self.of_set(name) for name in self.sets))
-        return in_order(stage for stage in chain(*turns) if stage is not None)
-
-
-def regime_of(target: str) -> str:
-    """The reader that answers for a target's retriever: each regime its own, controls the tuned."""
-    return READERS[0] if target.startswith(UNTAUGHT) else READERS[1]
-
-
-def in_order(wanted: Iterable[Stage]) -> list[Stage]:
-    """Stages with all that they are made of, each once, inputs first."""
-    found: dict[str, Stage] = {}
-
-    def add(stage: Stage) -> None:
-        if stage.key not in found:
-            for one in stage.inputs.values():
-                add(one)
-            found.setdefault(stage.key, stage)
-
-    for stage in wanted:
-        add(stage)
-    return list(found.values())

@@ -24,6 +24,7 @@ from ragkit.distillation.asked import Asked
 from ragkit.distillation.targets import Scores
 from ragkit.errors import NounsError, ProfileError
 from ragkit.experiment.graph import Graph, Of
+from ragkit.experiment.stages import stages
 from ragkit.experiment.store import Stage, Store
 from ragkit.profile import Profile, load_profile
 from ragkit.settings import QuestionSet
@@ -128,10 +129,6 @@ class Lab:
         """The first 20 passages of each test question by BM25 `[n, 20]`."""
         return load_file(self.open("bm25", set_name) / "candidates.safetensors")["test"]
 
-    def recall(self, set_name: str) -> dict[str, float]:
-        """How many of the exact first passages an approximate index finds; empty for the exact."""
-        return read_json(self.open("candidates", set_name) / "recall.json")
-
     def found(
         self, set_name: str, part: str, ranking: NDArray[np.int64] | None = None
     ) -> list[list[Passage]]:
@@ -156,10 +153,6 @@ class Lab:
         """
         spans = read_json(self._nouns(set_name) / "spans.json")[part]
         return [[(start, end) for start, end in question] for question in spans]
-
-    def noun_scores(self, set_name: str) -> dict[str, float]:
-        """How often the noun finder is right on dev; empty where there is no gold (real text)."""
-        return read_json(self._nouns(set_name) / "scores.json")
 
     def _nouns(self, set_name: str) -> Path:
         if not self.graph.has_nouns(set_name):
@@ -206,10 +199,6 @@ class Lab:
         reading = self.graph.setting("reader", "tokens", Of(set_name, which))
         place = {made: self.open(made, set_name)}
         return open_reader(place, {"reader": reading, "which": which})
-
-    def style_scores(self, set_name: str) -> dict[str, float]:
-        """EM of the untaught reader on dev by the way it is asked."""
-        return read_json(self.open("style", set_name) / "style.json")["EM"]
 
     def style(self, set_name: str, which: str) -> str:
         """How a reader is asked: `question` or `cloze`."""
@@ -271,7 +260,7 @@ class Lab:
     @cached_property
     def stages(self) -> list[Stage]:
         """Every stage of the run, inputs first."""
-        return self.graph.stages()
+        return stages(self.graph)
 
 
 def read_json(file: Path) -> Any:

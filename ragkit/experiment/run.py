@@ -29,7 +29,7 @@ import psutil
 from ragkit.data.files import room_on_disk, write_whole
 from ragkit.errors import RagkitError
 from ragkit.experiment import store
-from ragkit.experiment.executed import Notebooks
+from ragkit.experiment.executed import TOLD, Notebooks
 from ragkit.experiment.lab import Lab
 from ragkit.experiment.store import Stage, Store
 from ragkit.profile import save_profile
@@ -83,7 +83,9 @@ def make_all(lab: Lab, stages: Sequence[Stage]) -> None:
 
     The first error ends the run; what was finished is kept.
     """
-    missing = {one.key: one for one in stages if lab.store.why_not(one) is not None}
+    there = [lab.store.why_not(one) is None for one in stages] if store.MAIN else []
+    pairs = zip(stages, store.agreed(there), strict=True)  # the processes of a run see one state
+    missing = {one.key: one for one, made in pairs if not made}
     for one in stages:
         if one.key not in missing:
             lab.store.sound[one.key] = lab.store.home(one)
@@ -94,6 +96,7 @@ def make_all(lab: Lab, stages: Sequence[Stage]) -> None:
             lab.store.open(one)
         return
     context = multiprocessing.get_context("spawn")
+    others = set(psutil.Process().children())  # not ours to end
     pool = ProcessPoolExecutor(workers_of(lab), mp_context=context, initializer=begin_worker)
     running: dict[Future[str], Stage] = {}
     unmade = set(missing)
@@ -116,8 +119,8 @@ def make_all(lab: Lab, stages: Sequence[Stage]) -> None:
             "The same command goes on from what was finished."
         ) from None
     finally:
-        for process in psutil.Process().children():
-            process.terminate() if running else None
+        for process in set(psutil.Process().children()) - others if running else ():
+            process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -146,7 +149,13 @@ def stoppable(works: Sequence[Callable[[], object]], at_once: int = 1) -> None:
 
 
 def reproduce(lab: Lab, sources: Path) -> dict[str, Any]:
-    """Makes every stage, runs every notebook in `sources`, and writes and returns the manifest."""
+    """Makes every stage, runs every notebook in `sources`, and writes and returns the manifest.
+
+    Of several processes that work as one, the main one alone does what follows the stages.
+    """
+    if not store.MAIN:
+        make_all(lab, lab.stages)
+        return {}
     started, when = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     with store.only_run(lab.folder), room_on_disk(lab.folder, "notebooks and manifest"):
         profile = lab.folder / "profile.yaml"  # what the notebooks and `ragkit tidy` read
@@ -175,7 +184,7 @@ def stage_records(lab: Lab) -> dict[str, Any]:
         home = lab.store.home(stage)
         saved = store.read_record(home)
         assert saved is not None
-        told = {name: saved[name] for name in ("kind", "seconds", "peak_mib", "units", "made")}
+        told = {name: saved[name] for name in TOLD}
         status = lab.store.status.get(stage.name, "reused")
         stages[stage.name] = {"key": stage.key, "set": set_of(stage), "status": status, **told}
         if (home / "trimmed.json").is_file():
@@ -194,7 +203,7 @@ def tidy(lab: Lab, sources: Path) -> int:
     wanted = {lab.store.home(stage) for stage in lab.stages}
     with store.only_run(lab.folder):
         notebooks = Notebooks(lab, sources)
-        wanted |= {home for source in notebooks.sources if (home := notebooks.held(source))}
+        wanted |= {home for source in notebooks.sources if (home := notebooks.state(source)[0])}
         old = [home for home in (lab.folder / "stages").glob("*/*") if home not in wanted]
         for place in [*old, *(lab.folder / "partial").iterdir()]:
             shutil.rmtree(place) if place.is_dir() else place.unlink()

@@ -142,9 +142,7 @@ def only_run(run: Path) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        raise StoreError(
-            f"Another run is working in {run}. Wait for it, or use another profile name."
-        ) from None
+        raise StoreError(f"Another run is working in {run}. Wait for it to end.") from None
     try:
         yield
     finally:
@@ -162,10 +160,8 @@ class Store:
             for part in ("stages", "partial"):
                 (folder / part).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(
-                f"The run folder {folder} cannot be made ({error.strerror}: {error.filename}). "
-                "Choose another with --runs."
-            ) from None
+            why = f"{error.strerror}: {error.filename}"
+            raise StoreError(f"{folder} cannot be made ({why}). Choose another --runs.") from None
 
     def home(self, stage: Stage) -> Path:
         return self.folder / "stages" / stage.place
@@ -204,9 +200,9 @@ class Store:
         for other in sorted(self.folder.parent.glob(f"*/stages/{stage.place}/{RECORD}")):
             aside = self.folder / "partial" / f"{stage.kind}-{stage.key}.{os.getpid()}.link"
             shutil.rmtree(aside, ignore_errors=True)
-            shutil.copytree(other.parent, aside, copy_function=link)
-            home.parent.mkdir(parents=True, exist_ok=True)
-            with suppress(OSError):  # another process was faster
+            with suppress(OSError):  # another process was faster, or there is no room for copies
+                shutil.copytree(other.parent, aside, copy_function=link)
+                home.parent.mkdir(parents=True, exist_ok=True)
                 aside.rename(home)
             shutil.rmtree(aside, ignore_errors=True)
             return
@@ -233,7 +229,7 @@ class Store:
         module, _, function = stage.maker.partition(":")
         started, peak = time.monotonic(), memory_from_now()
         with room_on_disk(self.folder, f"stage {stage.name}"), room_in_memory(stage):
-            if not module.startswith("ragkit.data"):  # what only reads data needs no torch
+            if stage.machine and not module.startswith("ragkit.data"):  # that needs no torch
                 device = importlib.import_module("ragkit.models.device")
                 device.start(MachineSettings(**stage.machine["machine"]), stage.machine["threads"])
             maker = getattr(importlib.import_module(module), function)

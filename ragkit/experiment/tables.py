@@ -14,14 +14,14 @@ from ragkit.data.text import exact_match, f1
 from ragkit.distillation.targets import READERS, oracle_scores
 from ragkit.experiment.graph import CEILING, Of
 from ragkit.experiment.lab import Lab, read_json
+from ragkit.experiment.stages import answered
 from ragkit.settings import WorldSet
 
 
 def per_question(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -> pd.DataFrame:
     """Retrieval of every test question: columns set, system, seed, question, HR@1, 5, 20, MRR.
 
-    Systems: BM25 if the profile has it, the initial retriever, and those distilled for the targets
-    (default: all), with every seed.
+    Systems: BM25 if the profile has it, the initial retriever, those distilled (default: all).
     """
     corpus = lab.corpus(set_name)
     questions, frames = corpus.questions["test"], []
@@ -45,7 +45,7 @@ def answer_rows(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -
     """
     questions = lab.corpus(set_name).questions["test"][: lab.profile.evaluate.answered]
     frames = []
-    for system, which, seed in lab.graph.answered(targets):
+    for system, which, seed in answered(lab.graph, targets):
         stage = lab.graph.stage("answers", Of(set_name, which, system, seed))
         answers = read_json(lab.open_stage(stage) / "answers.json")
         row = {"set": set_name, "system": system, "reader": which, "seed": seed}
@@ -58,10 +58,7 @@ def answer_rows(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -
 
 
 def premises(lab: Lab, set_name: str) -> pd.DataFrame:
-    """The premises on dev: can the readers read, and can the retriever improve?
-
-    Columns: premise, value, set.
-    """
+    """Can the readers read, and can the retriever improve, on dev? Columns premise, value, set."""
     corpus, ranking, k = lab.corpus(set_name), lab.candidates(set_name)["dev"], lab.profile.k
     initial = hits(ranking.tolist(), corpus.golds(corpus.questions["dev"], ranking), k)
     rows = [(f"initial HR@{k}", float(initial.mean()))]
@@ -72,11 +69,10 @@ def premises(lab: Lab, set_name: str) -> pd.DataFrame:
 
 
 def ceiling(lab: Lab, set_name: str) -> pd.DataFrame:
-    """How far the oracle, the best possible teacher, takes the retriever: HR on dev after Step 2.
+    """How far the oracle, the best teacher, takes HR on dev: columns trained, seed, HR, set.
 
-    In an embedded world also with the passages' side trained, with the first seed, which shows
-    what leaving the index as it is costs; on real text that would mean to encode every passage
-    again at every look. Columns: trained, seed, HR, set.
+    In an embedded world also, with one seed, if the passages' side is trained too; on real text
+    that would mean to encode every passage again at every look.
     """
     side, seeds = lab.profile.distill.side, lab.profile.distill.seeds
     cases = [(side, seed, lab) for seed in seeds]
@@ -90,9 +86,9 @@ def ceiling(lab: Lab, set_name: str) -> pd.DataFrame:
 
 
 def mixed_golds(lab: Lab, set_name: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The questions for distillation whose candidates are gold ones and others.
+    """The places of the questions for distillation whose candidates are gold ones and others.
 
-    Their places, and which of their candidates are gold `[those questions, k]`.
+    And which of their candidates are gold `[those questions, k]`.
     """
     asked, candidates = lab.asked(set_name)
     gold = oracle_scores(candidates.tolist(), lab.corpus(set_name).golds(asked, candidates)) > 0

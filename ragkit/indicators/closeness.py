@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from transformers import PreTrainedTokenizerBase
 from ragkit.data.files import write_arrays, write_json
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
+from ragkit.distillation.asked import Asked
 from ragkit.indicators import measures
 from ragkit.indicators.measures import Floats, Ints, Tokens
-from ragkit.indicators.tokens import asked, look_at_tokens
+from ragkit.indicators.tokens import look_at_tokens
 from ragkit.models import device
 from ragkit.models.fid import load_reader, open_reader
 from ragkit.models.reader import PART, Reader
@@ -29,15 +30,6 @@ from ragkit.models.retriever import Retriever
 from ragkit.settings import AttentionSettings, ReaderSettings, RetrieverSettings
 
 Spans = Sequence[Sequence[tuple[int, int]]]  # the nouns of each question, by their characters
-
-
-def answer_ids(reader: Reader, questions: Sequence[Question]) -> list[list[int]]:
-    """The tokens of each question's first answer, as they stand behind its prompt.
-
-    Raises ReaderError for a question longer than the reader's context.
-    """
-    prompts = [reader.prompt(question, [], question.answers[0]) for question in questions]
-    return [prompt.ids[prompt.answer_start : -1] for prompt in prompts]  # without the end token
 
 
 def within_spans(
@@ -50,12 +42,11 @@ def within_spans(
     the character spans of its text, such as its nouns."""
     asking = copy.copy(reader)
     asking.style = "question"
-    pieces, text, before = asking.pieces(question, list(passages)), "", 0
-    for piece, who in pieces:
-        if who == PART["question"]:
-            before = len(text)
-        text += piece
-    offsets = asking.tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+    pieces = asking.pieces(question, list(passages))
+    place = [who for _, who in pieces].index(PART["question"])
+    texts = [text for text, _ in pieces]
+    before = len("".join(texts[:place]))
+    offsets = asking.tokenizer("".join(texts), return_offsets_mapping=True)["offset_mapping"]
     found = []
     for token, who, (start, end) in zip(*asking.tokens(pieces), offsets, strict=True):
         if who == PART["question"]:
@@ -67,8 +58,13 @@ def within_spans(
 def wanted_ids(
     reader: Reader, questions: Sequence[Question], nouns: Spans | None
 ) -> dict[str, list[list[int]]]:
-    """The tokens that closeness is measured to, by goal: each question's answer, and its nouns."""
-    wanted = {"answer": answer_ids(reader, questions)}
+    """The tokens that closeness is measured to, by goal: each question's first answer, as it stands
+    behind its prompt without the end token, and its nouns.
+
+    Raises ReaderError for a question longer than the reader's context.
+    """
+    prompts = [reader.prompt(question, [], question.answers[0]) for question in questions]
+    wanted = {"answer": [prompt.ids[prompt.answer_start : -1] for prompt in prompts]}
     if nouns is not None:
         wanted["nouns"] = [
             [token for token, inside in within_spans(reader, question, spans) if inside]
@@ -128,11 +124,15 @@ def contextual_closeness(
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-def noun_spans(inputs: Mapping[str, Path], part: str, n: int) -> Spans | None:
-    """The nouns of the first n questions of a part; None where no noun finder is at hand."""
+def opened(
+    inputs: Mapping[str, Path], settings: Mapping[str, Any], part: str
+) -> tuple[Asked, Spans | None]:
+    """The first questions of a part, and their nouns; None where no noun finder is at hand."""
+    asked = Asked.open(inputs, part, settings["questions"], settings["k"])
     if "nouns" not in inputs:
-        return None
-    return json.loads((inputs["nouns"] / "spans.json").read_text("utf8"))[part][:n]
+        return asked, None
+    spans = json.loads((inputs["nouns"] / "spans.json").read_text("utf8"))
+    return asked, spans[part][: len(asked.questions)]
 
 
 def untaught(settings: Mapping[str, Any]) -> Reader:
@@ -140,14 +140,19 @@ def untaught(settings: Mapping[str, Any]) -> Reader:
     return load_reader(settings["reader"]["model"], ReaderSettings(**settings["reader"]))
 
 
+def space(reader: Reader, model: Reader | Retriever) -> Callable[[Ints], Floats]:
+    """What gives the vectors of a reader's tokens `[ids, d]` in a model's input embeddings."""
+    table = model.model.get_input_embeddings().weight
+    return partial(embeddings, reader.tokenizer, table=table, owner=model.tokenizer)
+
+
 def make_contextual(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """`contextual.safetensors`: `contextual_closeness` of the test questions for the off-the-shelf
     reader; nothing for an encoder-decoder."""
     reader, arrays = untaught(settings), {}
     if not reader.model.config.is_encoder_decoder:
-        questions, found = asked(inputs, "test", settings["questions"], settings["k"])
-        nouns = noun_spans(inputs, "test", len(questions))
-        arrays = contextual_closeness(reader, questions, found, nouns)
+        asked, nouns = opened(inputs, settings, "test")
+        arrays = contextual_closeness(reader, asked.questions, asked.passages, nouns)
     if device.is_main():
         write_arrays(folder / "contextual.safetensors", arrays)
 
@@ -157,54 +162,48 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
     (`answer`, `nouns`) `{goal}/exact`, and `{goal}/{space}` in each of SPACES and CONTROLS.
 
     `contextual` is left out where this reader saw other passage tokens than the off-the-shelf one.
+    Beside it, for whoever measures by hand: `vectors.safetensors` (the input space's vectors of all
+    `ids` that occur, sorted), and `answers.json`, the tokens of each question's answer.
     """
-    tokens, reader, base = (
-        Tokens.load(inputs["tokens"]),
-        open_reader(inputs, settings),
-        untaught(settings),
-    )
-    retriever_settings = RetrieverSettings(**settings["retriever"])
-    retriever = Retriever.load(str(inputs["retriever"] / "model"), retriever_settings)
-    table = base.model.get_input_embeddings().weight
-    dealt = torch.randperm(len(table), generator=torch.Generator().manual_seed(settings["seed"]))
-    spaces = {
-        "input": (table, base.tokenizer),
-        "own": (reader.model.get_input_embeddings().weight, reader.tokenizer),
-        "retriever": (retriever.model.get_input_embeddings().weight, retriever.tokenizer),
-        "permuted": (table[dealt], base.tokenizer),
-    }
-    contextual = {}
+    tokens, contextual = Tokens.load(inputs["tokens"]), {}
     if "contextual" in inputs:
         contextual = load_file(inputs["contextual"] / "contextual.safetensors")
-    questions, _ = asked(inputs, "test", settings["questions"], settings["k"])
-    wanted = wanted_ids(reader, questions, noun_spans(inputs, "test", len(questions)))
+    encoding = RetrieverSettings(**settings["retriever"])
+    retriever = Retriever.load(str(inputs["retriever"] / "model"), encoding)
+    reader, base = open_reader(inputs, settings), untaught(settings)
+    models = {"input": base, "own": reader, "retriever": retriever, "permuted": base}
+    asked, nouns = opened(inputs, settings, "test")
     arrays: dict[str, NDArray[Any]] = {}
+    wanted = wanted_ids(reader, asked.questions, nouns)
     for goal, goals in wanted.items():
         exact = measures.exact(tokens, goals)
         arrays[f"{goal}/exact"] = exact.astype(np.uint8)
         arrays[f"{goal}/overlap"] = exact.astype(np.float64)
-        for space, (vectors, owner) in spaces.items():
-            embed = partial(embeddings, reader.tokenizer, table=vectors, owner=owner)
-            arrays[f"{goal}/{space}"] = measures.closeness_to(tokens, goals, embed)
+        for name, model in models.items():
+            dealt = np.random.default_rng(settings["seed"]) if name == "permuted" else None
+            close = measures.closeness_to(tokens, goals, space(reader, model), dealt)
+            arrays[f"{goal}/{name}"] = close
         if goal in contextual and np.array_equal(contextual["ids"], tokens.ids):
             arrays[f"{goal}/contextual"] = contextual[goal]
+    ids = np.unique(np.concatenate([tokens.ids, *map(np.array, wanted["answer"])]))
+    vectors = space(reader, base)(ids)
     if device.is_main():
         write_arrays(folder / "closeness.safetensors", arrays)
+        write_arrays(folder / "vectors.safetensors", {"ids": ids, "vectors": vectors})
+        write_json(folder / "answers.json", wanted["answer"])
 
 
 def make_probe(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """`indicators.json`: of a reader, on the first dev questions, `answer lift`, `answer Spearman`,
     `nouns lift`, `nouns Spearman`, where they are defined, in the off-the-shelf reader's input
     embeddings."""
-    questions, found = asked(inputs, "dev", settings["questions"], settings["k"])
-    reader, base = open_reader(inputs, settings), untaught(settings)
-    table = base.model.get_input_embeddings().weight
-    embed = partial(embeddings, reader.tokenizer, table=table, owner=base.tokenizer)
-    tokens = look_at_tokens(reader, questions, found)
+    asked, nouns = opened(inputs, settings, "dev")
+    reader = open_reader(inputs, settings)
+    embed = space(reader, untaught(settings))
+    tokens = look_at_tokens(reader, asked.questions, asked.passages)
     attention = tokens.attention(AttentionSettings(**settings["attention"]))
-    wanted = wanted_ids(reader, questions, noun_spans(inputs, "dev", len(questions)))
     measured = {}
-    for goal, goals in wanted.items():
+    for goal, goals in wanted_ids(reader, asked.questions, nouns).items():
         close, exact = measures.closeness_to(tokens, goals, embed), measures.exact(tokens, goals)
         rows = measures.indicator(attention, close, tokens.question, exact, settings["share"])
         for name, short in (("attention", "lift"), ("Spearman", "Spearman")):

@@ -19,7 +19,6 @@ import pandas as pd
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from ragkit.data.files import write_arrays
 from ragkit.distillation.targets import over_layers
 from ragkit.errors import IndicatorError
 from ragkit.settings import ROWS, AttentionSettings
@@ -29,8 +28,9 @@ Ints = NDArray[np.int64]
 PLACES = ("passages", "titles", "question", "template", "answer", "first token")
 MEASURES = ("attention", "Spearman", "Spearman closest")
 SPACES = ("input", "own", "retriever", "contextual")  # where closeness is measured
-# the input space with its vectors dealt out anew; 1 for the wanted tokens and 0 for others
+# the input space, its vectors dealt anew for each question; 1 for wanted tokens, 0 for others
 CONTROLS = ("permuted", "overlap")
+UNDEFINED = np.errstate(invalid="ignore", divide="ignore")  # what it is becomes NaN
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,6 @@ class Tokens:
         chosen = self.contribution[:, ROWS.index(settings.rows), int(settings.norm)]
         return over_layers(chosen, settings.layers)
 
-    def save(self, folder: Path) -> None:
-        write_arrays(folder / "tokens.safetensors", vars(self))
-
     @classmethod
     def load(cls, folder: Path) -> Tokens:
         return cls(**load_file(folder / "tokens.safetensors"))
@@ -79,11 +76,16 @@ def load_closeness(folder: Path, goal: str, space: str) -> tuple[Floats, NDArray
     arrays = load_file(folder / "closeness.safetensors")
     if f"{goal}/{space}" not in arrays:
         raise IndicatorError(
-            f"There is no closeness to the {goal} in the space {space!r} (nouns need a noun finder;"
-            " 'contextual' a decoder that sees the passage tokens of the off-the-shelf reader)."
-            " Choose another indicators.space."
+            f"There is no closeness to the {goal} in the space {space!r} (nouns need a noun finder,"
+            " 'contextual' a decoder that cuts text as the off-the-shelf reader does). "
+            "Choose another indicators.space."
         )
     return arrays[f"{goal}/{space}"], arrays[f"{goal}/exact"].astype(bool)
+
+
+def count(question: Ints) -> int:
+    """The number of the questions whose tokens these are."""
+    return int(question.max(initial=-1)) + 1
 
 
 def by_question(question: Ints, n: int | None = None) -> list[slice]:
@@ -92,26 +94,27 @@ def by_question(question: Ints, n: int | None = None) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(edges)]
 
 
-def count(question: Ints) -> int:
-    return int(question.max(initial=-1)) + 1
+@UNDEFINED
+def means(values: Floats, group: Ints, n: int = 0) -> Floats:
+    """Mean of each group's values `[n or more]`; NaN for one without any."""
+    return np.bincount(group, weights=values, minlength=n) / np.bincount(group, minlength=n)
 
 
+@UNDEFINED
 def lift(attention: Floats, question: Ints) -> Floats:
     """Attention `[tokens]` over its mean within the question; NaN where all of it is zero."""
-    sizes = np.bincount(question)
-    means = np.bincount(question, weights=attention) / np.maximum(sizes, 1)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(means[question] > 0, attention / means[question], np.nan)
+    mean = means(attention, question)[question]
+    return np.where(mean > 0, attention / mean, np.nan)
 
 
+@UNDEFINED
 def closeness(tokens: Floats, wanted: Floats) -> Floats:
     """Cosine of each token `[tokens, d]` to the nearest of the wanted vectors `[wanted, d]`.
 
     NaN where a vector is missing or zero, or none is wanted. Rounded to 12 digits: a token that
     comes twice is as close twice, and rounding errors must not break the tie.
     """
-    with np.errstate(invalid="ignore", divide="ignore"):
-        units, goals = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (tokens, wanted))
+    units, goals = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (tokens, wanted))
     goals = goals[np.isfinite(goals).all(1)]
     if not len(goals):
         return np.full(len(tokens), np.nan)
@@ -120,23 +123,30 @@ def closeness(tokens: Floats, wanted: Floats) -> Floats:
 
 def exact(tokens: Tokens, wanted: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
     """Whether each token `[tokens]` is one of the wanted tokens of its question."""
-    places = by_question(tokens.question, len(wanted))
-    pairs = zip(places, wanted, strict=True)
+    pairs = zip(by_question(tokens.question, len(wanted)), wanted, strict=True)
     return np.concatenate([np.isin(tokens.ids[mine], ids) for mine, ids in pairs])
 
 
 def closeness_to(
-    tokens: Tokens, wanted: Sequence[Sequence[int]], embed: Callable[[Ints], Floats]
+    tokens: Tokens,
+    wanted: Sequence[Sequence[int]],
+    embed: Callable[[Ints], Floats],
+    dealt: np.random.Generator | None = None,
 ) -> Floats:
     """Closeness of each token `[tokens]` to the wanted tokens of its question.
 
-    `embed` gives the vectors of ids in a space `[ids, d]`; it is asked once for all tokens.
+    `embed` gives the vectors of ids in a space `[ids, d]`; it is asked once for all tokens. With
+    `dealt` the vectors are dealt out anew among all these, for each question again: dealt once for
+    all, common words would have the same luck everywhere, which no interval over questions shows.
     """
     goals = [np.array(ids, dtype=np.int64) for ids in wanted]
     every = np.unique(np.concatenate([tokens.ids, *goals]))
-    vectors, parts = embed(every), []
+    vectors, order, parts = embed(every), np.arange(len(every)), []
+    there = np.flatnonzero(np.isfinite(vectors).all(1))
     for mine, goal in zip(by_question(tokens.question, len(goals)), goals, strict=True):
-        own, other = (np.searchsorted(every, ids) for ids in (tokens.ids[mine], goal))
+        if dealt is not None:
+            order[there] = dealt.permutation(there)
+        own, other = (order[np.searchsorted(every, ids)] for ids in (tokens.ids[mine], goal))
         parts.append(closeness(vectors[own], vectors[other]))
     return np.concatenate(parts)
 
@@ -146,6 +156,7 @@ def ranks(values: Floats, question: Ints, ties: Literal["average", "min"] = "ave
     return pd.Series(values).groupby(question).rank(method=ties).to_numpy()
 
 
+@UNDEFINED
 def spearman(x: Floats, y: Floats, question: Ints | None = None, n: int = 1) -> Floats:
     """Spearman's rank correlation over the tokens of each of n questions `[n]`; without `question`
     all tokens are of one. NaN for fewer than three tokens, or one side constant.
@@ -153,11 +164,9 @@ def spearman(x: Floats, y: Floats, question: Ints | None = None, n: int = 1) -> 
     question = np.zeros(len(x), dtype=np.int64) if question is None else question
     sizes = np.bincount(question, minlength=n)
     a, b = (ranks(side, question) - (sizes[question] + 1) / 2 for side in (x, y))
-    both, first, second = (
-        np.bincount(question, weights=product, minlength=n) for product in (a * b, a * a, b * b)
-    )
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(sizes < 3, np.nan, both / np.sqrt(first * second))
+    products = (a * b, a * a, b * b)
+    both, first, second = (np.bincount(question, weights=p, minlength=n) for p in products)
+    return np.where(sizes < 3, np.nan, both / np.sqrt(first * second))
 
 
 def closest(close: Floats, question: Ints, share: float) -> NDArray[np.bool_]:
@@ -166,35 +175,26 @@ def closest(close: Floats, question: Ints, share: float) -> NDArray[np.bool_]:
     return ranks(-close, question, "min") <= counts[question]
 
 
-def measure(
-    lifts: Floats, close: Floats, question: Ints, share: float, n: int
-) -> dict[str, Floats]:
-    """MEASURES of each of n questions `[n]`: mean lift of the closest share, Spearman over all
-    tokens, and within the closest share."""
-    near = closest(close, question, share)
-    sums = np.bincount(question[near], weights=lifts[near], minlength=n)
-    with np.errstate(invalid="ignore"):
-        top = sums / np.bincount(question[near], minlength=n)
-    every = spearman(lifts, close, question, n)
-    within = spearman(lifts[near], close[near], question[near], n)
-    return dict(zip(MEASURES, (top, every, within), strict=True))
-
-
 def indicator(
     attention: Floats, close: Floats, question: Ints, exact: NDArray[np.bool_], share: float
 ) -> pd.DataFrame:
-    """An indicator, a row a question: MEASURES, and each again with ' (no exact)': without the
-    wanted tokens themselves, which `exact` `[tokens]` marks.
+    """An indicator, a row a question: MEASURES (mean lift of the closest share, Spearman over all
+    tokens, and within the closest share), and each again with ' (no exact)': without the wanted
+    tokens themselves, which `exact` `[tokens]` marks.
 
     Tokens without a closeness are left out.
     """
     lifts, n = lift(attention, question), count(question)
-    columns: dict[str, Floats] = {}
+    table = pd.DataFrame({"question": np.arange(n)})
     known = np.isfinite(lifts) & np.isfinite(close)
     for ending, kept in (("", known), (" (no exact)", known & ~exact)):
-        found = measure(lifts[kept], close[kept], question[kept], share, n)
-        columns |= {f"{name}{ending}": values for name, values in found.items()}
-    return pd.DataFrame({"question": np.arange(n), **columns})
+        given = lifts[kept], close[kept], question[kept]
+        near = closest(given[1], given[2], share)
+        high, closer, mine = (values[near] for values in given)
+        table[f"attention{ending}"] = means(high, mine, n)
+        table[f"Spearman{ending}"] = spearman(*given, n)
+        table[f"Spearman closest{ending}"] = spearman(high, closer, mine, n)
+    return table
 
 
 def deciles(attention: Floats, close: Floats, question: Ints) -> Floats:
@@ -205,6 +205,4 @@ def deciles(attention: Floats, close: Floats, question: Ints) -> Floats:
     lifts, close, question = lifts[known], close[known], question[known]
     places = (ranks(close, question) - 0.5) / np.bincount(question)[question]
     cells = 10 * question + np.minimum(places * 10, 9.999).astype(int)
-    sums = np.bincount(cells, weights=lifts, minlength=10 * n)
-    with np.errstate(invalid="ignore"):
-        return (sums / np.bincount(cells, minlength=10 * n)).reshape(n, 10)
+    return means(lifts, cells, 10 * n).reshape(n, 10)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,17 +23,16 @@ class Interval:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def interval(values: NDArray[np.float64], seed: int = 0, resamples: int = 2000) -> Interval:
+def interval(values: NDArray[np.float64], resamples: int = 2000) -> Interval:
     """Mean of `values` `[n]` with a percentile interval (SciPy); of fewer than two, NaN bounds."""
-    mean = float(np.mean(values)) if len(values) else float("nan")
-    if len(values) < 2:
-        return Interval(mean, float("nan"), float("nan"), len(values))
-    if np.ptp(values) == 0:
-        return Interval(mean, mean, mean, len(values))
-    bounds = stats.bootstrap(
-        (values,), np.mean, n_resamples=resamples, method="percentile", rng=seed
+    n, mean = len(values), float(np.mean(values)) if len(values) else math.nan
+    if n < 2 or np.ptp(values) == 0:
+        bound = mean if n > 1 else math.nan
+        return Interval(mean, bound, bound, n)
+    low, high = stats.bootstrap(
+        (values,), np.mean, n_resamples=resamples, method="percentile", rng=0
     ).confidence_interval
-    return Interval(mean, float(bounds.low), float(bounds.high), len(values))
+    return Interval(mean, float(low), float(high), n)
 
 
 def paired_gain(
@@ -43,12 +43,11 @@ def paired_gain(
     `after` may be `[seeds, questions]`: then seeds are resampled too, and the interval holds both
     sources of chance.
     """
-    gains = np.atleast_2d(after) - before[None, :]
-    rng = np.random.default_rng(seed)
-    n_seeds, n = gains.shape
+    gains, rng = np.atleast_2d(after) - before[None, :], np.random.default_rng(seed)
     # how often each seed and each question is drawn: a resample's mean is weighted by these
-    seeds_drawn = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=resamples)
-    questions_drawn = rng.multinomial(n, np.full(n, 1 / n), size=resamples)
-    draws = ((seeds_drawn @ gains) * questions_drawn).sum(1) / (n_seeds * n)
+    by_seed, by_question = (
+        rng.multinomial(size, np.full(size, 1 / size), size=resamples) for size in gains.shape
+    )
+    draws = ((by_seed @ gains) * by_question).sum(1) / gains.size
     low, high = np.quantile(draws, [0.025, 0.975])
-    return Interval(float(gains.mean()), float(low), float(high), n)
+    return Interval(float(gains.mean()), float(low), float(high), gains.shape[1])

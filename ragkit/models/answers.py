@@ -17,7 +17,7 @@ from ragkit.data.passages import Passage
 from ragkit.data.questions import Corpus, Question
 from ragkit.data.text import exact_match
 from ragkit.models import device
-from ragkit.models.fid import load_reader, open_reader
+from ragkit.models.fid import fitted, load_reader, open_reader
 from ragkit.models.reader import Reader, note_trimmed
 from ragkit.settings import ReaderSettings
 
@@ -56,7 +56,8 @@ def make_style(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
     found = [[corpus.passages[i] for i in row[:k]] for row in rows]
     scores, trimmed = {}, 0
     for style in ("question", "cloze") if settings["clozes"] else ("question",):
-        answers, cut = answered(load_reader(chosen.model, chosen, style), questions, found)
+        reader = fitted(load_reader(chosen.model, chosen, style), inputs)
+        answers, cut = answered(reader, questions, found)
         scores[style] = mean_exact_match(answers, questions)
         trimmed += cut
     note_trimmed(trimmed, len(scores) * len(questions), folder)

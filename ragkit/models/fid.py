@@ -30,10 +30,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from ragkit.attention import AttentionError, observe_cross, pooled
 from ragkit.data.passages import Passage
-from ragkit.data.questions import Question
+from ragkit.data.questions import Corpus, Question
 from ragkit.errors import ReaderError
 from ragkit.models import device
-from ragkit.models.loading import loading
+from ragkit.models.loading import loading, readable, refuse_missing
 from ragkit.models.reader import PART, Prompt, Reader, embedded_reader
 from ragkit.settings import ReaderSettings
 
@@ -100,7 +100,8 @@ class FidReader(Reader):
             lengths.append(len(block))
         tail: list[int] = []
         if answer is not None:
-            tail = [*self.tokenizer(answer, add_special_tokens=False)["input_ids"], self.end]
+            ids_of = self.tokenizer(readable(answer), add_special_tokens=False)
+            tail = [*ids_of["input_ids"], self.end]
         return FidPrompt(
             ids + tail, owner + [PART["answer"]] * len(tail), len(ids), trimmed, tuple(lengths)
         )
@@ -139,11 +140,7 @@ class FidReader(Reader):
             decoder_start_token_id=self.start,
             # its own cache would have the encoder's number of layers
             past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()),
-            max_new_tokens=self.answer_tokens,
-            do_sample=False,
-            num_beams=1,
-            pad_token_id=self.pad,
-            eos_token_id=self.end,
+            generation_config=self.greedy(),
         )
         return [self.text_of(row) for row in out[:, 1:]]
 
@@ -199,12 +196,18 @@ def load_reader(
     revision = {} if Path(path).is_dir() else {"revision": settings.revision}
     dtype = torch.float32 if to_train else getattr(torch, settings.dtype)
     with loading(path):
-        config = AutoConfig.from_pretrained(path, **revision)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, **revision)
         auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        model = auto.from_pretrained(path, dtype=dtype, use_safetensors=True, **revision)
-        tokenizer = AutoTokenizer.from_pretrained(path, **revision)
-    kind = FidReader if config.is_encoder_decoder else Reader
-    return kind(model.to(device.device()), tokenizer, settings, style)
+        options = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
+        model, loaded = auto.from_pretrained(path, dtype=dtype, **options, **revision)
+        refuse_missing(path, loaded)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, **revision)
+        kind = FidReader if config.is_encoder_decoder else Reader
+        reader = kind(model.to(device.device()), tokenizer, settings, style)
+        with torch.no_grad():  # a padded batch of two: what fails is said before any work
+            asked = Question("", "a", ("a",), ())
+            reader.losses([reader.prompt(asked, [], answer) for answer in ("a", "a a a")])
+    return reader
 
 
 def reader_folder(step1: Path, which: str) -> Path:
@@ -212,12 +215,18 @@ def reader_folder(step1: Path, which: str) -> Path:
     return step1 / which.replace(" ", "-")
 
 
+def fitted(reader: Reader, inputs: Mapping[str, Path]) -> Reader:
+    """The reader, its answers as long as the questions for distillation need: see `Reader.fit`."""
+    if reader.settings.answer_tokens is None:
+        corpus = Corpus.load("", inputs["passages"], inputs["questions"])
+        reader.fit(corpus.questions["distill"])
+    return reader
+
+
 def open_reader(inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> Reader:
-    """The reader `settings["which"]` of a stage: kept by Step 1 if that is among its inputs, else
-    an untaught one.
-    """
+    """The reader `settings["which"]` of a stage: untaught, or kept by Step 1 if that is there."""
     reader, which = ReaderSettings(**settings["reader"]), settings["which"]
     if "step1" in inputs:
-        return load_reader(reader_folder(inputs["step1"], which), reader)
+        return fitted(load_reader(reader_folder(inputs["step1"], which), reader), inputs)
     styles = json.loads((inputs["style"] / "style.json").read_text("utf8"))
-    return load_reader(reader.model, reader, styles[which])
+    return fitted(load_reader(reader.model, reader, styles[which]), inputs)

@@ -93,7 +93,7 @@ def encode(
     array: Any = np.lib.format.open_memmap(path, "r+") if done and device.is_main() else None
     for start in range(done, len(passages), settings.shard):
         texts = [passage_text(p) for p in passages[start : start + settings.shard]]
-        made = retriever.encode(texts).astype(settings.dtype)
+        made = retriever.encode(texts, "passage").astype(settings.dtype)
         if not np.isfinite(made).all():
             hint = (
                 "set index.dtype to float32 (float16 ends at 65504)"

@@ -1,26 +1,28 @@
-"""Loading models: a clear word on one that cannot be loaded."""
+"""The guard around loading a model: whatever is wrong with it is said before any work."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import transformers
-from safetensors import SafetensorError
 
 from ragkit.errors import RagkitError
 
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
-    """A clear word on a model that cannot be loaded, in place of the libraries' own; no bar for
-    every load.
-    """
+    """Turns what goes wrong with a model inside into a sentence; keeps the libraries quiet."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except RagkitError:
+        raise
+    except Exception as error:  # libraries raise anything over an odd folder
         if "gated" in str(error).lower():
             why = (
                 "it is gated: accept its terms at the hub and log in (`hf auth login`), "
@@ -28,14 +30,32 @@ def loading(name: str) -> Iterator[None]:
             )
         elif Path(name).is_dir():
             why = (
-                "its folder does not hold a whole model with safetensors weights and a tokenizer. "
-                "Save or fetch it again"
+                "its folder does not hold a whole model with safetensors weights and a tokenizer "
+                "that fit each other and this machine. Save or fetch it again, or take another"
             )
         else:
             why = (
                 "it is no folder here, and the hub did not give it (no network, a wrong name, "
                 "or a gated model). Give a local folder in the profile"
             )
+        what = (str(error).strip().splitlines() or [""])[0]
         raise RagkitError(
-            f"Model {name!r} cannot be loaded: {why}. ({str(error).splitlines()[0]})"
-        ) from None
+            f"Model {name!r} cannot be loaded: {why}. ({type(error).__name__}: {what})"
+        ) from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def refuse_missing(name: str, loaded: Mapping[str, Any]) -> None:
+    """Raises RagkitError if weights were missing, by the loading info of `from_pretrained`."""
+    missing = sorted(key for key in loaded["missing_keys"] if not key.startswith("pooler."))
+    if missing:  # but for BERT's pooler, which nothing here uses
+        raise RagkitError(
+            f"Model {name!r} lacks {len(missing)} of its weights ({', '.join(missing[:3])}...): "
+            "they would be random. Save or fetch it again."
+        )
+
+
+def readable(text: str) -> str:
+    """The text with lone surrogates, which no tokenizer takes, as question marks."""
+    return text.encode("utf8", "replace").decode("utf8")

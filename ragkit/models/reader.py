@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ragkit.attention import AttentionError, observe, pooled
 from ragkit.data.files import file_hash, write_json
@@ -20,9 +20,11 @@ from ragkit.data.passages import Passage, block
 from ragkit.data.questions import Question
 from ragkit.errors import ReaderError
 from ragkit.models import device
+from ragkit.models.loading import readable
 from ragkit.settings import ReaderSettings, asset
 
 log = logging.getLogger(__name__)
+ANSWER_TOKENS = 32  # where neither the settings nor the questions say it
 # `owner` of tokens that are not a passage's own text
 PART = {"other": -1, "question": -2, "answer": -3, "title": -4}
 
@@ -46,7 +48,7 @@ class Reader:
     """A causal language model with its tokenizer and the way its prompts are written.
 
     `style` is `question` (passages, question, answer) or `cloze` (passages, the beginning of a
-    statement).
+    statement; only the embedded worlds have those). `answer_tokens` is how many it may answer with.
     """
 
     def __init__(
@@ -56,22 +58,47 @@ class Reader:
         settings: ReaderSettings,
         style: str = "question",
     ) -> None:
+        self.settings, self.style = settings, style
+        self.model, self.tokenizer = model.eval(), tokenizer
         if not tokenizer.is_fast:
             raise ReaderError(
                 f"{settings.model}: a fast tokenizer (tokenizer.json) is needed "
                 "to find each passage's tokens."
             )
-        limit = getattr(model.config, "max_position_embeddings", settings.context)
-        if settings.context > limit and not getattr(model.config, "alibi", False):
+        config = model.config.get_text_config(decoder=True)
+        limit = getattr(config, "max_position_embeddings", None) or 0
+        if 0 < limit < settings.context and not getattr(config, "alibi", False):
             raise ReaderError(
                 f"{settings.model} has {limit} positions. "
                 f"Lower reader.context from {settings.context} to that or less."
             )
-        self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
-        self.style = style
-        self.answer_tokens = settings.answer_tokens or 32
-        self.end = tokenizer.eos_token_id
-        self.pad = self.end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.known = int(model.get_input_embeddings().weight.shape[0])
+        end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        if end is None or end >= self.known:
+            raise ReaderError(
+                f"{settings.model}: its tokenizer names no end token that the model knows. "
+                "Name one in tokenizer_config.json (eos_token)."
+            )
+        self.end, self.pad = int(end), int(end if pad is None or pad >= self.known else pad)
+        self.answer_tokens = settings.answer_tokens or ANSWER_TOKENS
+        model.generation_config = self.greedy()  # else `generate` fills in the folder's own
+
+    def greedy(self) -> GenerationConfig:
+        """How answers are generated, whatever the folder's generation_config.json says."""
+        return GenerationConfig(
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=self.answer_tokens,
+            pad_token_id=self.pad,
+            eos_token_id=self.end,
+        )
+
+    def fit(self, questions: Sequence[Question]) -> None:
+        """Lets answers be as long as the longest first gold one, if the settings leave it open."""
+        if self.settings.answer_tokens is None and questions:
+            answers = [" " + readable(q.answers[0]) for q in questions]
+            ids = self.tokenizer(answers, add_special_tokens=False)["input_ids"]
+            self.answer_tokens = max(map(len, ids)) + 1  # with the end token
 
     def save(self, folder: Path) -> None:
         """Writes model and tokenizer in Hugging Face's format."""
@@ -80,28 +107,30 @@ class Reader:
             self.tokenizer.save_pretrained(folder)
 
     def pieces(self, question: Question, passages: Sequence[Passage]) -> list[tuple[str, int]]:
-        """The prompt as texts with their owners."""
+        """The prompt as texts with their owners; its end is what the answer goes on from."""
+        other, first = PART["other"], self.settings.order == "question first"
         parts: list[tuple[str, int]] = []
         for number, passage in enumerate(passages):
             parts.append((block(passage.title, ""), PART["title"]))
-            parts += [(passage.text, number), ("\n", PART["other"])]
+            parts += [(passage.text, number), ("\n", other)]
         if self.style == "cloze":
-            return [*parts, ("In short. ", PART["other"]), (question.cloze, PART["question"])]
-        asked = [("question: ", PART["other"]), (question.text, PART["question"])]
-        asked.append(("\n", PART["other"]))
-        first = self.settings.order == "question first"
-        ordered = [*asked, *parts] if first else [*parts, *asked]
-        return [*ordered, ("answer:", PART["other"])]
+            said = (question.cloze, PART["question"])
+            return [*([said, ("\n", other)] if first else []), *parts, ("In short. ", other), said]
+        asked = [("question: ", other), (question.text, PART["question"]), ("\n", other)]
+        return [*([*asked, *parts] if first else [*parts, *asked]), ("answer:", other)]
 
     def tokens(self, pieces: Sequence[tuple[str, int]]) -> tuple[list[int], list[int]]:
-        """The texts as one text's tokens, and the owner of each: that of its first character that
-        is no space.
+        """The texts as one text's tokens, and the owner of each.
+
+        It is that of a token's first character that is no space. A causal reader's tokens end with
+        the text: an end token that the tokenizer puts behind it is dropped.
         """
         text, spans = "", []
         for piece, who in pieces:
-            text += piece
+            text += readable(piece)
             spans.append((len(text), who))
-        encoded = self.tokenizer(text, return_offsets_mapping=True)
+        encoded = self.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
+        ids, special = list(encoded["input_ids"]), encoded["special_tokens_mask"]
         span = 0
         owner: list[int] = []
         for start, end in encoded["offset_mapping"]:
@@ -111,21 +140,27 @@ class Reader:
             while span < len(spans) - 1 and first >= spans[span][0]:
                 span += 1
             owner.append(spans[span][1] if end > start else PART["other"])
-        return list(encoded["input_ids"]), owner
+        while not self.model.config.is_encoder_decoder and ids and special[len(ids) - 1]:
+            del ids[-1], owner[-1]
+        return ids, owner
 
     def prompt(
         self, question: Question, passages: Sequence[Passage], answer: str | None = None
     ) -> Prompt:
-        """The prompt, with the answer and an end token behind it if given.
+        """The prompt, with the answer and an end token behind it if given, cut as one text.
 
         A prompt longer than the reader's context loses tokens at the end of its passages, the same
-        share from each; never of the question. Raises ReaderError if the question alone does not
-        fit.
+        share from each; never of the question. Raises ReaderError if that alone does not fit.
         """
-        ids, owner = self.tokens(self.pieces(question, passages))
+        pieces = self.pieces(question, passages)
+        if answer is not None:
+            pieces.append((" " + answer, PART["answer"]))
+        ids, owner = self.tokens(pieces)
         tail: list[int] = []
         if answer is not None:
-            tail = [*self.tokenizer(" " + answer, add_special_tokens=False)["input_ids"], self.end]
+            start = owner.index(PART["answer"]) if PART["answer"] in owner else len(ids)
+            tail = [*ids[start:], self.end]
+            ids, owner = ids[:start], owner[:start]
         spare = self.settings.context - len(ids) - max(len(tail), self.answer_tokens)
         if spare < 0:
             ids, owner = self.trim(ids, owner, -spare, len(passages))
@@ -163,13 +198,15 @@ class Reader:
             start = longest - len(prompt.ids) if left else 0
             place = slice(start, start + len(prompt.ids))
             ids[i, place], mask[i, place] = torch.tensor(prompt.ids), 1
+        if (most := int(ids.max())) >= self.known:
+            raise ReaderError(
+                f"{self.settings.model}: token {most} ({self.tokenizer.decode([most])!r}) "
+                f"lies beyond its {self.known} embeddings. Save model and tokenizer together again."
+            )
         return ids.to(self.model.device), mask.to(self.model.device)
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
-        """Greedy answers, in order; the processes of a run share the prompts.
-
-        What follows the first line break or full stop is cut.
-        """
+        """Greedy answers, in order; the processes of a run share the prompts."""
         batches = device.by_length([len(p.ids) for p in prompts], 2 * self.settings.at_once)
         made = device.spread(
             batches, lambda chosen: [prompts[i] for i in chosen], self.generated, "answer"
@@ -185,19 +222,17 @@ class Reader:
         """The answers to one batch of prompts."""
         ids, mask = self.batch(prompts, left=True)
         out = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=self.answer_tokens,
-            do_sample=False,
-            pad_token_id=self.pad,
-            eos_token_id=self.end,
+            input_ids=ids, attention_mask=mask, generation_config=self.greedy()
         )
         return [self.text_of(row) for row in out[:, ids.shape[1] :]]
 
     def text_of(self, row: Tensor) -> str:
-        """The answer that new tokens `[tokens]` spell."""
-        text = str(self.tokenizer.decode(row, skip_special_tokens=True)).strip()
-        return text.split("\n")[0].split(".")[0].strip()
+        """The answer that new tokens `[tokens]` spell.
+
+        It ends at the end token or a line break; the rest of a cloze ends with its sentence.
+        """
+        text = str(self.tokenizer.decode(row, skip_special_tokens=True)).strip().split("\n")[0]
+        return (text.split(".")[0] if self.style == "cloze" else text).strip()
 
     def token_losses(self, prompts: Sequence[Prompt]) -> Tensor:
         """Negative log-likelihood (nats) of the tokens of each prompt's answer `[prompts, answer

@@ -1,8 +1,9 @@
-"""The bi-encoder: pooled BERT-class vectors and their dot product, as in Contriever."""
+"""The retriever: a sentence-transformers model, from outside or trained here by cropping."""
 
 from __future__ import annotations
 
 import random
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Normalize
+from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.util import batch_to_device
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    BatchEncoding,
-    BertConfig,
-    BertModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
 from ragkit.data.passages import Passage, Passages
 from ragkit.data.prose import open_prose
@@ -28,112 +25,124 @@ from ragkit.data.questions import PASSAGES
 from ragkit.data.vocabulary import build_tokenizer
 from ragkit.errors import RetrieverError
 from ragkit.models import device
-from ragkit.models.loading import loading
+from ragkit.models.loading import loading, readable, refuse_missing
 from ragkit.settings import RetrieverSettings
 
 HIDDEN, LAYERS, HEADS = 128, 2, 4  # of the embedded retriever
 CROP_TEMPERATURE = 0.1
 KEEP_TITLE = 0.5
-CHUNK = 8  # batches that are cut into tokens together
+CHUNK = 8  # batches that one process encodes in one go
+PROMPTS = {"query": ("query",), "passage": ("document", "passage", "corpus")}  # names in folders
 
 
 class Retriever(nn.Module):
-    """Encodes questions and passages with one model; a passage is read as `title text`."""
+    """Encodes questions and passages; a passage is read as `title text`, see `passage_text`.
 
-    def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: RetrieverSettings
-    ) -> None:
+    `kind` is `query` or `passage`: it chooses the prompt, such as e5's `query: `, that the model's
+    folder names for it. `model` and `tokenizer` are those of transformers inside it.
+    """
+
+    def __init__(self, encoder: SentenceTransformer, settings: RetrieverSettings) -> None:
         super().__init__()
-        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.encoder, self.settings = encoder, settings
 
-    def tokens(self, texts: Sequence[str]) -> BatchEncoding:
+    @property
+    def model(self) -> Any:
+        return self.encoder.transformers_model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.encoder.tokenizer
+
+    def prompt(self, kind: str) -> str:
+        """What stands before every text of this kind."""
+        names = (*PROMPTS[kind], self.encoder.default_prompt_name or "")
+        return next((text for name in names if (text := self.encoder.prompts.get(name))), "")
+
+    def tokens(self, texts: Sequence[str], kind: str = "query") -> dict[str, Any]:
         """The texts as ids and mask `[texts, tokens]`, cut at `passage_tokens`."""
-        cut = self.tokenizer(list(texts), truncation=True, max_length=self.settings.passage_tokens)
-        return self.padded(cut["input_ids"])
+        given = [readable(text) for text in texts]
+        return self.encoder.preprocess(given, prompt=self.prompt(kind))
 
-    def padded(self, rows: Sequence[Sequence[int]]) -> BatchEncoding:
-        """Token lists as ids and mask `[texts, tokens]`."""
-        ids = [torch.tensor(row) for row in rows]
-        pad = self.tokenizer.pad_token_id
-        return BatchEncoding(
-            {
-                "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad),
-                "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], True),
-            }
-        )
-
-    def forward(self, texts: Sequence[str] | BatchEncoding) -> Tensor:
+    def forward(self, texts: Sequence[str] | Mapping[str, Any], kind: str = "query") -> Tensor:
         """Vectors `[texts, dimensions]` of texts or their tokens, with gradients."""
-        batch = texts if isinstance(texts, BatchEncoding) else self.tokens(texts)
-        batch = batch.to(device.device())
-        states = self.model(**batch).last_hidden_state
-        mask = batch["attention_mask"][:, :, None].to(states.dtype)
-        if self.settings.pooling == "cls":
-            pooled = states[:, 0]
-        else:
-            pooled = (states * mask).sum(1) / mask.sum(1)
-        plain = self.settings.normalise is False
-        return pooled if plain else nn.functional.normalize(pooled, dim=-1)
+        batch = dict(texts) if isinstance(texts, Mapping) else self.tokens(texts, kind)
+        return self.encoder(batch_to_device(batch, device.device()))["sentence_embedding"]
 
-    @torch.inference_mode()
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Vectors `[texts, dimensions]` in the order given; the processes share the texts, and each
-        gets all vectors.
+    def encode(self, texts: Sequence[str], kind: str = "query") -> NDArray[np.float32]:
+        """Vectors `[texts, dimensions]` in the order given, in `settings.dtype`.
 
-        Encoded in batches of like length in tokens, so that little is padded: texts of one length
-        in letters differ by a quarter in tokens.
+        The processes of a run share the texts, and each gets all vectors.
         """
-        self.eval()
-        settings, kind = self.settings, device.device().type
+        settings, prompt = self.settings, self.prompt(kind)
+        place, lower = device.device(), settings.dtype != "float32"
 
-        def prepare(places: list[int]) -> list[tuple[list[int], BatchEncoding]]:
-            chosen = [texts[place] for place in places]
-            rows = self.tokenizer(chosen, truncation=True, max_length=settings.passage_tokens)
-            ids = rows["input_ids"]
-            return [
-                ([places[i] for i in batch], self.padded([ids[i] for i in batch]))
-                for batch in device.by_length([len(row) for row in ids], settings.at_once)
-            ]
-
-        def work(
-            batches: list[tuple[list[int], BatchEncoding]],
-        ) -> list[tuple[list[int], NDArray[np.float32]]]:
-            lower = settings.dtype != "float32"
-            with torch.autocast(kind, getattr(torch, settings.dtype), enabled=lower):
-                return [(places, self(tokens).float().cpu().numpy()) for places, tokens in batches]
+        def work(chosen: list[str]) -> NDArray[np.float32]:
+            with torch.autocast(place.type, getattr(torch, settings.dtype), enabled=lower):
+                made = self.encoder.encode(
+                    chosen, prompt=prompt, batch_size=settings.at_once, show_progress_bar=False
+                )
+            return made.astype(np.float32)
 
         chunks = device.by_length([len(text) for text in texts], CHUNK * settings.at_once)
-        made = device.spread(chunks, prepare, work, "encode")
-        vectors = np.empty((len(texts), made[0][0][1].shape[1]), dtype=np.float32)
-        for parts in made:
-            for places, part in parts:
-                vectors[places] = part
+        made = device.spread(chunks, lambda c: [readable(texts[i]) for i in c], work, "encode")
+        vectors = np.empty((len(texts), made[0].shape[1]), np.float32)
+        for places, part in zip(chunks, made, strict=True):
+            vectors[places] = part
         return vectors
 
     def save(self, folder: Path) -> None:
-        """Writes model and tokenizer in Hugging Face's format."""
+        """Writes it as a folder that sentence-transformers reads."""
         if device.is_main():
-            self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            self.encoder.save(str(folder), create_model_card=False)
 
     @classmethod
     def load(cls, name: str | Path, settings: RetrieverSettings) -> Retriever:
-        """From a folder or a hub name (safetensors only, no remote code), in float32, on the run's
-        device.
+        """From a folder or a hub name (safetensors only, no remote code), in float32.
+
+        Pooling, normalisation and prompts are the folder's own; `settings.pooling` and `normalise`
+        override them. Raises RagkitError if it cannot be loaded and used.
         """
-        revision = {} if Path(name).is_dir() else {"revision": settings.revision}
+        revision = None if Path(name).is_dir() else settings.revision
+        weights = {"dtype": torch.float32, "use_safetensors": True}
         with loading(str(name)):
-            model = AutoModel.from_pretrained(
-                name, dtype=torch.float32, use_safetensors=True, **revision
-            ).to(device.device())
-            tokenizer = AutoTokenizer.from_pretrained(name, **revision)
-        limit = getattr(model.config, "max_position_embeddings", settings.passage_tokens)
-        if settings.passage_tokens > limit:
-            raise RetrieverError(
-                f"{name} has {limit} positions. "
-                f"Lower retriever.passage_tokens from {settings.passage_tokens} to that or less."
+            encoder = SentenceTransformer(
+                str(name), device=str(device.device()), revision=revision, model_kwargs=weights
             )
-        return cls(model, tokenizer, settings)
+            retriever = cls(encoder, settings)
+            model: Any = type(retriever.model)  # whose weights are looked up but not read again
+            options = {"device_map": "meta", "output_loading_info": True, "use_safetensors": True}
+            place = retriever.model.name_or_path
+            options |= {} if revision is None else {"revision": revision}
+            refuse_missing(str(name), model.from_pretrained(place, **options)[1])
+            tokenizer = retriever.tokenizer
+            if tokenizer.pad_token is None:
+                tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+            retriever.adjust(str(name))
+            with torch.no_grad():
+                retriever(["a a"])
+        return retriever.eval()
+
+    def adjust(self, name: str) -> None:
+        """Makes the settings that override the folder's own."""
+        settings, modules = self.settings, self.encoder._modules
+        limit = getattr(self.model.config, "max_position_embeddings", None) or 0
+        if 0 < limit < settings.passage_tokens:
+            raise RetrieverError(
+                f"{name} has {limit} positions. Lower retriever.passage_tokens "
+                f"from {settings.passage_tokens} to that or less."
+            )
+        self.encoder.max_seq_length = settings.passage_tokens
+        if settings.pooling is not None:
+            pooling = [key for key, one in modules.items() if isinstance(one, Pooling)]
+            size = self.model.config.hidden_size
+            modules[pooling[0]] = Pooling(size, settings.pooling)
+        unit = [key for key, one in modules.items() if isinstance(one, Normalize)]
+        if settings.normalise is False:
+            for key in unit:
+                del modules[key]
+        elif settings.normalise and not unit:
+            modules["normalise"] = Normalize()
 
 
 def crop(passage: Passage, rng: random.Random) -> str:
@@ -145,16 +154,8 @@ def crop(passage: Passage, rng: random.Random) -> str:
     return " ".join(title + words[start : start + length])
 
 
-def train_by_cropping(
-    passages: Sequence[Passage], settings: RetrieverSettings, seed: int
-) -> Retriever:
-    """The initial retriever: two random crops of one passage attract, those of other passages
-    repel.
-
-    Contriever's recipe without labels (Izacard et al. 2022), with in-batch negatives.
-    """
-    rng = random.Random(f"crops {seed}")
-    torch.manual_seed(seed)
+def untrained(settings: RetrieverSettings) -> Retriever:
+    """The embedded retriever before its training: a small BERT, mean pooling, unit length."""
     tokenizer = build_tokenizer()
     config = BertConfig(
         vocab_size=len(tokenizer),
@@ -167,10 +168,24 @@ def train_by_cropping(
         attention_probs_dropout_prob=0.0,
         max_position_embeddings=settings.passage_tokens,
     )
-    model = BertModel(config, add_pooling_layer=False)
-    retriever = Retriever(model, tokenizer, settings).to(device.device())
+    unit = settings.normalise is not False
+    with tempfile.TemporaryDirectory() as folder:
+        BertModel(config, add_pooling_layer=False).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return Retriever.load(folder, settings.model_copy(update={"normalise": unit}))
+
+
+def train_by_cropping(
+    passages: Sequence[Passage], settings: RetrieverSettings, seed: int
+) -> Retriever:
+    """The initial retriever: two random crops of a passage attract, those of others repel.
+
+    Contriever's recipe without labels (Izacard et al. 2022), with in-batch negatives.
+    """
+    rng = random.Random(f"crops {seed}")
+    torch.manual_seed(seed)
+    retriever = untrained(settings).train()
     optimizer = torch.optim.AdamW(retriever.parameters(), lr=settings.crop_rate)
-    retriever.train()
     for _ in tqdm(range(settings.crop_steps), desc="crops", leave=False):
         chosen = rng.sample(passages, min(settings.crop_batch, len(passages)))
         crops = retriever([crop(p, rng) for p in chosen + chosen])
@@ -189,18 +204,14 @@ def make_retriever(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
     """The initial retriever, in `folder/model`.
 
     The embedded one is trained on the passages and, in a world, on as much prose that holds the
-    words of questions: a word it never met would be noise in every vector, from which one
-    pretrained on the web is free.
+    words of questions: a word it never met would be noise in every vector.
     """
-    chosen, seed, world = (
-        RetrieverSettings(**settings["retriever"]),
-        settings["seed"],
-        settings["world"],
-    )
+    chosen, seed = RetrieverSettings(**settings["retriever"]), settings["seed"]
     if chosen.model == "embedded":
         passages = list(Passages(inputs["passages"] / PASSAGES))
-        if world is not None:
-            prose = open_prose(world, len(passages), random.Random(f"prose {seed}"))
+        if settings["world"] is not None:
+            rng = random.Random(f"prose {seed}")
+            prose = open_prose(settings["world"], len(passages), rng)
             passages += [Passage("", "", sentence) for sentence in prose]
         retriever = train_by_cropping(passages, chosen, seed)
     else:

@@ -27,7 +27,7 @@ from ragkit.data.questions import Corpus, Question
 from ragkit.data.worlds import build_world
 from ragkit.errors import ReaderError
 from ragkit.models import device
-from ragkit.models.fid import load_reader, reader_folder
+from ragkit.models.fid import fitted, load_reader, reader_folder
 from ragkit.models.index import search
 from ragkit.models.reader import Prompt, Reader, note_trimmed
 from ragkit.models.retriever import Retriever
@@ -104,7 +104,7 @@ def world_lessons(settings: WorldSet, retriever: Retriever, k: int, seed: int) -
     for number in range(TRAINING_WORLDS):
         corpus = training_world(settings, 1000 * seed + number)
         queries = retriever.encode([q.text for q in corpus.questions["distill"]])
-        encoded = retriever.encode([passage_text(p) for p in corpus.passages])
+        encoded = retriever.encode([passage_text(p) for p in corpus.passages], "passage")
         lessons += corpus_lessons(corpus, search(queries, encoded, k)[0].tolist(), k)
     return lessons
 
@@ -284,7 +284,7 @@ def make_step1(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
         corpus = Corpus.load("", inputs["passages"], inputs["questions"])
         candidates = load_file(inputs["candidates"] / "candidates.safetensors")
         lessons = corpus_lessons(corpus, candidates["distill"].tolist(), k)
-    reader = load_reader(chosen.model, chosen, to_train=True)
+    reader = fitted(load_reader(chosen.model, chosen, to_train=True), inputs)
     draw = Lessons(lessons, k, chosen.gold_share).draw
     losses = fine_tune(reader, draw, folder, seed, Metrics(folder, chosen))
     if device.is_main():

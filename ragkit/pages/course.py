@@ -37,7 +37,7 @@ REGION = re.compile(r"^([ \t]*)### BEGIN SOLUTION\n.*?^[ \t]*### END SOLUTION$",
 STUBBED = "NotImplementedError"
 STUB = f"# YOUR CODE HERE\nraise {STUBBED}()"
 SOURCE = re.compile(r"Solved here[^.]*\.")  # what the sources say of themselves
-SAID = {  # what the copies say in its place
+KINDS = {  # of copies, and what they say in its place
     "student": "Yours to solve, where a cell says `# YOUR CODE HERE`.",
     "solution": "The solutions stand between `### BEGIN SOLUTION` and `### END SOLUTION`.",
 }
@@ -105,7 +105,7 @@ def exercises_of(stem: str, notebook: NotebookNode) -> list[Exercise]:
 
 
 def copy_of(notebook: NotebookNode, profile: str, runs: str, kind: str = "") -> NotebookNode:
-    """A copy that works on the given run; of a kind, a key of SAID, it can be handed out.
+    """A copy that works on the given run; of a kind, a key of KINDS, it can be handed out.
 
     Then it has no wrong answers and says what it is, and `student` has stubs for the solutions.
     """
@@ -115,7 +115,7 @@ def copy_of(notebook: NotebookNode, profile: str, runs: str, kind: str = "") -> 
             cell.source = f"PROFILE = {json.dumps(profile)}\nRUNS = {json.dumps(runs)}"
         if kind:
             cell.metadata.pop("wrong", None)
-            cell.source = SOURCE.sub(SAID[kind], cell.source)
+            cell.source = SOURCE.sub(KINDS[kind], cell.source)
         if kind == "student":
             cell.source = with_answer(cell.source, STUB)
     return copy
@@ -242,7 +242,7 @@ def write(sources: Path, run: Path, profile: str) -> Path:
             verify(stem, copy, run)
             log.info("checked  notebook %s (%.0f s)", stem, time.monotonic() - started)
     folder = run.parent / "course"
-    for kind in SAID:
+    for kind in KINDS:
         (folder / kind).mkdir(parents=True, exist_ok=True)
         for stem, notebook in notebooks.items():
             copy = nbformat.writes(copy_of(notebook, profile, "../..", kind))

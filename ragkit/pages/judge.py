@@ -44,9 +44,8 @@ CHAT = (
     "template it may attend otherwise."
 )
 HOW_TO_FIND_NOUNS = (
-    "Give --nouns an installed spaCy pipeline (python -m spacy download en_core_web_sm, which needs"
-    " the network) or a pipeline's folder: the one that holds config.cfg, which in an unpacked "
-    "package lies one or two levels down."
+    "Give --nouns an installed spaCy pipeline's name (python -m spacy download en_core_web_sm, "
+    "which needs the network), or a pipeline's folder: the one with its config.cfg."
 )
 
 
@@ -146,9 +145,10 @@ def measure(
         for space, (one, share) in spaces.items()
     }
     tables["overlap"] = tables["overlap"][["attention", "Spearman"]]
-    tables["measured"]["lead"] = tables["measured"]["attention"] - tables["permuted"]["attention"]
+    alike = measures.alike(close, dealt, question, exact, SHARE)
+    lead = tables["measured"]["attention"] - tables["permuted"]["attention"]
+    tables["measured"]["lead"] = lead.mask(alike)
     known = np.bincount(question, np.isfinite(close)) > 0
-    near, control = (measures.closest(one, question, SHARE) for one in (close, dealt))
     asked = np.array([len(ids) > 0 for ids in wanted])
     for what, which in (
         (f"questions left out of the Spearman of {name}: fewer than three tokens with an embedding "
@@ -156,8 +156,8 @@ def measure(
          asked & tables["measured"]["Spearman"].isna()),
         (f"passage tokens left out of {name}: without an embedding in the space",
          known[question] & np.isnan(close)),
-        (f"questions whose closest tokens are the same in the control of {name}, which cannot fail "
-         "there (kept)", known & (np.bincount(question, near != control) == 0)),
+        (f"questions left out of the lift of {name} over its control: the closest tokens are the "
+         "same ones in both", alike),
     ):  # fmt: skip
         counts[what] += int(which.sum())
     return tables, measures.deciles(look.attention, close, question)
@@ -172,9 +172,9 @@ def mean_of(values: Any) -> Interval:
 def check(name: str, value: Interval, line: float, told: str) -> Check:
     """On which side of a line an interval lies, given enough questions."""
     if value.n < ENOUGH:
-        shown = f"{value} " if value.n > 1 else ""
+        shown = f": {value}" if value.n > 1 else ""
         why = f"too few to tell: at least {ENOUGH} with a value are needed"
-        return Check(name, UNSURE, f"{told}: {shown}over {value.n} questions, {why}.")
+        return Check(name, UNSURE, f"{told}{shown} over {value.n} questions, {why}.")
     found = ABOVE if value.low > line else BELOW if value.high < line else UNSURE
     return Check(name, found, f"{told}: {value} over {value.n} questions.")
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import logging
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from markupsafe import Markup
 from transformers import PreTrainedTokenizerBase
 
 from ragkit.data.files import write_whole
@@ -42,10 +42,8 @@ def tenths(table: pd.DataFrame) -> str:
     plots.use_theme()
     goal = drawn["goal"].map({"answer": "answer", "nouns": "question's nouns"})
     figure, alt = plots.deciles(drawn.assign(set="all questions", reader="this reader", goal=goal))
-    file, unsaid = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(file, format="svg", metadata=unsaid)
-    plt.close(figure)
-    return html.figure(file.getvalue(), alt)
+    with TemporaryDirectory() as folder:
+        return Markup(plots.show(figure, alt, Path(folder), "tenths", drawn).data)
 
 
 def spelt(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:

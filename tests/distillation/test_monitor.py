@@ -1,8 +1,6 @@
 """The log of a training and the early word: torn lines, the rule, following a run."""
 
-import json
 import math
-import os
 
 import pytest
 
@@ -54,7 +52,6 @@ SLOW = [0.5, 0.505, 0.505, 0.505, 0.505]
         (looks(SLOW, FALLING), [], TOO_EARLY, 4, "+0.005"),
         (looks([0.5, 0.6, 0.4, 0.6, 0.6], FALLING), [], WORKING, 4, "+0.100"),
         (looks([0.5, 0.6], [0.6]), [], TOO_EARLY, 1, "1 of 2 looks"),
-        (looks([0.5, 0.6, 0.6], [0.6, math.nan]), [], NOT_WORKING, 2, "not a number at epoch 1"),
         (looks([0.5], []), lifts(0.9, 1.0), NOT_WORKING, 0, "1.00 times"),
         (looks([0.5], []), lifts(0.9, 1.2), TOO_EARLY, 0, "0 of 2 looks"),
         ([{"epoch": 0, "hr": 0.5}, {"epoch": 0.5, "stopped": "why"}], [], NOT_WORKING, 1, "why"),
@@ -90,7 +87,6 @@ def kept(*lifts):
         (steps(3, 2, 1.5, 1), kept(0.9, 0.9, 1.5), TOO_EARLY, 4, "0.90 and 1.50"),
         (steps(3, 2), kept(0.9, 1.5), TOO_EARLY, 2, "1 of 2 kept steps"),
         (steps(*[3.0] * 10), kept(0.9, 1.2, 1.5), NOT_WORKING, 10, "not clearly fallen"),
-        (steps(3, 2, math.nan), kept(0.9), NOT_WORKING, 3, "not a number at step 30"),
         (steps(3, 2), [], TOO_EARLY, 2, "0 of 2 kept steps"),
     ],
 )
@@ -104,45 +100,28 @@ def test_nothing_is_said_of_nothing():
     assert verdict([])[0] == TOO_EARLY
 
 
-def stage(run, name, key, rows, finished=True):
-    kind = name.partition("/")[0]
-    folder = run / (f"stages/{kind}/{key}" if finished else f"partial/{kind}-{key}")
+def training(run, key, rows, finished=True):
+    folder = run / (f"stages/step2/{key}" if finished else f"partial/step2-{key}")
     folder.mkdir(parents=True)
-    if finished:
-        (folder / "stage.json").write_text(json.dumps({"name": name, "key": key}))
-    else:
-        (folder / "name.txt").write_text(name)
     write_log(folder, rows, is_main=True)
 
 
 def test_following_a_run_while_it_goes_on(tmp_path):
+    keys = {"a1": "Step 1", "b1": "Step 2", "c1": "not begun"}
     with pytest.raises(MonitorError, match="make reproduce"):
-        follow(tmp_path)
-    stage(tmp_path, "step1/my-set", "a1", [{"step": 0}], finished=False)
-    table = follow(tmp_path)
-    assert table[["training", "key", "state", "step"]].values.tolist() == [
-        ["step1/my-set", "a1", "unfinished", 0]
-    ]
+        follow(tmp_path, keys)
+    training(tmp_path, "a1", [{"step": 0}], finished=False)
+    table = follow(tmp_path, keys)
+    assert table[["training", "state", "step"]].values.tolist() == [["a1", "unfinished", 0]]
     assert table["hr"].isna().all()
-    step2 = "step2/my-set/fine-tuned attention 0"
     rows = looks([0.5, 0.6, 0.7], [0.6, 0.5])
-    stage(tmp_path, step2, "b1", rows)
-    (tmp_path / "stages/step2/none").mkdir()  # a stage without a log
-    table = follow(tmp_path)
-    assert table.groupby("training")["state"].first().to_dict() == {
-        "step1/my-set": "unfinished",
-        step2: "finished",
-    }
-    followed = table[table["training"] == step2].to_dict("records")
+    training(tmp_path, "b1", rows)
+    training(tmp_path, "b0", rows)  # not asked for
+    (tmp_path / "stages/step2/c1").mkdir()  # without a log
+    table = follow(tmp_path, keys)
+    states = table.groupby("training")["state"].first().to_dict()
+    assert states == {"a1": "unfinished", "b1": "finished"}
+    followed = table[table["training"] == "b1"].to_dict("records")
     for count in range(1, 4):
         assert verdict(followed[:count]) == verdict(rows[:count])
         assert first_verdict(followed[:count], lifts(0.5, 0.5)) == (NOT_WORKING, 0)
-
-
-def test_of_two_stages_of_a_name_the_one_asked_for_or_else_the_last_is_followed(tmp_path):
-    for key, hr in (("b1", 0.5), ("b0", 0.7)):
-        stage(tmp_path, "step2/my-set/oracle 0", key, looks([hr], []))
-        modified = {"b1": 1_000, "b0": 2_000}[key]
-        os.utime(tmp_path / "stages/step2" / key / FILE, (modified, modified))
-    assert follow(tmp_path)["hr"].tolist() == [0.7]
-    assert follow(tmp_path, {"b1"})["hr"].tolist() == [0.5]

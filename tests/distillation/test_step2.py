@@ -13,8 +13,9 @@ from sentence_transformers.util import pairwise_dot_score
 
 from ragkit.data.files import write_arrays, write_jsonl
 from ragkit.data.passages import Passage, write_passages
-from ragkit.data.questions import Question
+from ragkit.data.questions import Corpus, Question
 from ragkit.distillation import step2
+from ragkit.distillation.asked import Asked
 from ragkit.distillation.log import read_log
 from ragkit.errors import DistillError
 from ragkit.models.index import make_vectors
@@ -97,6 +98,16 @@ class Table(torch.nn.Module):
         return self.vectors[tokens] + noise
 
 
+class TableLesson(step2.Lesson):
+    """Six questions of three candidates each, whose vectors are the axes."""
+
+    def vectors(self, places):
+        return torch.eye(3).expand(len(places), 3, 3)
+
+    def hr(self):
+        return float(self.retriever.vectors.detach().sum())
+
+
 def trained(folder, epochs, killed_at=math.inf, start=0.0):
     """A table of six questions after Step 2, and the rows of its log."""
     torch.manual_seed(0)
@@ -105,16 +116,12 @@ def trained(folder, epochs, killed_at=math.inf, start=0.0):
     table.killed_at = killed_at
     with torch.no_grad():
         table.vectors.fill_(start)
+    questions = [Question(str(i), str(i), ("a",), ()) for i in range(6)]
+    asked = Asked(Corpus("c", [], {}), questions, np.zeros((6, 3), dtype=np.int64))
+    loss_of = lambda chosen, scores: step2.kl_loss(target[chosen], scores, 0.5)  # noqa: E731
+    lesson = TableLesson(table, asked, None, "query", loss_of)
     chosen = DistillSettings(epochs=epochs, batch=2, rate=0.01)
-    module = step2.RetrieverLoss(
-        table,
-        lambda _, c: torch.eye(3).expand(len(c), 3, 3),
-        lambda c, scores: step2.kl_loss(target[c], scores, 0.5),
-    )
-    texts = [str(i) for i in range(6)]
-    return table, step2.train(
-        module, texts, chosen, 0, folder, lambda now: {"hr": float(now.vectors.detach().sum())}
-    )
+    return table, step2.train(lesson, chosen, 0, folder)
 
 
 def measured(rows):
@@ -224,7 +231,7 @@ def test_a_killed_maker_makes_the_same(inputs, tmp_path, monkeypatch):
         patched.setattr(step2, "write_arrays", killed)  # at the very end
         with pytest.raises(KeyboardInterrupt):
             step2.make_step2(tmp_path / "cut", {**given, "look": look}, chosen)
-        patched.setattr(step2.RetrieverLoss, "forward", killed)
+        patched.setattr(step2.Lesson, "forward", killed)
         with pytest.raises(KeyboardInterrupt):  # no step is made again
             step2.make_step2(tmp_path / "cut", {**given, "look": look}, chosen)
     step2.make_step2(tmp_path / "cut", {**given, "look": look}, chosen)

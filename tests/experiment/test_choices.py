@@ -23,6 +23,7 @@ class Stub:
             given |= {"from_end": places, "ends": places, "contribution": contribution}
             self.table[which] = Tokens(**given, mass=np.zeros((2, 3, 6), np.float32))
         self.close = {space: rng.random(n) for space in SPACES}
+        self.close["retriever"][[3, 40]] = np.nan  # tokens without a vector in one space
         self.exact = rng.random(n) < 0.1
 
     def tokens(self, which):

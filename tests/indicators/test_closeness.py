@@ -19,7 +19,6 @@ from ragkit.attention import record
 from ragkit.data.files import write_jsonl
 from ragkit.data.passages import Passage, write_passages
 from ragkit.data.questions import Question
-from ragkit.distillation.teacher import row_weights
 from ragkit.errors import IndicatorError
 from ragkit.indicators import closeness, measures, tokens
 from ragkit.indicators.measures import CONTROLS, SPACES, Tokens
@@ -105,7 +104,8 @@ def test_tokens_hold_what_the_recorder_gives(reader):
         assert seen.owner[mine].tolist() == owner[owner >= 0].tolist()
         places = prompt.answer_start - np.flatnonzero(owner >= 0)
         assert seen.from_end[mine].tolist() == places.tolist()
-        look = record(reader.model, ids, mask, torch.tensor([row_weights(prompt, "predicting")]))
+        rows = range(prompt.answer_start - 1, len(prompt.ids) - 2)  # predicting
+        look = record(reader.model, ids, mask, torch.tensor([list(rows)]))
         every = (look.alpha[:, 0].mean(2) * look.norms[:, 0]).mean((0, 1)).numpy()
         ours = seen.attention(AttentionSettings(rows="predicting"))[mine]
         assert np.allclose(ours, every[owner >= 0], atol=1e-6)
@@ -132,9 +132,8 @@ def test_a_tokens_end_is_its_last_character(reader):
 
 
 def test_the_answers_tokens_are_those_of_the_prompt(reader):
-    for question, passages, ids in zip(
-        QUESTIONS, FOUND, closeness.answer_ids(reader, QUESTIONS), strict=True
-    ):
+    answers = closeness.wanted_ids(reader, QUESTIONS, None)["answer"]
+    for question, passages, ids in zip(QUESTIONS, FOUND, answers, strict=True):
         prompt = reader.prompt(question, passages, question.answers[0])
         owned = [
             i for i, who in zip(prompt.ids, prompt.owner, strict=True) if who == PART["answer"]
@@ -174,7 +173,7 @@ def test_nouns_are_found_where_a_text_is_cut_otherwise_at_its_beginning():
     }
     words = closeness.within_spans(one, question, spans)
     assert [token for token, _ in words] == owned["question"]
-    assert [*closeness.answer_ids(one, [question])[0], one.end] == owned["answer"]
+    assert [*closeness.wanted_ids(one, [question], None)["answer"][0], one.end] == owned["answer"]
     spelt = one.tokenizer.convert_ids_to_tokens([token for token, inside in words if inside])
     assert "".join(spelt).replace("▁", "") == "songriver"
     close = closeness.contextual_closeness(one, [question], [PASSAGES], [spans])

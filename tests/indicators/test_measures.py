@@ -80,6 +80,25 @@ def test_closeness_is_to_the_wanted_tokens_of_the_same_question():
     assert measures.exact(tokens, [[3], [], [9, 7]]).tolist() == [False, True, True, True, True]
 
 
+def test_vectors_are_dealt_anew_for_each_question():
+    """The same prompt asked 400 times: a word is close by luck in some, and in others not."""
+    n, table = 400, np.random.default_rng(0).normal(size=(30, 8))
+    table[29] = np.nan  # has no vector, and gets none
+    tokens = some_tokens([1, 2, 3, 29] * n, np.repeat(np.arange(n), 4))
+    wanted = [[3]] * n
+    first, again = (
+        measures.closeness_to(tokens, wanted, lambda ids: table[ids], np.random.default_rng(5))
+        for _ in range(2)
+    )
+    assert np.array_equal(first, again, equal_nan=True)
+    rows = first.reshape(n, 4)
+    assert (rows[:, 2] == 1).all()  # a wanted token stays the closest
+    assert np.isnan(rows[:, 3]).all()
+    assert len(np.unique(rows[:, 0])) == 3  # the pairs that 1 and 3 can get
+    share = (rows[:, 0] > rows[:, 1]).mean()
+    assert 0.4 < share < 0.6  # dealt once for all it would be 0 or 1
+
+
 def test_the_closest_share_takes_ties_along():
     close = np.array([0.9, 0.1, 0.5, 0.5, 0.2, 0.5, 0.0, 0.0, 0.0, 0.0])
     one = np.zeros(10, dtype=int)
@@ -140,7 +159,7 @@ def test_tenths_keep_the_mean():
 
 def test_tokens_come_back_from_their_folder(tmp_path):
     tokens = some_tokens([4, 5, 6], [0, 0, 1])
-    tokens.save(tmp_path)
+    save_file(vars(tokens), tmp_path / "tokens.safetensors")
     again = Tokens.load(tmp_path)
     for name, value in vars(tokens).items():
         assert np.array_equal(getattr(again, name), value)

@@ -24,83 +24,105 @@ TASK = (
 )
 ANSWER = "total = None\n### BEGIN SOLUTION\ntotal = numbers[0] + numbers[1]\n### END SOLUTION"
 CHECK = "assert total == 5, 'The sum of 2 and 3 is wanted.'"
+BEFORE = "numbers = [2, 3]"
 WRONG = "total = numbers[0] * numbers[1]"
 FUNCTION = "def add(a, b):\n    ### BEGIN SOLUTION\n    return a + b\n    ### END SOLUTION"
 CALLED = "assert add(2, 3) == 5, 'The sum of 2 and 3 is wanted.'"
 
 
-def toy(task=TASK, answer=ANSWER, check=CHECK, wrong=(WRONG,), before="numbers = [2, 3]"):
-    """A notebook with one exercise."""
-    grade = {"grade_id": "77-1-check", "grade": True, "points": 1}
-    solve = {"grade_id": "77-1", "solution": True}
-    parameters = 'PROFILE = "tiny"\nRUNS = "../runs"'
-    cells = [
-        new_code_cell(parameters, metadata={"tags": ["parameters"]}),
+def cells(number=1, task=TASK, answer=ANSWER, check=CHECK, wrong=(WRONG,), before=BEFORE):
+    """An exercise behind a cell of code."""
+    grade = {"grade_id": f"77-{number}-check", "grade": True, "points": 1}
+    solve = {"grade_id": f"77-{number}", "solution": True}
+    return [
         new_code_cell(before),
-        new_markdown_cell(task),
+        new_markdown_cell(task.replace("Exercise 1", f"Exercise {number}")),
         new_code_cell(answer, metadata={"nbgrader": solve, "wrong": list(wrong)}),
         new_code_cell(check, metadata={"nbgrader": grade}),
     ]
-    return new_notebook(cells=cells)
 
 
-def function(*wrong, before="", check=CALLED):
-    return toy(answer=FUNCTION, check=check, wrong=wrong, before=before)
+def toy(**changes):
+    """A notebook with one exercise."""
+    return new_notebook(cells=cells(**changes))
 
 
-@pytest.mark.parametrize("notebook", [toy(), function("return a * b", "return None")])
-def test_a_sound_exercise_passes(tmp_path, notebook):
-    course.verify("77_toy", notebook, tmp_path)
+def function(*wrong):
+    return {"answer": FUNCTION, "check": CALLED, "wrong": wrong}
 
 
-@pytest.mark.parametrize(
-    ("notebook", "words"),
-    [
-        (toy(check="print(total)"), r"exercise 1 \(Add\): its check passes on the stub"),
-        (
-            toy(check="assert total, 'Nothing yet.'"),
-            r"its check passes on the wrong answer 'total = numbers\[0\] \* numbers\[1\]'",
-        ),
-        (
-            toy(answer=ANSWER.replace("+", "-")),
-            r"exercise 1 \(Add\), its check on the solution: AssertionError: The sum",
-        ),
-        (
-            toy(answer=ANSWER.removeprefix("total = None\n")),
-            r"its check ends in NameError: .* on the stub\. Let an assert",
-        ),
-        (
-            toy(answer=ANSWER.replace("numbers[1]", "numbers[2]")),
-            r"exercise 1 \(Add\), its solution: IndexError",
-        ),
-        (toy(before="numbers = 1 / 0"), r"cell 2: ZeroDivisionError"),
-        (
-            toy(wrong=[WRONG, "total = numbers[2]"]),
-            r"the wrong answer 'total = numbers\[2\]' does not even run: IndexError",
-        ),
-        (
-            toy(wrong=["raise AssertionError('not by the check')"]),
-            r"the wrong answer .* does not even run: AssertionError",
-        ),
-        (
-            toy(answer=f"{ANSWER}\nprint(total.bit_length())", wrong=["total = 'five'"]),
-            r"the wrong answer .* does not even run: AttributeError",
-        ),
-        (
-            function("return a * b", "return a / 0"),
-            r"its check ends in ZeroDivisionError: .* on the wrong answer 'return a / 0'",
-        ),
-        (
-            function("assert a > b, 'not by the check'"),
-            r"its check ends in AssertionError: not by the check on the wrong answer",
-        ),
-        (function("raise NotImplementedError"), r"its check ends in NotImplementedError: .* on"),
-        (toy(check="assert total == 5"), r"its check ends in AssertionError:  on the stub"),
-    ],
-)
-def test_what_does_not_hold_is_named(tmp_path, notebook, words):
-    with pytest.raises(CourseError, match=f"Notebook 77_toy, .*{words}"):
-        course.verify("77_toy", notebook, tmp_path)
+SOUND = [{}, function("return a * b", "return None")]
+FAULTS = [
+    ({"check": "print(total)"}, r": its check passes on the stub"),
+    (
+        {"check": "assert total, 'Nothing yet.'"},
+        r": its check passes on the wrong answer 'total = numbers\[0\] \* numbers\[1\]'",
+    ),
+    ({"answer": ANSWER.replace("+", "-")}, r", its check on the solution: AssertionError: The sum"),
+    (
+        {"answer": ANSWER.replace("total = None", "del total")},
+        r": its check ends in NameError: .* on the stub\. Let an assert",
+    ),
+    ({"answer": ANSWER.replace("numbers[1]", "numbers[2]")}, r", its solution: IndexError"),
+    (
+        {"wrong": [WRONG, "total = numbers[2]"]},
+        r": the wrong answer 'total = numbers\[2\]' does not even run: IndexError",
+    ),
+    (
+        {"wrong": ["raise AssertionError('not by the check')"]},
+        r": the wrong answer .* does not even run: AssertionError",
+    ),
+    (
+        {"answer": f"{ANSWER}\nprint(total.bit_length())", "wrong": ["total = 'five'"]},
+        r": the wrong answer .* does not even run: AttributeError",
+    ),
+    (
+        function("return a * b", "return a / 0"),
+        r": its check ends in ZeroDivisionError: .* on the wrong answer 'return a / 0'",
+    ),
+    (
+        function("assert a > b, 'not by the check'"),
+        r": its check ends in AssertionError: not by the check on the wrong answer",
+    ),
+    (
+        function("raise NotImplementedError"),
+        r": its check ends in NotImplementedError: .* on the w",
+    ),
+    ({"check": "assert total == 5"}, r": its check ends in AssertionError:  on the stub"),
+]
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory):
+    """All of these exercises tried in one kernel, and what was said of each cell."""
+    every, said, real = [*SOUND, *(fault for fault, _ in FAULTS)], [], course.hold_against
+
+    def collect(cell):
+        try:
+            real(cell)
+        except CourseError as error:
+            said.append(str(error))
+
+    notebook = new_notebook(cells=[c for i, one in enumerate(every) for c in cells(i, **one)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(course, "hold_against", collect)
+        course.verify("77_toy", notebook, tmp_path_factory.mktemp("trial"))
+    return said
+
+
+def test_a_sound_exercise_passes(tried):
+    assert not any(re.match(r"Notebook 77_toy, exercise [01] ", said) for said in tried)
+
+
+@pytest.mark.parametrize("number", range(len(FAULTS)))
+def test_what_does_not_hold_is_named(tried, number):
+    where = f"Notebook 77_toy, exercise {number + len(SOUND)} \\(Add\\)"
+    assert any(re.match(where + FAULTS[number][1], said) for said in tried), tried
+
+
+def test_the_first_fault_ends_it(tmp_path):
+    with pytest.raises(CourseError, match="Notebook 77_toy, cell 1: ZeroDivisionError"):
+        course.verify("77_toy", toy(before="numbers = 1 / 0"), tmp_path)
 
 
 def test_a_killed_kernel_is_named(tmp_path):
@@ -115,7 +137,7 @@ def test_a_killed_kernel_is_named(tmp_path):
         (toy(task=TASK.split("\n\n<details>")[0]), "lacks a hint"),
         (toy(answer="total = 5"), "lacks one solution between"),
         (toy(answer=f"{ANSWER}\n{ANSWER}"), "lacks one solution between"),
-        (toy(wrong=()), "lacks likely answers under 'wrong'"),
+        (toy(wrong=[]), "lacks likely answers under 'wrong'"),
     ],
 )
 def test_an_exercise_out_of_shape_is_named(notebook, words):
@@ -132,7 +154,7 @@ def test_an_exercise_out_of_shape_is_named(notebook, words):
 @pytest.mark.parametrize("stem", NOTEBOOKS)
 def test_students_get_everything_but_the_solutions(stem):
     source = NOTEBOOKS[stem]
-    student, solution = (course.copy_of(source, "smoke", "../..", kind) for kind in course.SAID)
+    student, solution = (course.copy_of(source, "smoke", "../..", kind) for kind in course.KINDS)
     nbformat.validate(student)
     answers = {e.answer.id for e in EXERCISES.values() if e.notebook == stem}
     for cell, full, own in zip(source.cells, solution.cells, student.cells, strict=True):
@@ -144,13 +166,13 @@ def test_students_get_everything_but_the_solutions(stem):
             assert full.source == cell.source
             assert (own.source == cell.source) == (cell.id not in answers)
         compile(own.source, own.id, "exec") if own.cell_type == "code" else None
-    texts = {kind: nbformat.writes(course.copy_of(source, "", "", kind)) for kind in course.SAID}
+    texts = {kind: nbformat.writes(course.copy_of(source, "", "", kind)) for kind in course.KINDS}
     assert texts["student"].count("YOUR CODE HERE") == len(answers) + bool(answers)
     assert "BEGIN SOLUTION" not in texts["student"]
     for kind, text in texts.items():
         assert '"wrong"' not in text
         assert "Solved here" not in text  # each copy says what it is itself
-        assert not answers or course.SAID[kind] in "\n".join(
+        assert not answers or course.KINDS[kind] in "\n".join(
             cell.source for cell in course.copy_of(source, "", "", kind).cells
         )
     kept = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
@@ -168,7 +190,7 @@ def test_the_stub_stands_as_far_right_as_the_solution():
 def test_nbgrader_makes_the_same_stubs():
     preprocessors = pytest.importorskip("nbgrader.preprocessors", reason="no dependency")
     for notebook in NOTEBOOKS.values():
-        ours, solved = (course.copy_of(notebook, "", "", kind) for kind in course.SAID)
+        ours, solved = (course.copy_of(notebook, "", "", kind) for kind in course.KINDS)
         theirs, _ = preprocessors.ClearSolutions().preprocess(solved, {})
         pairs = zip(ours.cells, theirs.cells, strict=True)
         assert all(a.source == b.source for a, b in pairs if a.cell_type == "code")

@@ -18,7 +18,13 @@ import spacy
 import torch
 from scipy import stats
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from ragkit import __main__
 from ragkit.attention.record import record
@@ -125,7 +131,7 @@ def test_one_question_by_hand(reader, nouns):
                 assert got[goal, space, "Spearman" + ending] == pytest.approx(by_scipy, abs=1e-6)
         assert got[goal, "overlap", "attention"] == pytest.approx(lift[exact].mean(), rel=1e-4)
         lead = got[goal, "measured", "attention"] - got[goal, "permuted", "attention"]
-        assert got[goal, "measured", "lead"] == pytest.approx(lead)
+        assert np.nan_to_num(got[goal, "measured", "lead"]) == pytest.approx(lead)  # or left out
     alpha = seen.alpha[:, 0, :, 0].mean((0, 1)).numpy()
     assert judged.mass["passages"] == pytest.approx(alpha[inside].sum(), abs=1e-5)
     assert judged.mass["first token"] == pytest.approx(alpha[0], abs=1e-5)
@@ -219,7 +225,7 @@ def test_odd_answers_and_questions_are_counted(reader, nouns):
     assert counted(judged, "without a noun") == 1
     for goal in ("answer", "nouns"):
         assert number(judged, goal, "Spearman")["n"] == 4
-    assert judged.per_question["nouns Spearman"].isna().tolist() == [False] * 3 + [True, False]
+    assert judged.per_question["nouns Spearman"].isna().tolist() == [False] * 4 + [True]
     assert not any("left out of the Spearman" in what for what in judged.counts)
 
 
@@ -273,11 +279,13 @@ def test_a_question_of_two_passage_tokens(reader, nouns):
     assert counted(judged, "Indicator 1", "fewer than three") == 1
 
 
-def test_a_control_with_the_same_closest_tokens_is_counted(reader, nouns):
+def test_a_control_that_cannot_differ_is_counted_and_left_out(reader, nouns):
     """Where the answer fills the closest tenth, it does so whatever the vectors are."""
     texts = ["Ulm Ulm Ulm the town", "Ulm by the river Ulm"]
     judged = judge(reader, [row(texts=texts), row(PLACES[1])], nouns)
-    assert counted(judged, "the same in the control", "Indicator 1") == 1
+    assert counted(judged, "over its control", "Indicator 1") >= 1
+    assert np.isnan(judged.per_question["answer lead"][0])
+    assert np.isfinite(judged.per_question["answer attention"]).all()
 
 
 def test_a_space_with_another_tokenizer(reader, nouns, tmp_path):
@@ -300,8 +308,15 @@ def test_a_space_with_another_tokenizer(reader, nouns, tmp_path):
 
 def test_an_encoder_decoder(nouns, tmp_path):
     """Fusion-in-decoder: its cross-attention, with all blocks' tokens."""
-    fid = pytest.importorskip("test_fid").make()
-    fid.save(tmp_path)
+    tokenizer, sizes = build_tokenizer(), {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4}
+    special = {
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = T5Config(vocab_size=len(tokenizer), num_layers=2, dropout_rate=0.0, **sizes, **special)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
     judged = judge(str(tmp_path), [row(), row(PLACES[1], texts=TEXTS[:2])], nouns)
     assert number(judged, "answer", "Spearman")["n"] == 2
     assert number(judged, "nouns", "attention")["n"] == 2
@@ -330,7 +345,7 @@ def test_without_a_noun_finder_the_rest_is_computed(reader, nouns, caplog, tmp_p
     assert "Not computed" in (tmp_path / "page.html").read_text("utf8")
     outer = judge(reader, [row()], str(Path(nouns).parent))  # a package's folder holds it
     assert "config.cfg" in outer.checks[0].told
-    assert "levels down" in outer.checks[0].told
+    assert nouns in outer.checks[0].told
 
 
 def test_a_chat_reader_and_what_the_verdict_cannot_know(reader, caplog, tmp_path):
