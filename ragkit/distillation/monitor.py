@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from ragkit.distillation.log import Row, read_log
-from ragkit.errors import MonitorError
+from ragkit.errors import DistillError
 
 AGREE, GAIN, CLEAR, ENOUGH_ROWS = 2, 0.01, 0.05, 10
 AVERAGE, LIFTS = 1.0, ("answer lift", "nouns lift")  # the average token's lift; those of a reader
@@ -106,7 +106,7 @@ def follow(run_folder: Path, keys: Iterable[str]) -> pd.DataFrame:
     """The logs of the trainings with these keys, row by row: COLUMNS, and what else they hold.
 
     `training` is the key; `state` is 'unfinished' while it goes on, or was killed and will be gone
-    on with. Raises MonitorError if there is no log.
+    on with. Raises DistillError if there is no log.
     """
     rows: list[Row] = []
     for key in keys:  # a training that ends meanwhile moves from the first place to the second
@@ -116,6 +116,6 @@ def follow(run_folder: Path, keys: Iterable[str]) -> pd.DataFrame:
         rows += [about | row for row in ended or going]
     if not rows:
         told = "Start a run (make reproduce), and look again when Step 1 has begun."
-        raise MonitorError(f"No training has written a log in {run_folder} yet. {told}")
+        raise DistillError(f"No training has written a log in {run_folder} yet. {told}")
     table = pd.DataFrame(rows)
     return table.reindex(columns=list(dict.fromkeys([*COLUMNS, *table.columns])))

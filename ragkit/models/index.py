@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ragkit.data.files import write_arrays, write_json, write_whole
 from ragkit.data.passages import Passages, passage_text
 from ragkit.data.questions import PARTS, PASSAGES, Corpus
-from ragkit.errors import SearchError, VectorsError
+from ragkit.errors import RetrieverError
 from ragkit.models import device
 from ragkit.models.retriever import Retriever
 from ragkit.settings import IndexSettings, RetrieverSettings
@@ -36,17 +36,17 @@ class Vectors:
     """The vectors of a corpus, `[len(self), dimensions]`, of which only what is asked for is read
     from disk.
 
-    Raises VectorsError, which names the file, if it is missing, damaged or half encoded.
+    Raises RetrieverError, which names the file, if it is missing, damaged or half encoded.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / VECTORS
         if not self.path.is_file() or (folder / PROGRESS).exists():
-            raise VectorsError(f"{self.path} is missing or half made. Encode the passages first.")
+            raise RetrieverError(f"{self.path} is missing or half made. Encode the passages first.")
         try:
             self.array = np.load(self.path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise VectorsError(
+            raise RetrieverError(
                 f"{self.path} is damaged ({str(error).splitlines()[0]}). "
                 "Remove it and encode the passages again."
             ) from None
@@ -61,7 +61,7 @@ class Vectors:
         """
         wanted = places.reshape(-1)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < len(self):
-            raise VectorsError(
+            raise RetrieverError(
                 f"{self.path} holds {len(self)} vectors; "
                 f"those at {wanted.min()} to {wanted.max()} were asked for."
             )
@@ -100,7 +100,7 @@ def encode(
                 if settings.dtype == "float16"
                 else ""
             )
-            raise VectorsError(
+            raise RetrieverError(
                 f"{path}: some vectors hold values that are not finite: "
                 f"{hint or 'the retriever is damaged'}."
             )
@@ -120,20 +120,20 @@ def encode(
 
 def check_k(k: int, n_passages: int) -> None:
     if k > n_passages:
-        raise SearchError(
+        raise RetrieverError(
             f"k = {k} passages a question asked for, but the corpus holds {n_passages}. Lower k."
         )
 
 
 def checked(queries: NDArray[np.floating], dimensions: int) -> NDArray[np.float32]:
-    """Queries that can be searched for; raises SearchError on others."""
+    """Queries that can be searched for; raises RetrieverError on others."""
     if queries.shape[1] != dimensions:
-        raise SearchError(
+        raise RetrieverError(
             f"Queries have {queries.shape[1]} dimensions, passages {dimensions}: "
             "they come from different retrievers."
         )
     if not np.isfinite(queries).all():
-        raise SearchError(
+        raise RetrieverError(
             "Some queries hold values that are not finite: the retriever is damaged, "
             "or its training went astray (lower distill.rate)."
         )
@@ -189,7 +189,7 @@ class Index:
         """The k passages with the largest dot product: places and scores `[queries, k]`, best
         first.
 
-        Raises SearchError if k exceeds the corpus, or queries have other dimensions or are not
+        Raises RetrieverError if k exceeds the corpus, or queries have other dimensions or are not
         finite.
         """
         return exact_search(queries, self.vectors, k)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ragkit.data.passages import Passage
-from ragkit.errors import SearchError, VectorsError
+from ragkit.errors import RetrieverError
 from ragkit.models import index
 from ragkit.models.index import Vectors, bm25, encode, exact_search, open_index, search
 from ragkit.settings import IndexSettings
@@ -65,7 +65,7 @@ def test_a_killed_encoding_goes_on(tmp_path):
     array = np.random.default_rng(0).standard_normal((35, 6)).astype(np.float32)
     with pytest.raises(KeyboardInterrupt):
         encode(passages(35), Encoder(array, dies_at=3), settings, tmp_path)
-    with pytest.raises(VectorsError, match="half made"):
+    with pytest.raises(RetrieverError, match="half made"):
         Vectors(tmp_path)
     again = Encoder(array)
     encode(passages(35), again, settings, tmp_path)
@@ -76,11 +76,11 @@ def test_a_killed_encoding_goes_on(tmp_path):
 
 @pytest.mark.parametrize("cut", [0, 5, 60, -1])
 def test_damaged_and_missing_vectors_are_named(tmp_path, cut):
-    with pytest.raises(VectorsError, match="Encode the passages first"):
+    with pytest.raises(RetrieverError, match="Encode the passages first"):
         Vectors(tmp_path)
     path = written(tmp_path, np.ones((9, 4), np.float32)).path
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(VectorsError, match=r"vectors\.npy is damaged"):
+    with pytest.raises(RetrieverError, match=r"vectors\.npy is damaged"):
         Vectors(tmp_path)
 
 
@@ -90,14 +90,14 @@ def test_damaged_and_missing_vectors_are_named(tmp_path, cut):
 )
 def test_vectors_that_are_not_finite_are_not_written(tmp_path, value, dtype, words):
     made = Encoder(np.full((3, 4), value, np.float32))
-    with pytest.raises(VectorsError, match=words), np.errstate(over="ignore"):
+    with pytest.raises(RetrieverError, match=words), np.errstate(over="ignore"):
         encode(passages(3), made, IndexSettings(dtype=dtype), tmp_path)
 
 
 def test_places_beyond_the_vectors_are_refused(tmp_path):
     made = written(tmp_path, np.ones((7, 4), np.float32))
     for places in ([7], [-1, 2]):
-        with pytest.raises(VectorsError, match="holds 7 vectors"):
+        with pytest.raises(RetrieverError, match="holds 7 vectors"):
             made.take(np.array(places))
 
 
@@ -148,7 +148,7 @@ def test_odd_queries_get_a_sentence(tmp_path):
         (np.ones((1, 3), np.float32), 5, "different retrievers"),
         (np.full((1, 4), np.nan, np.float32), 5, "not finite"),
     ):
-        with pytest.raises(SearchError, match=words):
+        with pytest.raises(RetrieverError, match=words):
             opened.search(queries, k)
     assert [part.shape for part in opened.search(np.ones((0, 4), np.float32), 5)] == [(0, 5)] * 2
     assert opened.search(np.ones((2, 4)), 5)[0].shape == (2, 5)
@@ -157,7 +157,7 @@ def test_odd_queries_get_a_sentence(tmp_path):
 def test_bm25_finds_the_words():
     texts = ["a river in the north", "the mayor of a port", "a port on the river"]
     assert bm25(["which mayor", "which river and port"], texts, 1).tolist() == [[1], [2]]
-    with pytest.raises(SearchError, match="Lower k"):
+    with pytest.raises(RetrieverError, match="Lower k"):
         bm25(["river"], texts, 4)
 
 
