@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import BatchEncoding
 
 from ragkit.data.files import write_arrays, write_json
 from ragkit.data.passages import passage_text
@@ -73,7 +72,7 @@ class Lesson(nn.Module):
         self.stays, self.loss_of = side == "query", loss_of
         self.texts = [question.text for question in asked.questions]
 
-    def forward(self, tokens: BatchEncoding, chosen: Tensor) -> Tensor:
+    def forward(self, tokens: dict[str, Any], chosen: Tensor) -> Tensor:
         """The mean loss of the questions chosen, given as tokens."""
         queries = self.retriever(tokens).float()
         vectors = self.vectors(self.asked.candidates[chosen.numpy()]).float()
@@ -124,10 +123,10 @@ def train(lesson: Lesson, settings: DistillSettings, seed: int, folder: Path) ->
         batches += torch.randperm(len(lesson.texts), generator=order).split(settings.batch)
     ends = np.linspace(0, len(batches), LOOKS * settings.epochs + 1).round().astype(int)
 
-    def tokens_of(batch: Tensor) -> BatchEncoding:
+    def tokens_of(batch: Tensor) -> dict[str, Any]:
         return retriever.tokens([lesson.texts[i] for i in device.share(batch)[0]])
 
-    def step(tokens: BatchEncoding, batch: Tensor) -> float:
+    def step(tokens: dict[str, Any], batch: Tensor) -> float:
         chosen, weight = device.share(batch)
         loss = module(tokens, chosen) * weight
         accelerator.backward(loss)

@@ -174,6 +174,22 @@ def closest(close: Floats, question: Ints, share: float) -> NDArray[np.bool_]:
     return ranks(-close, question, "min") <= counts[question]
 
 
+def alike(
+    close: Floats, control: Floats, question: Ints, exact: NDArray[np.bool_], share: float
+) -> NDArray[np.bool_]:
+    """Where the closest share and its control's are the same exact tokens `[questions]`.
+
+    Such a question cannot tell a space from its control, whatever the reader attends to: leave it
+    out of their comparison, and say how many are.
+    """
+    known, n = np.isfinite(close) & np.isfinite(control), count(question)
+    near = np.zeros((2, len(close)), dtype=bool)
+    for row, values in zip(near, (close, control), strict=True):
+        row[known] = closest(values[known], question[known], share)
+    telling = np.bincount(question[(near[0] != near[1]) | (near[0] & ~exact)], minlength=n)
+    return (telling == 0) & (np.bincount(question[near[0]], minlength=n) > 0)
+
+
 def indicator(
     attention: Floats, close: Floats, question: Ints, exact: NDArray[np.bool_], share: float
 ) -> pd.DataFrame:
