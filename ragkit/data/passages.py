@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -107,7 +107,7 @@ def read_tsv(path: Path) -> Iterator[Passage]:
     is_csv, decided = quoting(path)
     number, empty = 1, []
     with open_text(path) as file:
-        style = csv.QUOTE_MINIMAL if is_csv else csv.QUOTE_NONE
+        style: Any = csv.QUOTE_MINIMAL if is_csv else csv.QUOTE_NONE
         rows = csv.reader(file, delimiter="\t", quoting=style, strict=True)
         try:
             for row in rows:

@@ -24,7 +24,7 @@ from ragkit.settings import WorldSet, asset
 RESERVED_SHARE = 5  # one name word in five is kept for the measured worlds
 YEARS = range(1710, 1960)
 NUMBERS = range(2, 60)
-Fact = tuple[str, str]  # an entity's name and a relation
+Gold = dict[tuple[str, str], tuple[int, ...]]  # by entity's name and relation: places of passages
 
 
 @cache
@@ -140,12 +140,7 @@ class Entity:
 
 
 def make_entities(
-    world: str,
-    n: int,
-    rng: random.Random,
-    reserved: bool,
-    sharing: float = 3.0,
-    kind: str | None = None,
+    world: str, n: int, rng: random.Random, reserved: bool, sharing: float = 3.0, kind: str = ""
 ) -> list[Entity]:
     """`n` entities with all their facts, spread evenly over the world's kinds or of one `kind`."""
     kinds = [kind] if kind else list(spec()["worlds"][world]["entities"])
@@ -251,29 +246,24 @@ def build_world(settings: WorldSet, reserved: bool = True) -> Corpus:
 
 def _passages(
     entities: list[Entity], wordings: int, rng: random.Random
-) -> tuple[list[Passage], dict[Fact, tuple[int, ...]]]:
+) -> tuple[list[Passage], Gold]:
     """Passages in random order, `wordings` to a fact, and the places that state each fact."""
-    told: list[tuple[Fact, str]] = []
+    told = []
     for entity in entities:
         for relation in entity.facts:
             texts = relations(entity.world)[entity.kind, relation]["statements"]
             for wording in rng.sample(range(len(texts)), wordings):
                 text = write_passage(entity, relation, wording, rng)
-                told.append(((entity.name, relation), text))
-    passages: list[Passage] = []
-    gold: dict[Fact, tuple[int, ...]] = {}
-    for place, (fact, text) in enumerate(rng.sample(told, len(told))):
-        passages.append(Passage(str(place), fact[0], text))
-        gold[fact] = (*gold.get(fact, ()), place)
+                told.append((entity.name, relation, text))
+    passages, gold = [], Gold()
+    for place, (name, relation, text) in enumerate(rng.sample(told, len(told))):
+        passages.append(Passage(str(place), name, text))
+        gold[name, relation] = (*gold.get((name, relation), ()), place)
     return passages, gold
 
 
 def _questions(
-    name: str,
-    entities: list[Entity],
-    gold: dict[Fact, tuple[int, ...]],
-    is_training: bool,
-    rng: random.Random,
+    name: str, entities: list[Entity], gold: Gold, is_training: bool, rng: random.Random
 ) -> list[Question]:
     """All questions on these entities; the last wording of each is not asked in training."""
     asked = []

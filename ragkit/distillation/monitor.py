@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 
 from ragkit.distillation.log import Row, read_log
-from ragkit.errors import MonitorError
+from ragkit.errors import DistillError
 
 AGREE, GAIN, CLEAR, ENOUGH_ROWS = 2, 0.01, 0.05, 10
 AVERAGE, LIFTS = 1.0, ("answer lift", "nouns lift")  # the average token's lift; those of a reader
@@ -81,11 +81,8 @@ def judge_step2(hr: list[float], fall: float, moved: str, lifts: list[float]) ->
         told = f"HR on dev against its start at the last looks: {each}; {moved}"
         if min(gains) > GAIN:
             return WORKING, told
-        if max(gains) <= 0:
-            why = ": what it learns does not lead to the gold passages" if fall >= CLEAR else ""
-            return NOT_WORKING, told + why
-        if max(gains) <= GAIN and fall < CLEAR:
-            return NOT_WORKING, f"{told}: nothing moves"
+        if max(gains) <= 0 or (max(gains) <= GAIN and fall < CLEAR):
+            return NOT_WORKING, told
     if (lift := max(lifts, default=math.inf)) <= AVERAGE:
         given = f"{lift:.2f} times the average token's attention, no more than any"
         return NOT_WORKING, f"the teacher gives the tokens closest to answer and nouns {given}"
@@ -109,7 +106,7 @@ def follow(run_folder: Path, keys: Iterable[str]) -> pd.DataFrame:
     """The logs of the trainings with these keys, row by row: COLUMNS, and what else they hold.
 
     `training` is the key; `state` is 'unfinished' while it goes on, or was killed and will be gone
-    on with. Raises MonitorError if there is no log.
+    on with. Raises DistillError if there is no log.
     """
     rows: list[Row] = []
     for key in keys:  # a training that ends meanwhile moves from the first place to the second
@@ -118,9 +115,7 @@ def follow(run_folder: Path, keys: Iterable[str]) -> pd.DataFrame:
         about = {"training": key, "state": "finished" if ended else "unfinished"}
         rows += [about | row for row in ended or going]
     if not rows:
-        raise MonitorError(
-            f"No training has written a log in {run_folder} yet. Start a run (make reproduce), "
-            "and look again when Step 1 has begun."
-        )
+        told = "Start a run (make reproduce), and look again when Step 1 has begun."
+        raise DistillError(f"No training has written a log in {run_folder} yet. {told}")
     table = pd.DataFrame(rows)
     return table.reindex(columns=list(dict.fromkeys([*COLUMNS, *table.columns])))

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import BatchEncoding
 
 from ragkit.data.files import write_arrays, write_json
 from ragkit.data.passages import passage_text
@@ -73,7 +72,7 @@ class Lesson(nn.Module):
         self.stays, self.loss_of = side == "query", loss_of
         self.texts = [question.text for question in asked.questions]
 
-    def forward(self, tokens: BatchEncoding, chosen: Tensor) -> Tensor:
+    def forward(self, tokens: dict[str, Any], chosen: Tensor) -> Tensor:
         """The mean loss of the questions chosen, given as tokens."""
         queries = self.retriever(tokens).float()
         vectors = self.vectors(self.asked.candidates[chosen.numpy()]).float()
@@ -103,23 +102,13 @@ class Lesson(nn.Module):
         return float(hits(found.tolist(), golds, k).mean())
 
 
-def batches_of(n: int, settings: DistillSettings, seed: int) -> list[Tensor]:
-    """The batches of all epochs, places of n questions; each epoch has an order of its own."""
-    batches: list[Tensor] = []
-    for epoch in range(settings.epochs):
-        generator = torch.Generator().manual_seed(1000 * seed + epoch)
-        batches += torch.randperm(n, generator=generator).split(settings.batch)
-    return batches
-
-
 def train(lesson: Lesson, settings: DistillSettings, seed: int, folder: Path) -> list[Row]:
     """Step 2: moves the lesson's retriever so that the loss falls.
 
-    Returns the rows of its log in `folder`, one for the start and for each LOOKS-th of an epoch:
-    `epoch`, mean `loss` since the row before (NaN at the start), `hr` on dev, `rate`, `seconds`
-    since the start, `left` by the pace so far. CHECKPOINT in `folder` lets a killed run go on with
-    the same steps; the caller removes it. The processes of a run share each batch. Raises
-    DistillError if the loss is not a number.
+    Returns the rows of its log in `folder`, one for the start and each LOOKS-th of an epoch: mean
+    `loss` since the row before (NaN at the start), `hr` on dev, `seconds` since the start, `left`
+    by the pace so far. CHECKPOINT in `folder` lets a killed run go on with the same steps; the
+    caller removes it. Raises DistillError if the loss is not a number.
     """
     retriever = lesson.retriever
     accelerator = device.accelerator(retriever.settings.dtype)
@@ -128,13 +117,16 @@ def train(lesson: Lesson, settings: DistillSettings, seed: int, folder: Path) ->
     kept = {"retriever": retriever, "optimizer": optimizer}
     if accelerator.scaler:  # of float16 on a GPU
         kept["scaler"] = accelerator.scaler
-    batches = batches_of(len(lesson.texts), settings, seed)
+    batches: list[Tensor] = []
+    for epoch in range(settings.epochs):
+        order = torch.Generator().manual_seed(1000 * seed + epoch)
+        batches += torch.randperm(len(lesson.texts), generator=order).split(settings.batch)
     ends = np.linspace(0, len(batches), LOOKS * settings.epochs + 1).round().astype(int)
 
-    def tokens_of(batch: Tensor) -> BatchEncoding:
+    def tokens_of(batch: Tensor) -> dict[str, Any]:
         return retriever.tokens([lesson.texts[i] for i in device.share(batch)[0]])
 
-    def step(tokens: BatchEncoding, batch: Tensor) -> float:
+    def step(tokens: dict[str, Any], batch: Tensor) -> float:
         chosen, weight = device.share(batch)
         loss = module(tokens, chosen) * weight
         accelerator.backward(loss)
@@ -158,8 +150,8 @@ def train(lesson: Lesson, settings: DistillSettings, seed: int, folder: Path) ->
         for batch, tokens in zip(mine, device.ahead(mine, tokens_of), strict=True):
             losses.append(step(tokens, batch))
             if not math.isfinite(losses[-1]):
-                why = f"Step 2: the loss is not a number before epoch {row['epoch']:g}."
-                row["stopped"] = f"{why} Lower distill.rate."
+                at = f"Step 2: the loss is not a number before epoch {row['epoch']:g}"
+                row["stopped"] = f"{at}. Lower distill.rate."
                 write_log(folder, [*rows, row], device.is_main())
                 raise DistillError(row["stopped"])
         retriever.eval()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from ragkit.distillation.asked import Asked
 from ragkit.models import device
 from ragkit.models.fid import open_reader
 from ragkit.models.reader import Prompt, Reader, note_trimmed
-from ragkit.settings import POOLINGS, AttentionSettings
+from ragkit.settings import POOLINGS
 
 Array = NDArray[np.float32]
 
@@ -40,24 +39,6 @@ def token_contributions(reader: Reader, prompts: list[Prompt]) -> Tensor:
     steps = torch.arange(int(answers.max()) + 1).expand(len(prompts), -1)
     uses = torch.stack([steps == 0, steps < answers, (steps > 0) & (steps <= answers)])
     return reader.attention(prompts, before + steps.minimum(answers), uses.float())
-
-
-def calibrated_scores(
-    reader: Reader, question: Question, passages: list[Passage], settings: AttentionSettings
-) -> tuple[Tensor, Tensor]:
-    """Passage scores `[k]` from the prompt's last row, asked the question and asked 'N/A'.
-
-    Their difference is the calibrated score (ICR): what the passages get for the question, not for
-    where they stand.
-    """
-    blank = replace(question, text="N/A", cloze="N/A")
-    scores = []
-    for prompt in [reader.prompt(q, passages) for q in (question, blank)]:
-        last = torch.tensor([[prompt.answer_start - 1]])
-        tokens = reader.attention([prompt], last, torch.ones(1, 1, 1))[int(settings.norm), :, 0, 0]
-        owner = torch.tensor(prompt.owner, device=tokens.device)
-        scores.append(passage_scores(tokens.mean(0), owner, len(passages), settings.pooling))
-    return scores[0], scores[1]
 
 
 def in_order(

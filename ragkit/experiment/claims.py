@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from ragkit.errors import ClaimError
+from ragkit.errors import DataError
 from ragkit.indicators.metrics import Interval
 from ragkit.settings import asset
 
@@ -47,7 +47,7 @@ def paper_values(path: Path | None = None) -> dict[str, dict[str, Any]]:
     for claim, row in filled.items():
         if claim not in statements() or not isinstance(row, dict) or set(row) != {"value", "page"}:
             known = ", ".join(statements())
-            raise ClaimError(
+            raise DataError(
                 f"paper_values.yaml: {claim!r} must be one of {known}, with keys value and page."
             )
     return filled

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ragkit.errors import PlanError
+from ragkit.errors import ProfileError
 from ragkit.experiment.outside import passage_count
 from ragkit.experiment.store import Stage
 from ragkit.profile import Profile
@@ -40,7 +40,7 @@ def hub() -> dict[str, Any]:
 def shape_of(model: str) -> Shape:
     """A reader's or retriever's shape from its configuration, without its weights.
 
-    Raises PlanError for a model that is neither here nor in `assets/hub_sizes.yaml`.
+    Raises ProfileError for a model that is neither here nor in `assets/hub_sizes.yaml`.
     """
     from accelerate import init_empty_weights  # only who plans waits for torch
     from transformers import AutoConfig, AutoModel
@@ -51,7 +51,9 @@ def shape_of(model: str) -> Shape:
     elif model in hub()["models"]:
         config = AutoConfig.for_model(**hub()["models"][model]["config"])
     else:
-        raise PlanError(f"The size of {model!r} is not known here. Fetch it, or give its folder.")
+        raise ProfileError(
+            f"The size of {model!r} is not known here. Fetch it, or give its folder."
+        )
     with init_empty_weights():
         weights = sum(one.numel() for one in AutoModel.from_config(config).parameters())
     return Shape(float(weights), config.num_hidden_layers, config.hidden_size)

@@ -78,21 +78,18 @@ def embeddings(
 ) -> Floats:
     """Vectors of tokens `[tokens, d]` in an embedding `table` `[vocabulary, d]` of the tokenizer
     `owner`. A token of another tokenizer is the mean of the pieces that its text has there; one
-    without any becomes NaN.
-    """
-
-    def rows(chosen: Any) -> Floats:
-        return table.detach()[chosen].float().cpu().numpy().astype(np.float64)
-
-    if tokenizer.get_vocab() == owner.get_vocab():
-        return rows(ids)
-    unique, place = np.unique(ids, return_inverse=True)
-    vectors = np.full((len(unique), table.shape[1]), np.nan)
-    for row, token in enumerate(unique):
-        pieces = owner(tokenizer.decode([int(token)]), add_special_tokens=False)["input_ids"]
-        if pieces := [piece for piece in pieces if piece not in owner.all_special_ids]:
-            vectors[row] = rows(pieces).mean(0)
-    return vectors[place]
+    without any becomes NaN."""
+    is_own, special = tokenizer.get_vocab() == owner.get_vocab(), set(owner.all_special_ids)
+    vectors = np.full((len(ids), table.shape[1]), np.nan)
+    for row, token in enumerate(ids.tolist()):
+        pieces = [token]
+        if not is_own:
+            text = tokenizer.decode([token])
+            pieces = owner(text, add_special_tokens=False)["input_ids"]
+            pieces = [piece for piece in pieces if piece not in special]
+        if pieces:
+            vectors[row] = table[pieces].detach().double().mean(0).cpu().numpy()
+    return vectors
 
 
 @torch.no_grad()
@@ -171,25 +168,26 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
     encoding = RetrieverSettings(**settings["retriever"])
     retriever = Retriever.load(str(inputs["retriever"] / "model"), encoding)
     reader, base = open_reader(inputs, settings), untaught(settings)
-    models = {"input": base, "own": reader, "retriever": retriever, "permuted": base}
+    models: dict[str, Reader | Retriever] = {"input": base, "own": reader}
+    models |= {"retriever": retriever, "permuted": base}
     asked, nouns = opened(inputs, settings, "test")
-    arrays: dict[str, NDArray[Any]] = {}
     wanted = wanted_ids(reader, asked.questions, nouns)
+    arrays: dict[str, NDArray[Any]] = {}
     for goal, goals in wanted.items():
         exact = measures.exact(tokens, goals)
         arrays[f"{goal}/exact"] = exact.astype(np.uint8)
         arrays[f"{goal}/overlap"] = exact.astype(np.float64)
         for name, model in models.items():
             dealt = np.random.default_rng(settings["seed"]) if name == "permuted" else None
-            close = measures.closeness_to(tokens, goals, space(reader, model), dealt)
-            arrays[f"{goal}/{name}"] = close
+            embed = space(reader, model)
+            arrays[f"{goal}/{name}"] = measures.closeness_to(tokens, goals, embed, dealt)
         if goal in contextual and np.array_equal(contextual["ids"], tokens.ids):
             arrays[f"{goal}/contextual"] = contextual[goal]
     ids = np.unique(np.concatenate([tokens.ids, *map(np.array, wanted["answer"])]))
-    vectors = space(reader, base)(ids)
+    vectors = {"ids": ids, "vectors": space(reader, base)(ids)}
     if device.is_main():
         write_arrays(folder / "closeness.safetensors", arrays)
-        write_arrays(folder / "vectors.safetensors", {"ids": ids, "vectors": vectors})
+        write_arrays(folder / "vectors.safetensors", vectors)
         write_json(folder / "answers.json", wanted["answer"])
 
 

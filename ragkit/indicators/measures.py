@@ -68,10 +68,8 @@ def load_words(folder: Path) -> dict[int, str]:
 
 
 def load_closeness(folder: Path, goal: str, space: str) -> tuple[Floats, NDArray[np.bool_]]:
-    """What `make_closeness` wrote: closeness to a goal (`answer`, `nouns`) in a space or control
-    `[tokens]`, and which tokens are one of the goal's own.
-
-    Raises IndicatorError where a reader has no such closeness.
+    """Closeness to a goal (`answer`, `nouns`) in a space or control `[tokens]`, as `make_closeness`
+    wrote it, and which tokens are the goal's own. Raises IndicatorError where there is none.
     """
     arrays = load_file(folder / "closeness.safetensors")
     if f"{goal}/{space}" not in arrays:
@@ -96,7 +94,7 @@ def by_question(question: Ints, n: int | None = None) -> list[slice]:
 
 @UNDEFINED
 def means(values: Floats, group: Ints, n: int = 0) -> Floats:
-    """Mean of each group's values `[n or more]`; NaN for one without any."""
+    """Mean of each of n groups' values `[n]`; NaN for one without any."""
     return np.bincount(group, weights=values, minlength=n) / np.bincount(group, minlength=n)
 
 
@@ -135,9 +133,9 @@ def closeness_to(
 ) -> Floats:
     """Closeness of each token `[tokens]` to the wanted tokens of its question.
 
-    `embed` gives the vectors of ids in a space `[ids, d]`; it is asked once for all tokens. With
-    `dealt` the vectors are dealt out anew among all these, for each question again: dealt once for
-    all, common words would have the same luck everywhere, which no interval over questions shows.
+    `embed` gives the vectors of ids `[ids, d]`. With `dealt` they are dealt out anew among all ids
+    that occur, for each question again: dealt once for all, common words would have the same luck
+    everywhere, which no interval over questions shows.
     """
     goals = [np.array(ids, dtype=np.int64) for ids in wanted]
     every = np.unique(np.concatenate([tokens.ids, *goals]))
@@ -158,8 +156,9 @@ def ranks(values: Floats, question: Ints, ties: Literal["average", "min"] = "ave
 
 @UNDEFINED
 def spearman(x: Floats, y: Floats, question: Ints | None = None, n: int = 1) -> Floats:
-    """Spearman's rank correlation over the tokens of each of n questions `[n]`; without `question`
-    all tokens are of one. NaN for fewer than three tokens, or one side constant.
+    """Spearman's rank correlation of each of n questions `[n]`, by default of one with all tokens.
+
+    NaN for fewer than three tokens, or one side constant.
     """
     question = np.zeros(len(x), dtype=np.int64) if question is None else question
     sizes = np.bincount(question, minlength=n)
@@ -175,6 +174,22 @@ def closest(close: Floats, question: Ints, share: float) -> NDArray[np.bool_]:
     return ranks(-close, question, "min") <= counts[question]
 
 
+def alike(
+    close: Floats, control: Floats, question: Ints, exact: NDArray[np.bool_], share: float
+) -> NDArray[np.bool_]:
+    """Where the closest share and its control's are the same exact tokens `[questions]`.
+
+    Such a question cannot tell a space from its control, whatever the reader attends to: leave it
+    out of their comparison, and say how many are.
+    """
+    known, n = np.isfinite(close) & np.isfinite(control), count(question)
+    near = np.zeros((2, len(close)), dtype=bool)
+    for row, values in zip(near, (close, control), strict=True):
+        row[known] = closest(values[known], question[known], share)
+    telling = np.bincount(question[(near[0] != near[1]) | (near[0] & ~exact)], minlength=n)
+    return (telling == 0) & (np.bincount(question[near[0]], minlength=n) > 0)
+
+
 def indicator(
     attention: Floats, close: Floats, question: Ints, exact: NDArray[np.bool_], share: float
 ) -> pd.DataFrame:
@@ -188,12 +203,12 @@ def indicator(
     table = pd.DataFrame({"question": np.arange(n)})
     known = np.isfinite(lifts) & np.isfinite(close)
     for ending, kept in (("", known), (" (no exact)", known & ~exact)):
-        given = lifts[kept], close[kept], question[kept]
-        near = closest(given[1], given[2], share)
-        high, closer, mine = (values[near] for values in given)
-        table[f"attention{ending}"] = means(high, mine, n)
-        table[f"Spearman{ending}"] = spearman(*given, n)
-        table[f"Spearman closest{ending}"] = spearman(high, closer, mine, n)
+        near = np.zeros_like(kept)
+        near[kept] = closest(close[kept], question[kept], share)
+        table[f"attention{ending}"] = means(lifts[near], question[near], n)
+        for name, which in (("Spearman", kept), ("Spearman closest", near)):
+            found = spearman(lifts[which], close[which], question[which], n)
+            table[f"{name}{ending}"] = found
     return table
 
 

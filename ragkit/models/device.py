@@ -21,7 +21,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from tqdm.auto import tqdm
 
-from ragkit.errors import MachineError
+from ragkit.errors import ProfileError
 from ragkit.settings import MachineSettings
 
 Item = TypeVar("Item")
@@ -33,15 +33,15 @@ def start(machine: MachineSettings, threads: int) -> None:
     """Takes the profile's device and threads for this process; joins the others of its run,
     if there are any.
 
-    Raises MachineError if there is no such device, or this process already computes on another.
+    Raises ProfileError if there is no such device, or this process already computes on another.
     """
     if machine.device == "cuda" and not torch.cuda.is_available():
-        raise MachineError(
+        raise ProfileError(
             "machine.device is 'cuda', but torch finds no GPU here. "
             "Install the CUDA build of torch, or set machine.device to 'cpu'."
         )
     if PartialState._shared_state and device().type != machine.device:
-        raise MachineError(
+        raise ProfileError(
             f"This process already computes on {device().type}: "
             f"start another for a profile on {machine.device}."
         )

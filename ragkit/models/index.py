@@ -1,4 +1,4 @@
-"""Passage vectors on disk and their search: exact through FAISS, and BM25 through bm25s."""
+"""Passage vectors on disk and their search: through FAISS, and BM25 through bm25s."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ragkit.data.files import write_arrays, write_json, write_whole
 from ragkit.data.passages import Passages, passage_text
 from ragkit.data.questions import PARTS, PASSAGES, Corpus
-from ragkit.errors import SearchError, VectorsError
+from ragkit.errors import RetrieverError
 from ragkit.models import device
 from ragkit.models.retriever import Retriever
 from ragkit.settings import IndexSettings, RetrieverSettings
@@ -24,7 +24,9 @@ logging.getLogger("bm25s").setLevel(logging.WARNING)  # on import it sets its ow
 log = logging.getLogger(__name__)
 
 DEPTH = 20  # passages kept of every ranking
-VECTORS, PROGRESS = "vectors.npy", "encoded.txt"
+VECTORS, PROGRESS, FILE = "vectors.npy", "encoded.txt", "index.faiss"
+EXACT = "Flat"  # the factory string that needs no index
+A_CELL, CODES = 39, 256  # vectors to learn a cell from (FAISS warns below), codes of a byte
 BLOCK_BYTES = 2**26  # of float32 values handed out at once
 ALIGNED = (
     1024  # rows, as many as FAISS multiplies at a time: blocks are added up as one array would be
@@ -36,17 +38,17 @@ class Vectors:
     """The vectors of a corpus, `[len(self), dimensions]`, of which only what is asked for is read
     from disk.
 
-    Raises VectorsError, which names the file, if it is missing, damaged or half encoded.
+    Raises RetrieverError, which names the file, if it is missing, damaged or half encoded.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / VECTORS
         if not self.path.is_file() or (folder / PROGRESS).exists():
-            raise VectorsError(f"{self.path} is missing or half made. Encode the passages first.")
+            raise RetrieverError(f"{self.path} is missing or half made. Encode the passages first.")
         try:
             self.array = np.load(self.path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise VectorsError(
+            raise RetrieverError(
                 f"{self.path} is damaged ({str(error).splitlines()[0]}). "
                 "Remove it and encode the passages again."
             ) from None
@@ -61,7 +63,7 @@ class Vectors:
         """
         wanted = places.reshape(-1)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < len(self):
-            raise VectorsError(
+            raise RetrieverError(
                 f"{self.path} holds {len(self)} vectors; "
                 f"those at {wanted.min()} to {wanted.max()} were asked for."
             )
@@ -100,7 +102,7 @@ def encode(
                 if settings.dtype == "float16"
                 else ""
             )
-            raise VectorsError(
+            raise RetrieverError(
                 f"{path}: some vectors hold values that are not finite: "
                 f"{hint or 'the retriever is damaged'}."
             )
@@ -120,20 +122,20 @@ def encode(
 
 def check_k(k: int, n_passages: int) -> None:
     if k > n_passages:
-        raise SearchError(
+        raise RetrieverError(
             f"k = {k} passages a question asked for, but the corpus holds {n_passages}. Lower k."
         )
 
 
 def checked(queries: NDArray[np.floating], dimensions: int) -> NDArray[np.float32]:
-    """Queries that can be searched for; raises SearchError on others."""
+    """Queries that can be searched for; raises RetrieverError on others."""
     if queries.shape[1] != dimensions:
-        raise SearchError(
+        raise RetrieverError(
             f"Queries have {queries.shape[1]} dimensions, passages {dimensions}: "
             "they come from different retrievers."
         )
     if not np.isfinite(queries).all():
-        raise SearchError(
+        raise RetrieverError(
             "Some queries hold values that are not finite: the retriever is damaged, "
             "or its training went astray (lower distill.rate)."
         )
@@ -177,29 +179,124 @@ def best(
     return np.take_along_axis(scores, order, 1), np.take_along_axis(places, order, 1)
 
 
-class Index:
-    """The vectors of a corpus with what finds them."""
+def build(vectors: Vectors, settings: IndexSettings, folder: Path, seed: int) -> None:
+    """Builds the index of `settings.factory`; nothing for `Flat`, which reads the vectors.
 
-    def __init__(self, vectors: Vectors, settings: IndexSettings) -> None:
-        self.vectors, self.settings = vectors, settings
+    What it learns, from `trained_on` vectors drawn by the seed, is kept when a build is killed.
+    Raises RetrieverError if the factory string and the vectors do not go together.
+    """
+    if settings.factory == EXACT:
+        return
+    learnt = folder / "learnt.faiss"
+    if learnt.is_file():
+        index = faiss.read_index(str(learnt))
+    else:
+        index = learn(vectors, settings, seed)
+        write_index(index, learnt)
+    for start, block in vectors.blocks():
+        index.add(block)
+        log.info("index: %d of %d passages", start + len(block), len(vectors))
+    write_index(index, folder / FILE)
+    learnt.unlink()
+
+
+def learn(vectors: Vectors, settings: IndexSettings, seed: int) -> Any:
+    """An index that has learnt its cells and codes, without vectors."""
+    number = min(settings.trained_on, len(vectors))
+    try:
+        index: Any = faiss.index_factory(
+            vectors.dimensions, settings.factory, faiss.METRIC_INNER_PRODUCT
+        )
+    except RuntimeError as error:
+        raise RetrieverError(
+            f"index.factory: FAISS makes no index of {vectors.dimensions} dimensions from "
+            f"{settings.factory!r} ({reason(error)})."
+        ) from None
+    inverted = faiss.try_extract_index_ivf(index)
+    cells = max(inverted.nlist if inverted else 0, CODES if "PQ" in settings.factory else 0)
+    if number < A_CELL * cells:
+        raise RetrieverError(
+            f"index.factory {settings.factory!r} learns from {A_CELL * cells} vectors or more, "
+            f"and there are {number}. Take fewer cells, raise index.trained_on, or search so few "
+            f"exactly: index.factory: {EXACT}."
+        )
+    rng = np.random.default_rng(seed)
+    chosen = rng.choice(len(vectors), number, replace=False, shuffle=False)
+    index.train(vectors.take(np.sort(chosen)))
+    return index
+
+
+def reason(error: Exception) -> str:
+    """FAISS's own words, without the place in its code."""
+    return str(error).rsplit(": ", 1)[-1].strip()
+
+
+def write_index(index: Any, path: Path) -> None:
+    """Writes an index aside and renames it."""
+    aside = path.with_name(f"{path.name}.new")
+    faiss.write_index(index, str(aside))
+    aside.replace(path)
+
+
+class Index:
+    """The vectors of a corpus with what finds them: a FAISS index, or None to look at all."""
+
+    def __init__(self, vectors: Vectors, settings: IndexSettings, approximate: Any) -> None:
+        self.vectors, self.settings, self.approximate = vectors, settings, approximate
 
     def search(
         self, queries: NDArray[np.float32], k: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The k passages with the largest dot product: places and scores `[queries, k]`, best
-        first.
+        """The k passages with the largest dot product: places and scores `[queries, k]`.
 
-        Raises SearchError if k exceeds the corpus, or queries have other dimensions or are not
-        finite.
+        Best first. An approximate index finds `candidates` passages, whose scores are computed
+        exactly from the vectors on disk. Raises RetrieverError if k exceeds the corpus or what the
+        index finds, or queries have other dimensions or are not finite.
         """
-        return exact_search(queries, self.vectors, k)
+        if self.approximate is None:
+            return exact_search(queries, self.vectors, k)
+        check_k(k, len(self.vectors))
+        queries = checked(queries, self.vectors.dimensions)
+        wanted = min(max(k, self.settings.candidates), len(self.vectors))
+        step = max(1, BLOCK_BYTES // (4 * wanted * self.vectors.dimensions))
+        scores = np.empty((len(queries), k), np.float32)
+        places = np.empty((len(queries), k), np.int64)
+        for start in range(0, len(queries), step):
+            asked = queries[start : start + step]
+            found = self.approximate.search(asked, wanted)[1]
+            if (least := int((found >= 0).sum(1).min())) < k:  # FAISS fills up with -1
+                raise RetrieverError(
+                    f"The index found only {least} of {k} passages for a question. "
+                    f"Raise index.probes (now {self.settings.probes})."
+                )
+            exact = np.matmul(self.vectors.take(np.maximum(found, 0)), asked[:, :, None])[:, :, 0]
+            exact[found < 0] = -np.inf
+            scores[start : start + step], places[start : start + step] = best(exact, found, k)
+        return places, scores
 
 
 def open_index(vectors: Path, index: Path, settings: IndexSettings) -> Index:
-    """What searches the vectors of one folder by the index of another, which is empty for the exact
-    one.
+    """What searches the vectors in one folder by the index in another, mapped into memory.
+
+    Raises RetrieverError if the index is missing, damaged or made from other vectors.
     """
-    return Index(Vectors(vectors), settings)
+    opened, path = Vectors(vectors), index / FILE
+    if settings.factory == EXACT:
+        return Index(opened, settings, None)
+    try:
+        approximate: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+    except RuntimeError as error:
+        raise RetrieverError(
+            f"The index {path} is missing or damaged ({reason(error)}). Build it again."
+        ) from None
+    if (approximate.d, approximate.ntotal) != (opened.dimensions, len(opened)):
+        raise RetrieverError(
+            f"The index {path} holds {approximate.ntotal} vectors of {approximate.d} dimensions, "
+            f"{opened.path} {len(opened)} of {opened.dimensions}. Build it again."
+        )
+    if (inverted := faiss.try_extract_index_ivf(approximate)) is not None:
+        inverted.nprobe = settings.probes
+    return Index(opened, settings, approximate)
 
 
 def recall(index: Index, queries: NDArray[np.float32], k: int) -> float:
@@ -233,7 +330,10 @@ def make_vectors(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str
 
 
 def make_index(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """Nothing: exact search reads the vectors themselves."""
+    """The index over them; nothing where they are searched exactly."""
+    if device.is_main():
+        chosen = IndexSettings(**settings["index"])
+        build(Vectors(inputs["vectors"]), chosen, folder, settings["seed"])
 
 
 def make_candidates(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
@@ -250,7 +350,11 @@ def make_candidates(folder: Path, inputs: Mapping[str, Path], settings: Mapping[
         depth = min(DEPTH, len(corpus.passages))
         found = {part: passages.search(asked, depth)[0] for part, asked in queries.items()}
         write_arrays(folder / "candidates.safetensors", found)
-        write_json(folder / "recall.json", {})
+        sample = queries["dev"][:RECALL_QUESTIONS]
+        cuts = [] if passages.approximate is None else sorted({min(5, depth), depth})
+        write_json(
+            folder / "recall.json", {f"recall@{k}": recall(passages, sample, k) for k in cuts}
+        )
 
 
 def make_bm25(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The teacher's look: every choice from one pass, and the scores of an empty question."""
+"""The teacher's look: every choice from one pass."""
 
 import json
 from dataclasses import asdict
@@ -14,7 +14,7 @@ from ragkit.data.passages import Passage, write_passages
 from ragkit.data.questions import Question
 from ragkit.distillation import teacher
 from ragkit.models.fid import load_reader
-from ragkit.settings import POOLINGS, ROWS, AttentionSettings, ReaderSettings
+from ragkit.settings import POOLINGS, ROWS, ReaderSettings
 
 PASSAGES = [
     Passage("0", "Orla Venn", "Orla Venn was born in old Tarholm, a port."),
@@ -93,19 +93,6 @@ def test_answers_are_scored_given_each_passage_alone_and_without_it(reader):
             others = log_likelihoods(reader, question, [PASSAGES[1 - place]])
             assert left_out[i, place] == pytest.approx(-others.mean(), abs=1e-4)
     assert np.isnan(logs[1]).any()  # answers of unequal length
-
-
-@pytest.mark.parametrize("style", ["question", "cloze"])
-def test_calibration_gives_the_scores_of_both_questions(reader, monkeypatch, style):
-    monkeypatch.setattr(reader, "style", style)
-    asked, blank = teacher.calibrated_scores(reader, QUESTIONS[0], PASSAGES, AttentionSettings())
-    empty = Question("n", "N/A", ("",), (0,), "N/A")
-    for scores, one in ((asked, QUESTIONS[0]), (blank, empty)):
-        prompt = reader.prompt(one, PASSAGES)
-        tokens = by_hand(reader, prompt, [len(prompt.ids) - 1], True).mean(0)
-        owner, pooling = torch.tensor(prompt.owner), AttentionSettings().pooling
-        expected = passage_scores(tokens, owner, 2, pooling)
-        assert torch.allclose(scores, expected, atol=1e-4, rtol=1e-3)
 
 
 def test_the_makers_write_what_the_functions_give(reader, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ragkit.errors import ClaimError
+from ragkit.errors import DataError
 from ragkit.experiment import claims, evidence
 from ragkit.experiment.claims import Gain, Part
 from ragkit.indicators.metrics import Interval
@@ -150,7 +150,7 @@ def test_the_papers_values_are_empty_as_shipped_and_checked_when_filled(tmp_path
     assert claims.paper_values() == {}
     filled = tmp_path / "paper.yaml"
     filled.write_text("C9: {value: 1, page: 2}")
-    with pytest.raises(ClaimError, match="C9"):
+    with pytest.raises(DataError, match="C9"):
         claims.paper_values(filled)
     filled.write_text("C1: {value: '1', page: 2}")
     decided = claims.decide({"a": parts(*["undecided"] * 7)}, judge=True)

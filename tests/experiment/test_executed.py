@@ -130,7 +130,7 @@ def test_a_failing_notebook_is_named_with_its_cell(tmp_path, monkeypatch, cell, 
 
 
 def test_every_error_of_the_package_is_known_as_its_own():
-    known = {"RagkitError", "DataError", "ClaimError", "StoreError", "AttentionError"}
+    known = {"RagkitError", "DataError", "StoreError", "AttentionError"}
     assert known <= OWN_ERRORS
     assert "ValueError" not in OWN_ERRORS
 

@@ -16,7 +16,8 @@ from ragkit.data.worlds import build_world
 from ragkit.errors import ReaderError
 from ragkit.models import step1
 from ragkit.models.fid import load_reader
-from ragkit.models.step1 import Lesson, Lessons, Metrics, fine_tune
+from ragkit.models.lessons import SAME_KIND_SHARE, Lesson, Lessons, training_world
+from ragkit.models.step1 import fine_tune
 from ragkit.settings import ReaderSettings, WorldSet
 
 PASSAGES = [
@@ -108,7 +109,7 @@ def test_a_killed_training_ends_with_the_same_result(tmp_path, monkeypatch):
 
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
-    losses = fine_tune(start(), draw, tmp_path / "whole", 0, Metrics(tmp_path / "whole", settings))
+    losses = fine_tune(start(), draw, tmp_path / "whole", 0)
     calls = []
 
     def dies(rng):
@@ -118,9 +119,13 @@ def test_a_killed_training_ends_with_the_same_result(tmp_path, monkeypatch):
         return draw(rng)
 
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(start(), dies, tmp_path / "cut", 0, Metrics(tmp_path / "cut", settings))
+        fine_tune(start(), dies, tmp_path / "cut", 0)
+    kept = tmp_path / "cut" / "checkpoint-8"
+    files = ("weights.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+    assert {path.name for path in kept.iterdir()} >= set(files)
     torch.manual_seed(99)
-    again = fine_tune(start(), draw, tmp_path / "cut", 0, Metrics(tmp_path / "cut", settings))
+    (tmp_path / "cut" / "checkpoint-9").mkdir()  # one that a kill left half written
+    again = fine_tune(start(), draw, tmp_path / "cut", 0)
     assert again == losses
     for kept in ("step-5", "fine-tuned"):
         one, two = (
@@ -157,7 +162,7 @@ def test_passages_of_one_kind_of_fact_are_shown_together():
     lesson = Lesson(question, passages[5:], passages[:1], passages[1:5])
     drawn = [Lessons([lesson], 3, 0.0).draw(random.Random(i))[1] for i in range(400)]
     alike = [passages[0] in some and set(some) <= set(passages[:5]) for some in drawn]
-    assert np.mean(alike) == pytest.approx(step1.SAME_KIND_SHARE, abs=0.1)
+    assert np.mean(alike) == pytest.approx(SAME_KIND_SHARE, abs=0.1)
     assert all(len(some) == 3 for some, same in zip(drawn, alike, strict=True) if same)
 
 
@@ -165,4 +170,4 @@ def test_training_worlds_share_no_name_with_the_measured_ones():
     settings = WorldSet(source="world", name="a", world="almanac", seed=5, entities=24)
     settings = settings.model_copy(update={"distill": 20, "dev": 4, "test": 4})
     measured = {p.title for p in build_world(settings).passages}
-    assert not measured & {p.title for p in step1.training_world(settings, 1).passages}
+    assert not measured & {p.title for p in training_world(settings, 1).passages}
