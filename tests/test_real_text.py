@@ -152,7 +152,7 @@ def check_rates(rates):
 
 def test_bm25_on_all_questions(everything, record_property):
     rates = by_words(*everything)
-    record_property("BM25", rates)
+    record_property("BM25", {name: float(rate) for name, rate in rates.items()})
     check_rates(rates)
 
 
@@ -164,7 +164,7 @@ def test_minilm_on_all_questions(everything, record_property):
     vectors = retriever.encode([passage_text(passage) for passage in passages])
     asked = retriever.encode([question.text for question in questions])
     rates = hit_rates(index.search(asked, vectors, 20)[0], passages, questions)
-    record_property("MiniLM", rates)
+    record_property("MiniLM", {name: float(rate) for name, rate in rates.items()})
     check_rates(rates)
     words = by_words(passages, questions)
     assert all(rates[f"gold HR@{k}"] > words[f"gold HR@{k}"] for k in CUTS)
