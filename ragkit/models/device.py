@@ -11,6 +11,7 @@ import logging
 import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +28,7 @@ from ragkit.profile import MachineSettings
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 log = logging.getLogger(__name__)
+PATIENCE = timedelta(days=14)  # of the others, while the main process works alone
 
 
 def start(machine: MachineSettings, threads: int) -> None:
@@ -45,7 +47,7 @@ def start(machine: MachineSettings, threads: int) -> None:
             f"This process already computes on {device().type}: "
             f"start another for a profile on {machine.device}."
         )
-    PartialState(cpu=machine.device == "cpu")
+    PartialState(cpu=machine.device == "cpu", timeout=PATIENCE)
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     if machine.device == "cuda":
