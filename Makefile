@@ -1,15 +1,25 @@
 # Two commands do everything: `make reproduce` and `make test`. `make help` lists the rest.
 PROFILE ?= tiny
+PROCESSES ?= 1
+PYTHON ?= python3
 ifeq ($(CONDA_DEFAULT_ENV),ragkit)
-BIN :=
+RUN := python
 READY :=
 else
-BIN := .venv/bin/
+RUN := .venv/bin/python
 READY := .venv/ready
 endif
-PYTHON ?= python3
+# The code is always this checkout's, also where an environment was copied from another one.
+export PYTHONPATH := $(CURDIR)
+CHANGES := $(foreach change,$(SET),--set '$(change)')
+# Several processes work as one: `make reproduce PROCESSES=8` on a machine with eight GPUs.
+ifeq ($(PROCESSES),1)
+RAGKIT := $(RUN) -m ragkit
+else
+RAGKIT := $(RUN) -m torch.distributed.run --nproc_per_node $(PROCESSES) -m ragkit
+endif
 
-.PHONY: help plan reproduce lab test slow report reference course lint bench pretrain clean doctor
+.PHONY: help plan reproduce lab test slow report reference course lint bench pretrain tidy clean doctor
 help:            ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -19,45 +29,47 @@ help:            ## this list
 	.venv/bin/pip install --quiet -e '.[dev]'
 	touch .venv/ready
 
-plan: $(READY)       ## what a run of PROFILE would fetch, need and take, before it is begun (about a minute); SET as in reproduce
-	$(BIN)python -m ragkit plan --profile '$(PROFILE)' $(foreach change,$(SET),--set '$(change)')
+plan: $(READY)       ## what a run of PROFILE would fetch, need and take, before it is begun; SET as in reproduce
+	$(RUN) -m ragkit plan --profile '$(PROFILE)' $(CHANGES)
 
-reproduce: $(READY)  ## run every notebook of PROFILE (default tiny) in order and write the report; SET="key=value ..." changes the profile
-	$(BIN)python -m ragkit reproduce --profile '$(PROFILE)' $(foreach change,$(SET),--set '$(change)')
+reproduce: $(READY)  ## every stage, notebook and the report of PROFILE (default tiny); SET="key=value ..." changes it
+	$(RAGKIT) reproduce --profile '$(PROFILE)' $(CHANGES)
 
 test: $(READY)       ## all tests but the slow ones
-	OMP_NUM_THREADS=1 $(BIN)python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(RUN) -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder
 
-slow: $(READY)       ## the tests that take many minutes (real text in full)
-	$(BIN)python -m pytest tests -m slow
+slow: $(READY)       ## the tests that take many minutes
+	$(RUN) -m pytest tests -m slow
 
-bench: $(READY)      ## attention (plain, ours, eager), encoding beside sentence-transformers, an index of a million vectors (about an hour of a quiet machine)
-	$(BIN)python tests/benchmarks/attention.py runs/bench
-	$(BIN)python tests/benchmarks/encode.py runs/bench
-	$(BIN)python tests/benchmarks/index.py runs/bench
+bench: $(READY)      ## attention (plain, ours, eager) and encoding: about an hour
+	$(RUN) tests/benchmarks/attention.py runs/bench
 
-lint: $(READY)       ## ruff and mypy
-	$(BIN)ruff check ragkit tests
-	$(BIN)ruff format --check ragkit tests
-	$(BIN)mypy
+lint: $(READY)       ## ruff, mypy, and the order of the rooms
+	$(RUN) -m ruff check ragkit tests
+	$(RUN) -m ruff format --check ragkit tests
+	$(RUN) -m mypy
+	$(RUN) -c 'from importlinter.cli import lint_imports_command as lint; lint()'
 
 lab: $(READY)        ## JupyterLab on working copies of the notebooks
-	$(BIN)jupyter lab $$($(BIN)python -m ragkit lab)
+	$(RUN) -m jupyter lab $$($(RUN) -m ragkit lab)
 
 report: $(READY)     ## write the report of PROFILE again
-	$(BIN)python -m ragkit report --profile '$(PROFILE)'
+	$(RUN) -m ragkit report --profile '$(PROFILE)'
 
 reference: $(READY)  ## make the run of PROFILE the reference in figures/ and in the README
-	$(BIN)python -m ragkit reference --profile '$(PROFILE)'
+	$(RUN) -m ragkit reference --profile '$(PROFILE)'
 
 course: $(READY)     ## student and solution notebooks and a lesson plan, tried on the finished run of PROFILE
-	$(BIN)python -m ragkit course --profile '$(PROFILE)'
+	$(RUN) -m ragkit course --profile '$(PROFILE)'
+
+tidy: $(READY)       ## remove what the run of PROFILE does not need any more
+	$(RUN) -m ragkit tidy --profile '$(PROFILE)'
 
 doctor: $(READY)     ## can this machine run it?
-	$(BIN)python -m ragkit doctor
+	$(RUN) -m ragkit doctor
 
 pretrain: $(READY)   ## train the embedded reader again (hours)
-	$(BIN)python -m ragkit.pretrain ragkit/assets/reader
+	$(RUN) -m ragkit.models.pretrain ragkit/assets/reader
 
 clean:           ## remove runs and the environment
-	rm -rf runs .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage
+	rm -rf runs .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .import_linter_cache

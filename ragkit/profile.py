@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,17 +10,12 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from ragkit import settings
 from ragkit.errors import ProfileError
+from ragkit.settings import ASSETS, Count, Name, Section, Seeds
 
-# isort: off
-from ragkit.settings import (
-    ASSETS, FREE, LAYERS, POOLINGS, ROWS, AttentionSettings, Count, DistillSettings,  # noqa: F401
-    EvaluateSettings, FileSet, HubSet, HubTable, IndexSettings, IndicatorSettings,  # noqa: F401
-    MachineSettings, Name, NounSettings, QuestionSet, ReaderSettings, RetrieverSettings, Section,
-    Seeds, WorldSet, asset,  # noqa: F401
-)  # fmt: skip
-# isort: on
-
+# Not by `asset()`: no result depends on a profile that is not its own.
+SHIPPED = {path.stem: path for path in sorted((ASSETS / "profiles").glob("*.yaml"))}
 VARIATIONS: dict[str, dict[str, Any]] = {
     "rows: predicting": {"attention": {"rows": "predicting"}},
     "rows: consuming": {"attention": {"rows": "consuming"}},
@@ -65,27 +59,21 @@ class Profile(Section):
     threads: Count = 1  # a process: results depend on them, not on the machine's cores
     step1_seeds: Seeds = (0,)  # claims are judged on each; notebooks show the first
     k: Annotated[int, Field(ge=2, le=20)] = 5  # passages a reader gets; 20 candidates are kept
-    sets: tuple[Annotated[QuestionSet, Field(discriminator="source")], ...] = Field(
-        min_length=1, strict=False
-    )
-    machine: MachineSettings = MachineSettings()
-    retriever: RetrieverSettings = RetrieverSettings()
-    index: IndexSettings = IndexSettings()
-    reader: ReaderSettings = ReaderSettings()
-    attention: AttentionSettings = AttentionSettings()
-    distill: DistillSettings = DistillSettings()
+    sets: settings.Sets
+    machine: settings.MachineSettings = settings.MachineSettings()
+    retriever: settings.RetrieverSettings = settings.RetrieverSettings()
+    index: settings.IndexSettings = settings.IndexSettings()
+    reader: settings.ReaderSettings = settings.ReaderSettings()
+    attention: settings.AttentionSettings = settings.AttentionSettings()
+    distill: settings.DistillSettings = settings.DistillSettings()
     index_refreshes: Annotated[int, Field(ge=0)] = 0  # within Step 2: new candidates, a new look
-    nouns: NounSettings = NounSettings()
-    indicators: IndicatorSettings = IndicatorSettings()
+    nouns: settings.NounSettings = settings.NounSettings()
+    indicators: settings.IndicatorSettings = settings.IndicatorSettings()
     choices: ChoiceSettings = ChoiceSettings()
-    evaluate: EvaluateSettings = EvaluateSettings()
+    evaluate: settings.EvaluateSettings = settings.EvaluateSettings()
 
     @model_validator(mode="after")
-    def parts_agree(self) -> Profile:
-        seeds = (("step1_seeds", self.step1_seeds), ("distill.seeds", self.distill.seeds))
-        for key, values in (("sets.name", [s.name for s in self.sets]), *seeds):
-            if twice := [value for value, times in Counter(values).items() if times > 1]:
-                raise ValueError(f"{key}: {twice[0]!r} stands there twice; each needs its own")
+    def step_2_has_enough_epochs(self) -> Profile:
         if self.index_refreshes >= self.distill.epochs:
             raise ValueError(
                 f"index_refreshes: {self.index_refreshes} parts Step 2 into more pieces than "
@@ -103,40 +91,28 @@ def varied(profile: Profile, name: str) -> Profile:
     return profile.model_copy(update=changes)
 
 
-def shipped() -> list[str]:
-    """Names of the profiles that come with the package."""
-    # Not by `asset()`: no result depends on a profile that is not its own.
-    return sorted(path.stem for path in (ASSETS / "profiles").glob("*.yaml"))
-
-
 def load_profile(name_or_path: str, changes: Sequence[str] = ()) -> Profile:
-    """Reads and validates one of `shipped()` or a YAML file, with changes such as `reader.batch=4`.
+    """Reads and validates one of SHIPPED or a YAML file, with changes such as `reader.batch=4`.
 
     Relative paths start from the file's folder. Raises ProfileError that names file and key.
     """
-    own = name_or_path not in shipped()
-    path = Path(name_or_path) if own else ASSETS / "profiles" / f"{name_or_path}.yaml"
+    path = SHIPPED.get(name_or_path, Path(name_or_path))
     if not path.is_file():
-        names, near = ", ".join(shipped()), difflib.get_close_matches(name_or_path, shipped(), 1)
+        near = difflib.get_close_matches(name_or_path, SHIPPED, 1)
         raise ProfileError(
-            f"No profile {name_or_path!r}: give one of {names} or a path to a YAML file."
-            + (f" Did you mean {near[0]!r}?" if near else "")
+            f"No profile {name_or_path!r}: give one of {', '.join(SHIPPED)} or a path to a YAML "
+            "file." + (f" Did you mean {near[0]!r}?" if near else "")
         )
     try:
         values = yaml.safe_load(path.read_text("utf8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ProfileError(f"Profile {path} cannot be read as UTF-8 text: {error}") from None
-    except yaml.YAMLError as error:
-        raise ProfileError(f"Profile {path}: not valid YAML: {error}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ProfileError(f"Profile {path}: not valid YAML in UTF-8: {error}") from None
     if not isinstance(values, dict):
-        found = "nothing" if values is None else type(values).__name__
-        raise ProfileError(
-            f"Profile {path}: expected keys with values, such as 'name: mine', found {found}."
-        )
+        raise ProfileError(f"Profile {path}: expected keys with values, such as 'name: mine'.")
     for change in changes:
         _change(values, change)
-    if own or changes:
-        values = _located(values, path.resolve().parent if own else Path.cwd())
+    if changes or name_or_path not in SHIPPED:
+        values = _located(values, Path.cwd() if name_or_path in SHIPPED else path.resolve().parent)
     try:
         return Profile.model_validate(values)
     except ValidationError as error:
@@ -154,17 +130,17 @@ def _change(values: dict[str, Any], change: str) -> None:
     """Makes one change of unchecked values: `reader.model=path`, `sets.0.distill=20`."""
     key, equals, text = change.partition("=")
     *path, last = key.strip().split(".")
-    if not equals or not last:
-        raise ProfileError(f"{change!r} is no change: write key=value, such as reader.batch=4.")
     place: Any = values
     try:
+        if not equals:
+            raise ValueError
         for part in path:
             place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
         place[int(last) if isinstance(place, list) else last] = yaml.safe_load(text)
     except (ValueError, IndexError, TypeError, AttributeError, yaml.YAMLError):
         raise ProfileError(
-            f"{change!r}: the profile has no place {key.strip()!r}, or the value is no YAML. "
-            "Sets are counted from 0: sets.0.distill=20."
+            f"{change!r} is no change of this profile. Write key=value, such as reader.batch=4 or, "
+            "for sets are counted from 0, sets.0.distill=20."
         ) from None
 
 
@@ -188,7 +164,7 @@ def _explained(location: tuple[int | str, ...], message: str, kind: str) -> str:
     """One validation problem as a sentence that names the key."""
     key = ".".join(str(part) for part in location) or "(the whole file)"
     if kind != "extra_forbidden":
-        return f"  {key}: {message}"
+        return f"  {key}: {message.removeprefix('Value error, ')}"
     known = {name for section in Section.__subclasses__() for name in section.model_fields}
     near = difflib.get_close_matches(str(location[-1]), known, 1)
     return f"  {key}: unknown key." + (f" The nearest valid key is {near[0]!r}." if near else "")

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 ASSETS = Path(__file__).parent / "assets"
 # Settings that change no result, so that a stage made under others is used again.
 FREE = frozenset({"at_once", "gradient_checkpointing"})
+
+
+def asset(name: str) -> Path:
+    """A file or folder of the package's assets, named by a literal: stage keys follow these."""
+    return ASSETS / name
+
+
+def different(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Refuses values, or sets by their names, of which one stands twice."""
+    names = [getattr(value, "name", value) for value in values]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]!r} stands there twice; each needs its own")
+    return values
+
 
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -17,17 +31,12 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Within = Annotated[float, Field(gt=0, lt=1)]  # a share that is neither nothing nor all
 Filled = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # it becomes a folder's name
-Seeds = Annotated[tuple[int, ...], Field(min_length=1, strict=False)]
+Seeds = Annotated[tuple[int, ...], Field(min_length=1, strict=False), AfterValidator(different)]
 Precision = Literal["float32", "bfloat16", "float16"]
 Rows = Literal["last_prompt", "predicting", "consuming"]
 Pooling = Literal["sum", "mean"]
 Layers = Literal["all", "first", "middle", "last"]
 ROWS, POOLINGS, LAYERS = get_args(Rows), get_args(Pooling), get_args(Layers)
-
-
-def asset(name: str) -> Path:
-    """A file or folder of the package's assets, named by a literal: stage keys follow these."""
-    return ASSETS / name
 
 
 class Section(BaseModel):
@@ -76,21 +85,16 @@ class HubTable(Section):
 
 
 class HubSet(Section):
-    """`distill` and `dev` come from the split `train`, `test` from `heldout` (perhaps the same).
-
-    Passages come from a table with `id`, `text` and `title`, from a DPR-format TSV (its path), or
-    from `pools`: columns of the question table that hold lists of passages.
-    """
+    """Questions of a table of the hub, with passages of another one or of their own pools."""
 
     source: Literal["hub"]
     name: Name
     questions: HubTable
-    train: str = "train"
-    heldout: str = "validation"
-    passages: HubTable | str | None = None
+    train: str = "train"  # the split that `distill` and `dev` come from
+    heldout: str = "validation"  # that of `test`; it may be the same
+    passages: HubTable | str | None = None  # `id`, `text` and `title`; a text: a DPR-format TSV
     passage_split: str = "train"
-    pools: tuple[str, ...] = Field(default=(), strict=False)
-    most_passages: Count | None = None  # of a table or TSV, drawn by the seed
+    pools: tuple[str, ...] = Field(default=(), strict=False)  # columns of lists of passages
     seed: int = 0
     distill: Count = 2000
     dev: Count = 500
@@ -104,12 +108,17 @@ class HubSet(Section):
 
 
 QuestionSet = WorldSet | FileSet | HubSet
+Sets = Annotated[
+    tuple[Annotated[QuestionSet, Field(discriminator="source")], ...],
+    Field(min_length=1, strict=False),
+    AfterValidator(different),
+]
 
 
 class RetrieverSettings(Section):
-    """`model` is `embedded` (trained here by random cropping) or a folder or hub name."""
+    """The retriever, and how it is trained where it is the embedded one."""
 
-    model: str = "embedded"
+    model: str = "embedded"  # trained here by random cropping; or a folder or hub name
     revision: str = "main"  # of a hub model: pin a commit
     pooling: Literal["mean", "cls"] | None = None  # as the model's own folder says; embedded: mean
     normalise: bool | None = None  # to unit length; as its folder says; embedded: true
@@ -133,9 +142,9 @@ class IndexSettings(Section):
 
 
 class ReaderSettings(Section):
-    """`model` is `embedded`, a folder or a hub name; the rest is Step 1, the fine-tuning."""
+    """The reader, and from `order` on Step 1, its fine-tuning."""
 
-    model: str = "embedded"
+    model: str = "embedded"  # or a folder or hub name
     revision: str = "main"  # of a hub model: pin a commit
     context: Count = 1024
     dtype: Precision = "float32"  # of the computations; Step 1 keeps float32 weights
@@ -206,4 +215,3 @@ class MachineSettings(Section):
     """What the run computes on; torchrun says how many processes share it."""
 
     device: Literal["cpu", "cuda"] = "cpu"
-    kernel: Literal["auto", "flash", "efficient", "math"] = "auto"  # of attention on a GPU

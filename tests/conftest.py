@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import gzip
 import os
 import subprocess
 import sys
@@ -9,64 +10,82 @@ import hypothesis
 import pytest
 from ud import read_conllu
 
-from ragkit.indicators.nouns import train_tagger
-
 ROOT = Path(__file__).parent.parent
-LONGEST_FIRST = (
-    "test_notebooks",
-    "test_paper",
-    "test_faults",
-    "test_fleet",
-    "test_judge",
-    "test_nouns",
-)
+LONGEST_FIRST = ("test_notebooks", "test_paper", "test_graph", "test_judge", "test_run")
+# Python reads it at its start: it notes which notebook's kernel begins to load which library.
+NOTING = """
+import os, sys
+class Noting:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "transformers") and os.environ.get("RAGKIT_FIGURES"):
+            with open({noted!r}, "a") as file:
+                print(name, os.environ["RAGKIT_FIGURES"], file=file)
+sys.meta_path.insert(0, Noting())
+"""
 hypothesis.settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
 hypothesis.settings.load_profile("unhurried")
 
 
 def pytest_collection_modifyitems(items):
     """`make test` gives whole files to two processes: the longest begin."""
-    items.sort(
-        key=lambda item: (
-            LONGEST_FIRST.index(item.path.stem)
-            if item.path.stem in LONGEST_FIRST
-            else len(LONGEST_FIRST)
-        )
-    )
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+def command(*arguments, **environment):
+    """Runs the command line in the checkout."""
+    return subprocess.run(
+        [sys.executable, "-m", "ragkit", *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | environment,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def ragkit():
     """Runs the command line in the checkout."""
-    return lambda *arguments: subprocess.run(
-        [sys.executable, "-m", "ragkit", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    return command
 
 
 @pytest.fixture(scope="session")
-def smoke(tmp_path_factory, ragkit):
-    """The folder that holds a finished run of `smoke`."""
-    runs = tmp_path_factory.mktemp("runs")
-    first = ragkit(
-        "reproduce", "--profile", "smoke", "--runs", os.path.relpath(runs, ROOT)
-    )  # as `make` gives it: a relative one
+def smoke(tmp_path_factory):
+    """The folder that holds a finished run of `smoke`, and `noted`: what its kernels loaded."""
+    runs, site = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("site")
+    (site / "sitecustomize.py").write_text(NOTING.format(noted=str(runs / "noted")))
+    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+    given = os.path.relpath(runs, ROOT)  # as `make` gives it: a relative one
+    first = command("reproduce", "--profile", "smoke", "--runs", given, PYTHONPATH=path)
     assert first.returncode == 0, first.stderr[-3000:]
-    assert (
-        "profile smoke is too small to judge" in first.stderr.splitlines()[-1]
-    )  # how it compares with the reference comes last
+    last = first.stderr.splitlines()[-1]  # how it compares with the reference comes last
+    assert "profile smoke is too small to judge" in last
     return runs
 
 
 @pytest.fixture(scope="session")
 def ewt(tmp_path_factory):
-    """A noun finder for real text, trained on EWT dev as it is and lower-cased; needs RAGKIT_REAL_DATA."""
+    """A noun finder trained on EWT dev as it is and lower-cased; needs RAGKIT_REAL_DATA."""
+    from ragkit.indicators.nouns import train_tagger
+
     sentences = read_conllu(Path(os.environ["RAGKIT_REAL_DATA"]) / "ud" / "en_ewt-ud-dev.conllu")
-    return train_tagger(
-        [(s.words, s.tags) for s in [*sentences, *(s.lower() for s in sentences)]],
-        tmp_path_factory.mktemp("ewt"),
-        seed=0,
-    )
+    both = [(s.words, s.tags) for s in [*sentences, *(s.lower() for s in sentences)]]
+    return train_tagger(both, tmp_path_factory.mktemp("ewt"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def falcon(tmp_path_factory):
+    """A small random Falcon (ALiBi, as Falcon-RW) with Falcon's own tokenizer."""
+    import torch
+    from transformers import FalconConfig, FalconForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("falcon")
+    packed = Path(os.environ["RAGKIT_REAL_DATA"]) / "tokenizers" / "falcon.tokenizer.json.gz"
+    file = folder / "tokenizer.json"
+    file.write_bytes(gzip.decompress(packed.read_bytes()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), eos_token="<|endoftext|>")
+    torch.manual_seed(0)
+    config = FalconConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        alibi=True, multi_query=False, parallel_attn=False, new_decoder_architecture=False,
+    )  # fmt: skip
+    FalconForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,4 +1,4 @@
-"""Folders in the hub's layout, as `datasets` finds them there: parquet files, named splits, a README with configurations."""
+"""Folders in the hub's layout: parquet files, named splits, a README with configurations."""
 
 import datasets
 
@@ -12,14 +12,15 @@ def write_nq(folder, questions, held_out):
         )
         table.to_parquet(folder / "nq_open" / f"{split}-00000-of-00001.parquet")
     (folder / "README.md").write_text(
-        "---\nlicense: cc-by-sa-3.0\nconfigs:\n- config_name: nq_open\n  data_files:\n  - split: train\n    path: nq_open/train-*\n"
+        "---\nlicense: cc-by-sa-3.0\nconfigs:\n- config_name: nq_open\n  data_files:\n"
+        "  - split: train\n    path: nq_open/train-*\n"
         "  - split: validation\n    path: nq_open/validation-*\n  default: true\n---\n"
     )
     return folder
 
 
 def write_trivia(folder, questions, held_out):
-    """TriviaQA's `unfiltered.nocontext`: answers are objects with `value` and `aliases`, beside many other columns."""
+    """TriviaQA's `unfiltered.nocontext`: answers are objects with `value` and `aliases`."""
     (folder / "unfiltered.nocontext").mkdir(parents=True)
     for split, rows in (("train", questions), ("validation", held_out)):
         answers = [
@@ -40,14 +41,15 @@ def write_trivia(folder, questions, held_out):
         )
         table.to_parquet(folder / "unfiltered.nocontext" / f"{split}-00000-of-00001.parquet")
     (folder / "README.md").write_text(
-        "---\nconfigs:\n- config_name: unfiltered.nocontext\n  data_files:\n  - split: train\n    path: unfiltered.nocontext/train-*\n"
+        "---\nconfigs:\n- config_name: unfiltered.nocontext\n  data_files:\n"
+        "  - split: train\n    path: unfiltered.nocontext/train-*\n"
         "  - split: validation\n    path: unfiltered.nocontext/validation-*\n---\n"
     )
     return folder
 
 
 def write_wiki(folder, passages, files=2):
-    """wiki_dpr's passages without embeddings, in several files below `data/psgs_w100/no_embeddings`."""
+    """wiki_dpr's passages without embeddings, in several files."""
     home = folder / "data" / "psgs_w100" / "no_embeddings"
     home.mkdir(parents=True)
     size = -(-len(passages) // files)
@@ -65,7 +67,7 @@ def write_wiki(folder, passages, files=2):
 
 
 def write_pools(folder, rows):
-    """Tevatron's layout: `query`, `answers`, and lists of positive and negative passages; rows are (query, answers, positives, negatives)."""
+    """Tevatron's layout; rows are (query, answers, positive passages, negative passages)."""
     (folder / "default").mkdir(parents=True)
 
     def objects(passages):
@@ -74,9 +76,12 @@ def write_pools(folder, rows):
     columns = list(zip(*rows, strict=True))
     table = datasets.Dataset.from_dict(
         {
-            "query_id": [str(i) for i in range(len(rows))], "query": columns[0], "answers": [list(a) for a in columns[1]],
-            "positive_passages": list(map(objects, columns[2])), "negative_passages": list(map(objects, columns[3])),
+            "query_id": [str(i) for i in range(len(rows))],
+            "query": columns[0],
+            "answers": [list(a) for a in columns[1]],
+            "positive_passages": list(map(objects, columns[2])),
+            "negative_passages": list(map(objects, columns[3])),
         }
-    )  # fmt: skip
+    )
     table.to_parquet(folder / "default" / "wikipedia-nq-dev.parquet")
     return folder

@@ -1,12 +1,16 @@
-"""Reads QED (Lamm et al. 2020): NQ questions, each with a Wikipedia passage in which people linked the question's noun phrases.
+"""Reads QED (Lamm et al. 2020): NQ questions, each with a Wikipedia passage in which people linked
+the question's noun phrases.
 
-One JSON object a line. `question_text` (lower case) and `paragraph_text` (cut into tokens by spaces: "the world 's"); all `start` and
-`end` are characters in them. `annotation.explanation_type` is `single_sentence`, `multi_sentence` or `none`; only the first kind, three
-quarters of the lines, has the rest: `referential_equalities`, a list of pairs of a `question_reference` and the
-`sentence_reference` that means the same (its places are in the whole paragraph), and `answer`, a list whose
-`paragraph_reference` is the answer. `bridge` is false where the two phrases name the same thing, else the preposition that would
-join them ("in": the passage speaks of the season, the question of an episode in it); such a reference may have no words in the
-passage at all: start and end are then -1. `original_nq_answers` is a list of answers, each a list of spans, one from each annotator.
+One JSON object a line. `question_text` (lower case) and `paragraph_text` (cut into tokens by
+spaces: "the world 's"); all `start` and `end` are characters in them.
+`annotation.explanation_type` is `single_sentence`, `multi_sentence` or `none`; only the first
+kind, three quarters of the lines, has the rest: `referential_equalities`, a list of pairs of a
+`question_reference` and the `sentence_reference` that means the same (its places are in the whole
+paragraph), and `answer`, a list whose `paragraph_reference` is the answer. `bridge` is false
+where the two phrases name the same thing, else the preposition that would join them ("in": the
+passage speaks of the season, the question of an episode in it); such a reference may have no
+words in the passage at all: start and end are then -1. `original_nq_answers` is a list of
+answers, each a list of spans, one from each annotator.
 
 Only lines 0, 2, 4, ... (counted from 0) are read: the odd ones are kept for another use.
 """
@@ -20,7 +24,7 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Explained:
-    """`links` pairs a span of the question with the span of the passage that people say means the same.
+    """`links` pairs a span of the question with that of the passage that means the same.
 
     `implied` holds the spans of the question whose counterpart has no words in the passage.
     """

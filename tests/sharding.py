@@ -22,7 +22,7 @@ from ragkit.models.fid import open_reader
 from ragkit.models.index import make_candidates, make_index, make_vectors
 from ragkit.models.retriever import make_retriever
 from ragkit.models.step1 import make_step1
-from ragkit.profile import (
+from ragkit.settings import (
     IndexSettings,
     MachineSettings,
     ReaderSettings,

@@ -1,14 +1,12 @@
-"""The bench's own machinery, on readers small enough to run in a test: its numbers are not looked at, its shape is."""
+"""The bench's own machinery, on small readers: its numbers are not looked at, its shape is."""
 
 import json
 from pathlib import Path
 
 import pytest
 from benchmarks import attention as bench
-from benchmarks import index as index_bench
 
 from ragkit.attention.cost import Shape, recorded_bytes
-from ragkit.models import index
 from ragkit.pages import plots
 
 
@@ -66,37 +64,3 @@ def test_a_bench_makes_a_table_and_a_figure_and_goes_on_where_it_stopped(
     figure, alt = plots.attention_cost(table)
     assert "llama, 256 tokens, ours" in alt
     assert len(figure.axes) == 4
-
-
-def test_a_bench_of_an_index_ends_in_its_two_tables(tmp_path, monkeypatch):
-    for name in ("learn_ivfpq", "write_index"):
-        monkeypatch.setattr(
-            index, name, getattr(index, name)
-        )  # the bench wraps them: here it would outlive the test
-    small = {
-        "DIMENSIONS": 16,
-        "RANK": 4,
-        "SHARD": 5000,
-        "QUERIES": 40,
-        "THREADS": 1,
-        "PROBES": (2, 32),
-        "CANDIDATES": (5, 100),
-    }
-    for name, value in small.items():
-        monkeypatch.setattr(index_bench, name, value)
-    monkeypatch.setattr(
-        index_bench,
-        "SETTINGS",
-        index_bench.SETTINGS.model_copy(
-            update={"trained_on": 10_000, "lists": 32, "code_bytes": 4}
-        ),
-    )
-    steps, recall = index_bench.bench(tmp_path, 12_000)
-    assert (steps["seconds"] >= 0).all()
-    assert {"make the vectors", "- learn", "build", "open"} < set(steps["step"])
-    assert steps.loc[steps["step"] == "make the vectors", "MB on disk"].item() == pytest.approx(
-        12_000 * 16 * 2 / 1e6, abs=0.1
-    )
-    assert recall["recall@5"].iloc[-1] > max(
-        0.95, recall["recall@5"].iloc[0]
-    )  # every list searched, many candidates scored again

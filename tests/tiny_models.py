@@ -1,4 +1,4 @@
-"""Tiny readers with random weights, one for each architecture, and what reaches their attention, caught independently."""
+"""Tiny readers with random weights, and what reaches their attention, caught independently."""
 
 import contextlib
 import copy
@@ -67,9 +67,17 @@ CONFIGS = {
     "gemma3": Gemma3TextConfig(**GEMMA),
 }
 KINDS = {
-    "falcon": "FalconForCausalLM", "llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel", "gpt_neox": "GPTNeoXForCausalLM", "opt": "OPTForCausalLM",
-    "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "phi": "PhiForCausalLM", "gemma2": "Gemma2ForCausalLM", "gemma3_text": "Gemma3ForCausalLM",
-}  # fmt: skip
+    "falcon": "FalconForCausalLM",
+    "llama": "LlamaForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+    "gpt_neox": "GPTNeoXForCausalLM",
+    "opt": "OPTForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "phi": "PhiForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
+}
 
 
 def make(name, implementation=None, seed=0):
@@ -95,64 +103,35 @@ def prompts(sizes, side="right", seed=1):
 @contextlib.contextmanager
 def caught(calls):
     """Appends what reaches the fused kernel, or Gemma 2's own attention function, to `calls`."""
-    kernel, own = (
-        torch.nn.functional.scaled_dot_product_attention,
-        modeling_gemma2.eager_attention_forward,
-    )
+    places = ("query", "key", "value", "mask", "dropout", "is_causal")
+    kernel = torch.nn.functional.scaled_dot_product_attention
+    own = modeling_gemma2.eager_attention_forward
 
-    def spy(
-        query,
-        key,
-        value,
-        attn_mask=None,
-        dropout_p=0.0,
-        is_causal=False,
-        scale=None,
-        enable_gqa=False,
-    ):
-        calls.append(
-            {
-                "query": query,
-                "key": key,
-                "value": value,
-                "mask": attn_mask,
-                "is_causal": is_causal,
-                "scale": scale,
-                "softcap": None,
-            }
-        )
-        return kernel(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+    def note(query, key, value, mask=None, dropout=0.0, is_causal=False, scale=None, softcap=None):
+        call = {"query": query, "key": key, "value": value, "mask": mask, "is_causal": is_causal}
+        calls.append({**call, "scale": scale, "softcap": softcap})
 
-    def own_spy(
-        module, query, key, value, attention_mask, dropout=0.0, scaling=None, softcap=None, **rest
-    ):
-        calls.append(
-            {
-                "query": query,
-                "key": key,
-                "value": value,
-                "mask": attention_mask,
-                "is_causal": False,
-                "scale": scaling,
-                "softcap": softcap,
-            }
-        )
-        return own(module, query, key, value, attention_mask, dropout, scaling, softcap, **rest)
+    def spy(*given, **rest):
+        named = {"mask" if name == "attn_mask" else name: one for name, one in rest.items()}
+        named = {
+            name: one for name, one in named.items() if name not in ("dropout_p", "enable_gqa")
+        }
+        note(**dict(zip(places, given, strict=False)), **named)
+        return kernel(*given, **rest)
 
-    torch.nn.functional.scaled_dot_product_attention, modeling_gemma2.eager_attention_forward = (
-        spy,
-        own_spy,
-    )
+    def own_spy(module, query, key, value, attention_mask, **rest):
+        scale, softcap = rest.get("scaling"), rest.get("softcap")
+        note(query, key, value, attention_mask, scale=scale, softcap=softcap)
+        return own(module, query, key, value, attention_mask, **rest)
+
+    torch.nn.functional.scaled_dot_product_attention = spy
+    modeling_gemma2.eager_attention_forward = own_spy
     try:
         with torch.no_grad():
             yield
     finally:
-        (
-            torch.nn.functional.scaled_dot_product_attention,
-            modeling_gemma2.eager_attention_forward,
-        ) = kernel, own
+        torch.nn.functional.scaled_dot_product_attention = kernel
+        modeling_gemma2.eager_attention_forward = own
 
 
 def attention_matrix(query, key, mask, is_causal, scale, softcap, **unused):

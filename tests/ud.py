@@ -1,4 +1,4 @@
-"""Reads Universal Dependencies treebanks (CoNLL-U): words, their gold parts of speech, and the text they stand in."""
+"""Reads Universal Dependencies treebanks (CoNLL-U): words, parts of speech and the text."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Sentence:
-    """`spaces[i]`: whether a space follows word i in the text. `spans[i]`: where word i stands in `text`."""
+    """`spaces[i]`: whether a space follows word i. `spans[i]`: where it stands in `text`."""
 
     id: str
     words: list[str]
@@ -32,7 +32,7 @@ class Sentence:
 
 
 def read_conllu(path: Path) -> list[Sentence]:
-    """All sentences. Words of a contraction ("do" and "n't" of 2-3) stand side by side; empty nodes (8.1) are left out."""
+    """All sentences, the words of a contraction ("do", "n't") side by side, without empty nodes."""
     sentences = []
     for block in path.read_text("utf8").strip().split("\n\n"):
         words, tags, spaces = [], [], []

@@ -1,27 +1,20 @@
-"""Exact attention rows of any reader, and what they cost. Needs nothing of the other rooms."""
+"""Exact attention rows of any reader, and their cost. This folder works alone, under any name."""
 
-from ragkit.attention.kernels import AttentionError
-from ragkit.attention.record import (
+from .kernels import AttentionError
+from .record import (
     Record,
     branch,
-    contributions,
     observe,
     observe_cross,
-    passage_scores,
-    pooled,
     read_prefix,
     record,
     record_cross,
     record_generation,
 )
+from .scores import contributions, passage_scores, pooled
 
-__all__ = [
-    "AttentionError",
-    "Record",
-    "branch",
-    "contributions",
-    "observe",
-    "observe_cross",
+__all__ = ["AttentionError", "Record", "branch", "contributions", "observe", "observe_cross"]
+__all__ += [
     "passage_scores",
     "pooled",
     "read_prefix",

@@ -6,9 +6,7 @@ import errno
 import gzip
 import hashlib
 import json
-import os
 import re
-import shutil
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,90 +23,53 @@ from ragkit.errors import DataError, StoreError
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LARGE, PIECES, PIECE = 2**28, 64, 2**20  # bytes, number, bytes: see `file_hash`
-ROW = """an object a question, such as {"question": "...", "answer": ["..."]}"""
-GAP = re.compile(r"[\s,]*")
+ROW = 'an object a question, such as {"question": "...", "answer": ["..."]}'
 
 
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
     """A text file, gzipped or not. Raises DataError if it is missing, cut short or not UTF-8."""
     if not path.is_file():
-        raise DataError(
-            f"No file {path}. Check the path in the profile; relative paths start from its folder."
-        )
+        raise DataError(f"No file {path}. Check the path: it starts from the profile's folder.")
     opened = gzip.open if path.suffix == ".gz" else open
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
             yield file
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path} is damaged or no gzip file ({error}). Fetch it again, or unpack it and drop "
-            "the .gz."
-        ) from None
+        raise DataError(f"{path} is damaged or no gzip file ({error}). Fetch it again.") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from None
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of each line, or of each entry of a JSON array (DPR's own files).
+    """The objects of a file, or of a JSON array (DPR's own), with the lines on which they begin.
 
     Raises DataError that names file and line.
     """
     with open_text(path) as file:
-        first = next((line for line in file if line.strip()), "").strip()
-        file.seek(0)
-        is_whole = first.startswith("[") or first == "{"  # else a value a line
-        for number, row in _entries(file.read(), path) if is_whole else _lines(file, path):
-            where = f"{path}, line {number}"
-            if not isinstance(row, dict):
-                raise DataError(f"{where}: expected {ROW}.")
-            if isinstance(row.get("data"), list) and "question" not in row:
-                raise DataError(f"{where}: a SQuAD file (articles with paragraphs). Write {ROW}.")
-            try:
-                json.dumps(row, ensure_ascii=False).encode("utf8")
-            except UnicodeEncodeError:
-                raise DataError(
-                    f"{where}: half a character (a lone surrogate such as \\ud800). Mend the text."
-                ) from None
-            yield number, row
-
-
-def _lines(file: Iterable[str], path: Path) -> Iterator[tuple[int, Any]]:
-    """The JSON value of each line."""
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                raise DataError(
-                    f"{path}, line {number}: not valid JSON ({error}). Mend or remove the line."
-                ) from None
-
-
-def _entries(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """The entries of a JSON array, or values over several lines, with the lines they start on."""
-    decoder, is_array = json.JSONDecoder(), text.lstrip().startswith("[")
-    place = text.index("[") + 1 if is_array else 0
-    number, counted = 1, 0
+        text = file.read()
+    is_array, gap = text.lstrip().startswith("["), re.compile(r"[\s,]*")
+    decoder, place, counted, line = json.JSONDecoder(), 0, 0, 1
+    if is_array:
+        place = text.index("[") + 1
     while True:
-        place += len(GAP.match(text, place).group())  # type: ignore[union-attr]
+        place += len(gap.match(text, place)[0])  # type: ignore[index]
         if text.startswith("]", place) or (place == len(text) and not is_array):
             return
-        number, counted = number + text.count("\n", counted, place), place
+        line, counted = line + text.count("\n", counted, place), place
         try:
             row, place = decoder.raw_decode(text, place)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {error.lineno}: not valid JSON ({error.msg}). Mend the file."
-            ) from None
-        yield number, row
+            json.dumps(row, ensure_ascii=False).encode("utf8")  # half a character would come later
+        except ValueError as error:
+            raise DataError(f"{path}, line {line}: not valid JSON ({error}). Mend it.") from None
+        if not isinstance(row, dict) or ("data" in row and "question" not in row):
+            raise DataError(f"{path}, line {line}: expected {ROW}, not values or SQuAD's articles.")
+        yield line, row
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes an object a line."""
-    with open(path, "w", encoding="utf8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf8")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -134,16 +95,12 @@ def room_on_disk(folder: Path, doing: str) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None)
-        if isinstance(error, SafetensorError):  # it writes through Rust: the number is in its words
-            number = next((n for n in NO_ROOM if f"(os error {n})" in str(error)), None)
-        if number not in NO_ROOM:
+        told = re.search(r"(?:Errno|os error) (\d+)", str(error))  # safetensors tells it in words
+        if not told or int(told[1]) not in NO_ROOM:
             raise
-        free = shutil.disk_usage(folder).free / 2**20
         raise StoreError(
-            f"No room to write {doing} in {folder} ({os.strerror(number)}; {free:.0f} MiB free on "
-            "its disk). Free some space or choose another place with --runs, then give the same "
-            "command: what was finished is kept."
+            f"No room to write {doing} in {folder} ({error}). Free some space or choose another "
+            "place with --runs, then give the same command: what was finished is kept."
         ) from error
 
 

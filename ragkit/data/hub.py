@@ -2,109 +2,79 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pyarrow as pa
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 
-from ragkit.data.passages import Passage, passage_from
+from ragkit.data.passages import Passage
 from ragkit.errors import DataError
-from ragkit.profile import HubTable
+from ragkit.settings import HubTable
 
-ID_KEYS = ("id", "docid", "psg_id", "passage_id")  # of the passages of a pool
-
-
-@contextmanager
-def fetching(table: HubTable, what: str) -> Iterator[None]:
-    """A clear word on a table that cannot be had, in place of the libraries' own."""
-    name = f"{table.dataset!r}" + (f", configuration {table.config!r}" if table.config else "")
-    try:
-        yield
-    except (OSError, ValueError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
-        first = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        if Path(table.dataset).is_dir():
-            why = (
-                "its folder does not hold whole data files of this configuration and split. "
-                "Fetch them again, or mend the profile"
-            )
-        elif isinstance(error, ValueError | datasets.exceptions.DatasetNotFoundError):
-            why = (
-                "the hub has no such table, revision or split, or it is gated. Look at its page, "
-                "accept its terms there and log in (`hf auth login`), or mend the profile"
-            )
-        else:
-            why = (
-                "it did not come whole: no network, the hub's offline mode, a full disk, or a file "
-                "that was cut off. The same command goes on with the files that are whole; or give "
-                "a local folder in the profile"
-            )
-        raise DataError(f"The {what} {name} cannot be loaded: {why}. ({first[0][:300]})") from None
+ID_KEYS = ("id", "docid", "psg_id", "passage_id")
 
 
-def load(table: HubTable, split: str, what: str, needed: Iterable[str]) -> Dataset:
-    """One split of a table, memory-mapped, its `needed` columns renamed to our own names.
+def load(table: HubTable, split: str, columns: Sequence[str]) -> Dataset:
+    """One split of a table, memory-mapped, with these of our columns.
 
-    `what` names the table in messages. Raises DataError where it cannot be had, lacks a column or
-    does not have as many rows as the profile says.
+    Raises DataError where it cannot be had, lacks a column or does not have as many rows as the
+    profile says.
     """
-    with fetching(table, what):
-        local = Path(table.dataset).is_dir()
-        if table.files:
-            root = table.dataset if local else f"hf://datasets/{table.dataset}@{table.revision}"
-            kind = "parquet" if table.files.endswith(".parquet") else "json"
-            files = {split: f"{root}/{table.files.format(split=split)}"}
-            found = load_dataset(kind, data_files=files, split=split)
-        else:
-            revision = {} if local else {"revision": table.revision}
-            found = load_dataset(table.dataset, table.config, split=split, **revision)
-    if (expected := table.rows.get(split, len(found))) != len(found):
+    where = f"Table {table.dataset!r}, configuration {table.config!r}, split {split!r}"
+    is_local = Path(table.dataset).is_dir()
+    kind = table.dataset
+    options: dict[str, Any] = {} if is_local else {"revision": table.revision}
+    if table.files:
+        kind = "parquet" if table.files.endswith(".parquet") else "json"
+        root = table.dataset if is_local else f"hf://datasets/{table.dataset}@{table.revision}"
+        options = {"data_files": {split: f"{root}/{table.files.format(split=split)}"}}
+    elif table.config:
+        options["name"] = table.config
+    try:
+        found = load_dataset(kind, split=split, **options)
+    except (OSError, ValueError, DatasetsError, pa.ArrowException) as error:
+        told = str(error.__cause__ or error).strip().partition("\n")[0][:300]
         raise DataError(
-            f"The {what} {table.dataset!r}, split {split!r}, has {len(found)} rows; the profile "
-            f"expects {expected}: another revision, or a file is missing."
-        )
-    theirs = {ours: table.columns.get(ours, ours) for ours in needed}
-    there = found.column_names
-    if missing := [
-        f"{name!r} (our {ours!r})" for ours, name in theirs.items() if name not in there
-    ]:
+            f"{where} cannot be loaded ({told or type(error).__name__}). A folder must hold its "
+            "whole files; the hub must be reached, have it at this revision and, where it is "
+            "gated, know you (`hf auth login`). Files that came whole are kept."
+        ) from None
+    expected, there = table.rows.get(split, len(found)), found.column_names
+    if expected != len(found):
+        raise DataError(f"{where}: {len(found)} rows; the profile expects {expected}.")
+    ours = {table.columns.get(name, name): name for name in columns}
+    if missing := [f"{name!r} (our {ours[name]!r})" for name in ours if name not in there]:
         raise DataError(
-            f"The {what} {table.dataset!r} has no column {', '.join(missing)}; there are "
-            f"{', '.join(there)}. Say in `columns` of the profile which of them to read."
+            f"{where}: no column {', '.join(missing)}; there are {', '.join(there)}. Say in "
+            "`columns` of the profile which of them to read."
         )
-    renamed = {name: ours for ours, name in theirs.items() if name != ours}
-    return found.select_columns(list(theirs.values())).rename_columns(renamed)
+    renamed = {name: our for name, our in ours.items() if name != our}
+    return found.select_columns(list(ours)).rename_columns(renamed)
 
 
-def drawn(n: int, most: int | None, seed: int) -> list[int]:
-    """The places of `most` of n passages drawn by the seed, in order, or all places."""
-    if most is None or most >= n:
-        return list(range(n))
-    return sorted(random.Random(f"passages {seed}").sample(range(n), most))
+def passages_of(table: HubTable, split: str) -> Iterator[Passage]:
+    """The passages of a table, batch by batch; those without text are left out."""
+    for batch in load(table, split, ("id", "title", "text")).iter(batch_size=1000):
+        for values in zip(*batch.values(), strict=True):
+            row = dict(zip(batch, values, strict=True))
+            passage = passage_of(row, f"{table.dataset}, passage {row['id']}")
+            if passage.text.strip():
+                yield passage
 
 
-def passages_of(table: Dataset) -> Iterator[Passage]:
-    """The passages of a table with our columns, batch by batch; those without text are left out."""
-    for batch in table.iter(batch_size=1000):
-        for name, title, text in zip(batch["id"], batch["title"], batch["text"], strict=True):
-            if text is None or (isinstance(text, str) and not text.strip()):
-                continue
-            yield passage_from({"title": title, "text": text}, str(name), f"passage {name}")
+def passage_of(row: Any, where: str) -> Passage:
+    """A passage from an object with `text`, perhaps `title` and an id; null counts as empty.
 
-
-def pool(cell: Any, where: str) -> list[Passage]:
-    """The passages of one question's pool: a list of objects, or an object of lists."""
-    if isinstance(cell, dict):
-        cell = [dict(zip(cell, values, strict=True)) for values in zip(*cell.values(), strict=True)]
-    made = []
-    for one in cell or []:
-        found = passage_from(one, "", f"{where}, a passage of the pool")
-        names = (str(one[key]) for key in ID_KEYS if one.get(key) not in (None, ""))
-        if found.text.strip():
-            made.append(replace(found, id=next(names, f"{found.title}: {found.text}")))
-    return made
+    Raises DataError for other types.
+    """
+    if not isinstance(row, Mapping) or "text" not in row:
+        raise DataError(f"{where}: no 'text'. A passage is an object with 'title' and 'text'.")
+    for key in ("title", "text"):
+        if not isinstance(row.get(key), str | None):
+            raise DataError(f"{where}: {key!r} is no text but {row[key]!r:.60}. Mend it.")
+    title, text = row.get("title") or "", row["text"] or ""
+    names = (str(row[key]) for key in ID_KEYS if row.get(key) not in (None, ""))
+    return Passage(next(names, f"{title}: {text}"), title, text)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -20,9 +21,7 @@ log = logging.getLogger(__name__)
 AT_ONCE = 10_000  # passages of a batch in the file
 FIELDS = ("id", "title", "text")
 HEADER = ["id", "text", "title"]
-LONGEST = 2**17  # characters of a TSV row: one with more has a quote that is never closed
-# A row of three fields: one with quotes, tabs or line ends stands in quotes, its quotes doubled.
-QUOTED_ROW = re.compile("\t".join([r'("(?:[^"]++|"")*+"|[^"\t\r\n]*)'] * 3) + r"[\r\n]*")
+CSV_FIELD = re.compile('"(?:[^"]|"")*"')  # in quotes, those within doubled
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Passage:
 
 
 class Passages(Sequence[Passage]):
-    """The passages of a file that `write_passages` made; only those asked for are read.
+    """The passages of a file of `write_passages`; only those asked for are read.
 
     Raises DataError if it is damaged.
     """
@@ -58,25 +57,13 @@ class Passages(Sequence[Passage]):
     def __getitem__(self, place: slice) -> list[Passage]: ...
     def __getitem__(self, place: int | slice) -> Passage | list[Passage]:
         if isinstance(place, slice):
-            start, stop, step = place.indices(len(self))
-            if step == 1:
-                return list(rows_of(self.table.slice(start, max(0, stop - start))))
-            return [self[i] for i in range(start, stop, step)]
-        number = int(place)
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"passage {number} of {len(self)}")
-        return Passage(*(self.table.column(name)[number % len(self)].as_py() for name in FIELDS))
+            return [self[i] for i in range(len(self))[place]]
+        row = range(len(self))[place]  # as of a list: from its end too, and no further than it goes
+        return Passage(*(self.table.column(name)[row].as_py() for name in FIELDS))
 
     def __iter__(self) -> Iterator[Passage]:
-        for batch in self.table.to_batches(AT_ONCE):
-            yield from rows_of(batch)
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Sequence)
-            and len(self) == len(other)
-            and all(a == b for a, b in zip(self, other, strict=True))
-        )
+        for batch in self.table.to_batches():
+            yield from map(Passage, *(batch.column(name).to_pylist() for name in FIELDS))
 
 
 def passage_text(passage: Passage) -> str:
@@ -89,21 +76,6 @@ def block(title: str, text: str) -> str:
     return f"{title}: {text}"
 
 
-def passage_from(row: Any, name: str, where: str) -> Passage:
-    """A passage from an object with `text`, perhaps `title`; raises DataError for other types."""
-    if not isinstance(row, Mapping) or not isinstance(row.get("text"), str):
-        raise DataError(f"{where}: no 'text'. A passage is an object with 'title' and 'text'.")
-    title = row.get("title")
-    if title is not None and not isinstance(title, str):
-        raise DataError(f"{where}: 'title' is no text but {title!r:.60}. Mend it or leave it out.")
-    return Passage(name, title or "", row["text"])
-
-
-def rows_of(part: Any) -> Iterator[Passage]:
-    """The passages of an Arrow table or batch."""
-    return map(Passage, *(part.column(name).to_pylist() for name in FIELDS))
-
-
 def write_passages(path: Path, passages: Iterable[Passage]) -> Passages:
     """Writes passages as they come, and opens them.
 
@@ -113,23 +85,16 @@ def write_passages(path: Path, passages: Iterable[Passage]) -> Passages:
     waiting = iter(passages)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         while batch := list(islice(waiting, AT_ONCE)):
-            writer.write_batch(
-                pa.record_batch(
-                    [[getattr(p, name) for p in batch] for name in FIELDS], schema=schema
-                )
-            )
+            columns = [[getattr(passage, name) for passage in batch] for name in FIELDS]
+            writer.write_batch(pa.record_batch(columns, schema=schema))
     made = Passages(path)
     if not len(made):
         raise DataError("There are no passages.")
-    counts = pc.value_counts(made.table.column("id"))
-    if len(counts) < len(made):
-        name = counts.filter(pc.greater(pc.struct_field(counts, "counts"), 1))[0]["values"].as_py()
-        first, second = islice(
-            (place for place, passage in enumerate(made, 1) if passage.id == name), 2
-        )
-        raise DataError(
-            f"Passages {first} and {second} have the same id {name!r}. Give each its own."
-        )
+    if pc.count_distinct(made.table.column("id")).as_py() < len(made):
+        seen: dict[str, int] = {}
+        for place, name in enumerate(made.table.column("id").to_pylist(), 1):
+            if (first := seen.setdefault(name, place)) < place:
+                raise DataError(f"Passages {first} and {place} have the same id {name!r}.")
     return made
 
 
@@ -139,62 +104,48 @@ def read_tsv(path: Path) -> Iterator[Passage]:
     Quotes are CSV's (DPR's own file) or part of the text (raw), as `quoting` finds. Passages of no
     text are left out, and the log says how many. Raises DataError that names file and line.
     """
-    quoted, decided = quoting(path)
-    empty: list[int] = []
+    is_csv, decided = quoting(path)
+    number, empty = 1, []
     with open_text(path) as file:
-        lines = enumerate(file, start=1)
-        for number, line in lines:
-            where = f"{path}, line {number}"
-            row = line.rstrip("\r\n").split("\t")
-            if '"' in line and len(row) == 3:
-                tells = line_quoting(line)
-                if tells is (not quoted) and (tells or line.count('"') % 2 == 0):
-                    here, there = ("single", "doubled") if quoted else ("doubled", "single")
-                    raise DataError(
-                        f"{where}: quotes inside the text are {here} here, {there} in line "
-                        f"{decided}. Write them all alike."
-                    )
-            if quoted and '"' in line:
-                while not (match := QUOTED_ROW.fullmatch(line)) and len(line) < LONGEST:
-                    if (more := next(lines, None)) is None:
-                        break
-                    line += more[1]
-                if not match:
-                    raise DataError(
-                        f"{where}: not a tab-separated row: a quote that is never closed?"
-                    )
-                row = [unquoted(field) for field in match.groups()]
-            if number == 1 and row != HEADER:
-                raise DataError(
-                    f"{where}: expected the header id, text, title (tab-separated), found {row}."
-                )
-            if len(row) != 3:
-                raise DataError(f"{where}: expected 3 tab-separated fields, found {len(row)}.")
-            if not row[1].strip():
-                empty.append(number)
-            elif number > 1:
-                yield Passage(row[0], row[2], row[1])
+        style: Any = csv.QUOTE_MINIMAL if is_csv else csv.QUOTE_NONE
+        rows = csv.reader(file, delimiter="\t", quoting=style, strict=True)
+        try:
+            for row in rows:
+                if len(row) != 3 or (number == 1 and row != HEADER):
+                    wanted = "the header id, text, title" if number == 1 else "3 fields"
+                    raise csv.Error(f"expected {wanted}, between tabs; found {row}")
+                if not is_csv and line_quoting("\t".join(row)):
+                    raise csv.Error("quotes are doubled here, as in CSV")
+                if not row[1].strip():
+                    empty.append(number)
+                elif number > 1:
+                    yield Passage(row[0], row[2], row[1])
+                number = rows.line_num + 1
+        except csv.Error as error:
+            kind = "CSV's, and doubled within the text" if is_csv else "part of the text"
+            told = f" By line {decided} the file's quotes are {kind}." if decided else ""
+            raise DataError(f"{path}, line {number}: {error}.{told} Mend the row.") from None
     if empty:
         said = "%s: %d passages without text were left out (the first at line %d)."
         log.warning(said, path, len(empty), empty[0])
 
 
-def unquoted(field: str) -> str:
-    """A field of a row as CSV means it."""
-    return field[1:-1].replace('""', '"') if field.startswith('"') else field
-
-
 def line_quoting(line: str) -> bool | None:
     """Whether a line's quotes must be CSV's (True) or part of the text (False); None: either."""
-    is_row = line.count("\t") == 2
-    if not (match := QUOTED_ROW.fullmatch(line)):
-        return not is_row  # the beginning of a row of several lines, or plain text
-    is_doubled = any(field.startswith('"') and '""' in field[1:-1] for field in match.groups())
-    return True if is_doubled or not is_row else None
+    fields = line.rstrip("\r\n").split("\t")
+    if len(fields) != 3:
+        return True  # the beginning of a row of several lines, or a tab within quotes
+    quoted = [field for field in fields if '"' in field]
+    if not all(CSV_FIELD.fullmatch(field) for field in quoted):
+        return False
+    return any('""' in field[1:-1] for field in quoted) or None
 
 
 def quoting(path: Path) -> tuple[bool, int]:
-    """Whether a TSV's quotes are CSV's, and the line that tells. Raises DataError if none does."""
+    """Whether a TSV's quotes are CSV's, and the line that tells (0: there are no quotes).
+
+    Raises DataError if no line tells.
+    """
     unclear = 0
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):

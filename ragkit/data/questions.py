@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import TypeAdapter
 
 from ragkit.data.files import input_hash, read_jsonl
 from ragkit.data.passages import Passage, Passages
 from ragkit.data.text import holds_answer, normalise
 from ragkit.errors import DataError
-from ragkit.profile import FileSet, HubSet, HubTable, QuestionSet, WorldSet
+from ragkit.settings import HubSet, HubTable, QuestionSet, WorldSet
 
 PARTS = ("distill", "dev", "test")
 PASSAGES = "passages.arrow"
@@ -25,18 +28,14 @@ CUTS = (1, 5, 20)
 
 @dataclass(frozen=True)
 class Question:
-    """A question, its accepted answers, and the corpus indices of the passages that state one.
-
-    `cloze` is the beginning of a statement with the same answer, for readers that only complete
-    text; `relation` and `wording` name the kind of question in the embedded worlds.
-    """
+    """A question, its accepted answers, and the corpus indices of the passages that state one."""
 
     id: str
     text: str
     answers: tuple[str, ...]
     gold: tuple[int, ...]
-    cloze: str = ""
-    relation: str = ""
+    cloze: str = ""  # a statement up to the answer, for readers that only complete text
+    relation: str = ""  # the kind of question in the embedded worlds, and its wording
     wording: int = -1
     entity: str = ""
 
@@ -52,26 +51,25 @@ class Corpus:
     @classmethod
     def load(cls, name: str, passages: Path, questions: Path) -> Corpus:
         """Opens the folders that `make_passages` and `make_questions` wrote."""
-        parts = {}
+        checked, parts = TypeAdapter(Question), {}
         for part in PARTS:
-            rows = [row for _, row in read_jsonl(questions / f"{part}.jsonl")]
-            tuples = [{key: tuple(row[key]) for key in ("answers", "gold")} for row in rows]
-            parts[part] = [Question(**row | own) for row, own in zip(rows, tuples, strict=True)]
+            rows = read_jsonl(questions / f"{part}.jsonl")
+            parts[part] = [checked.validate_python(row) for _, row in rows]
         return cls(name, Passages(passages / PASSAGES), parts)
 
     def golds(
         self, questions: Sequence[Question], ranking: NDArray[np.int64]
     ) -> list[tuple[int, ...]]:
-        """The passages that count as found for each question: the gold ones.
-
-        Where no gold passage is known (NQ-open, TriviaQA): those of its row of the ranking
-        `[questions, k]` whose text holds an answer: so count DPR, FiD and Contriever.
-        """
+        """The `gold` passages of each question and its row of the ranking `[questions, k]`."""
         rows = zip(questions, ranking.tolist(), strict=True)
         return [self.gold(question, row) for question, row in rows]
 
     def gold(self, question: Question, found: Sequence[int]) -> tuple[int, ...]:
-        """See `golds`."""
+        """The passages that count as found: the gold ones.
+
+        Where none is known (NQ-open, TriviaQA): those found whose text holds an answer, as DPR, FiD
+        and Contriever count.
+        """
         return question.gold or tuple(
             place for place in found if holds_answer(self.passages[place].text, question.answers)
         )
@@ -89,11 +87,11 @@ def reciprocal_ranks(
     found: Sequence[Sequence[int]], golds: Sequence[Sequence[int]]
 ) -> NDArray[np.float64]:
     """1 / rank of the first gold passage, 0 if none was found `[questions]`; MRR is the mean."""
-    ranks = []
+    made = []
     for row, gold in zip(found, golds, strict=True):
-        first = next((rank for rank, place in enumerate(row, 1) if place in gold), None)
-        ranks.append(1 / first if first else 0.0)
-    return np.array(ranks)
+        ranks = (1 / rank for rank, place in enumerate(row, 1) if place in gold)
+        made.append(next(ranks, 0.0))
+    return np.array(made)
 
 
 def text_and_answers(row: dict[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
@@ -106,29 +104,23 @@ def text_and_answers(row: dict[str, Any], where: str) -> tuple[str, tuple[str, .
     if not isinstance(text, str) or not text.strip():
         raise DataError(f"{where}: 'question' is missing or empty.")
     if isinstance(answers, dict):
-        answers = [answers.get("value"), *(answers.get("aliases") or [])]
-        answers = [one for one in answers if one is not None]
-    if isinstance(answers, str):
-        answers = _as_list(answers)
-    if not isinstance(answers, list | tuple):
-        answers = [] if answers is None else [answers]
-    if wrong := [one for one in answers if not isinstance(one, str)]:
-        raise DataError(
-            f"{where}: the answer {wrong[0]!r:.60} is no text. Put numbers and dates in quotes."
-        )
-    if not (kept := tuple(dict.fromkeys(one.strip() for one in answers if one.strip()))):
+        told = [answers.get("value"), *_as_list(answers.get("aliases"))]
+        answers = [one for one in told if one is not None]
+    elif isinstance(answers, str) and re.fullmatch(r"\s*\[.*\]\s*", answers, re.DOTALL):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # then it is a text
+            answers = ast.literal_eval(answers.strip())
+    if wrong := [one for one in _as_list(answers) if not isinstance(one, str)]:
+        raise DataError(f"{where}: the answer {wrong[0]!r:.60} is no text. Put it in quotes.")
+    if not (kept := dict.fromkeys(one.strip() for one in _as_list(answers) if one.strip())):
         raise DataError(f"{where}: no answers. 'answer' is a text, or a list with at least one.")
-    return text.strip(), kept
+    return text.strip(), tuple(kept)
 
 
-def _as_list(text: str) -> list[Any]:
-    """The list that a text writes out in Python's manner, or the text alone."""
-    if text.strip().startswith("[") and text.strip().endswith("]"):
-        try:
-            return list(ast.literal_eval(text.strip()))
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            pass
-    return [text]
+def _as_list(value: Any) -> list[Any]:
+    """A list or tuple as a list; nothing as an empty one; anything else as its only entry."""
+    if isinstance(value, list | tuple):
+        return list(value)
+    return [] if value is None else [value]
 
 
 def read_questions(path: Path, passages: Sequence[Passage]) -> list[Question]:
@@ -136,21 +128,19 @@ def read_questions(path: Path, passages: Sequence[Passage]) -> list[Question]:
 
     Raises DataError that names file and line, also for a gold passage that is not there.
     """
-    rows = list(read_jsonl(path))
-    golds = [
-        next((str(row[key]) for key in GOLD_KEYS if row.get(key) is not None), None)
-        for _, row in rows
-    ]
-    wanted = set(golds) - {None}
-    place = {p.id: i for i, p in enumerate(passages) if p.id in wanted} if wanted else {}
+    rows, golds = list(read_jsonl(path)), []
+    for _, row in rows:
+        named = (str(row[key]) for key in GOLD_KEYS if row.get(key) is not None)
+        golds.append(next(named, ""))
+    wanted = set(golds) - {""}
+    places = {p.id: (i,) for i, p in enumerate(passages) if p.id in wanted} if wanted else {}
     questions = []
-    for (number, row), gold in zip(rows, golds, strict=True):
-        where = f"{path}, line {number}"
-        text, answers = text_and_answers(row, where)
-        if gold is not None and gold not in place:
+    for (line, row), gold in zip(rows, golds, strict=True):
+        where = f"{path}, line {line}"
+        if gold and gold not in places:
             raise DataError(f"{where}: gold passage {gold!r} is not among the passages.")
-        known = () if gold is None else (place[gold],)
-        questions.append(Question(f"{path.name}:{number}", text, answers, known))
+        told = text_and_answers(row, where)
+        questions.append(Question(f"{path.name}:{line}", *told, places.get(gold, ())))
     return questions
 
 
@@ -163,73 +153,53 @@ def without_repeats(questions: Sequence[Question]) -> list[Question]:
     """Each question once, in order, with the answers and gold passages of all its repeats."""
     found: dict[str, Question] = {}
     for one in questions:
-        key = same_question(one.text)
-        if first := found.get(key):
-            answers = tuple(dict.fromkeys(first.answers + one.answers))
-            gold = tuple(sorted({*first.gold, *one.gold}))
-            found[key] = replace(first, answers=answers, gold=gold)
-        else:
-            found[key] = one
+        first = found.setdefault(same_question(one.text), one)
+        answers = tuple(dict.fromkeys(first.answers + one.answers))
+        gold = tuple(sorted({*first.gold, *one.gold}))
+        found[same_question(one.text)] = replace(first, answers=answers, gold=gold)
     return list(found.values())
-
-
-def input_hashes(settings: QuestionSet) -> dict[str, str]:
-    """The files that a set is read from, by hash; a hub's table is told by its revision."""
-    if isinstance(settings, WorldSet):
-        return {}
-    return _hashes(settings.passages) | _hashes(settings.questions)
-
-
-def _hashes(source: HubTable | str | None) -> dict[str, str]:
-    """The files of a local source, by hash."""
-    place = Path(source.dataset if isinstance(source, HubTable) else source or "")
-    if source is None or not place.exists():
-        return {}
-    files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
-    return {str(file): input_hash(file) for file in files}
 
 
 def passage_settings(settings: QuestionSet) -> dict[str, Any]:
     """What determines a set's passages, as JSON values: sets that agree in it share their stage."""
-    whole = settings.model_dump(mode="json")
-    if isinstance(settings, WorldSet):
-        world = ("source", "world", "seed", "entities", "wordings_per_fact")
-        return {key: whole[key] for key in world}
-    source: HubTable | str | None = settings.passages
-    if isinstance(settings, FileSet):
-        keys = ["source", "passages"]
-    elif settings.pools:  # the passages of the questions that are drawn
-        keys, source = [key for key in whole if key != "name"], settings.questions
-    else:
-        drawn = ["seed"] if settings.most_passages else []
-        keys = ["source", "passages", "passage_split", "most_passages", *drawn]
-    return {key: whole[key] for key in keys} | {"contents": _hashes(source)}
+    kept, source = {"world", "seed", "entities", "wordings_per_fact"}, None
+    if not isinstance(settings, WorldSet):
+        kept, source = {"passages", "passage_split"}, settings.passages
+    if isinstance(settings, HubSet) and settings.pools:  # passages of the questions that are drawn
+        kept, source = set(HubSet.model_fields) - {"name"}, settings.questions
+    told = settings.model_dump(mode="json", include={"source", *kept})
+    return told | {"contents": contents(source)}
 
 
 def question_settings(settings: QuestionSet) -> dict[str, Any]:
     """What determines a set's questions beside its passages, as JSON values."""
-    contents = {} if isinstance(settings, WorldSet) else _hashes(settings.questions)
-    return settings.model_dump(mode="json") | {"contents": contents}
+    source = None if isinstance(settings, WorldSet) else settings.questions
+    return settings.model_dump(mode="json") | {"contents": contents(source)}
+
+
+def contents(source: HubTable | str | None) -> dict[str, str]:
+    """The files of a source on disk, by hash; a hub's table is told by its revision."""
+    place = Path(source.dataset if isinstance(source, HubTable) else source or "")
+    if source is None or not place.exists():
+        return {}
+    files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
+    return {str(file): input_hash(file) for file in files}
 
 
 def card(settings: QuestionSet) -> list[dict[str, str]]:
     """Where a set's texts come from: rows of set, what, source, revision, licence."""
-
-    def row(what: str, source: HubTable | str) -> dict[str, str]:
+    names = ("set", "what", "source", "revision", "licence")
+    if isinstance(settings, WorldSet):
+        told = (f"embedded world {settings.world!r}", f"seed {settings.seed}", "Apache-2.0")
+        return [dict(zip(names, (settings.name, "questions and passages", *told), strict=True))]
+    rows = []
+    for what in ("questions", "passages"):
+        source = getattr(settings, what) or settings.questions  # pools stand beside the questions
         if isinstance(source, HubTable):
             name = source.dataset + (f" ({source.config})" if source.config else "")
             told = (name, source.revision, source.licence)
         else:
-            digest = _hashes(source).get(source, "unknown")[:12]
+            digest = contents(source).get(source, "unknown")[:12]
             told = (Path(source).name, f"sha256 {digest}", "as its source says")
-        names = ("set", "what", "source", "revision", "licence")
-        return dict(zip(names, (settings.name, what, *told), strict=True))
-
-    if isinstance(settings, WorldSet):
-        made = row("questions and passages", f"embedded world {settings.world!r}")
-        return [made | {"revision": f"seed {settings.seed}", "licence": "Apache-2.0"}]
-    if isinstance(settings, HubSet) and settings.passages is None:
-        pooled = row(f"passages ({', '.join(settings.pools)})", settings.questions)
-        return [row("questions", settings.questions), pooled]
-    assert settings.passages is not None
-    return [row("questions", settings.questions), row("passages", settings.passages)]
+        rows.append(dict(zip(names, (settings.name, what, *told), strict=True)))
+    return rows

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from pydantic import TypeAdapter
 
 from ragkit.data import hub
@@ -23,9 +24,9 @@ from ragkit.data.questions import (
     text_and_answers,
     without_repeats,
 )
-from ragkit.data.worlds import build_world, world_passages
+from ragkit.data.worlds import build_world
 from ragkit.errors import DataError
-from ragkit.profile import FileSet, HubSet, HubTable, QuestionSet, WorldSet
+from ragkit.settings import FileSet, HubSet, HubTable, QuestionSet, WorldSet
 
 log = logging.getLogger(__name__)
 Rows = dict[str, list[tuple[str, dict[str, Any]]]]  # of a hub's table: names and rows by part
@@ -34,16 +35,17 @@ Rows = dict[str, list[tuple[str, dict[str, Any]]]]  # of a hub's table: names an
 def make_passages(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """Writes the passages of a set; `settings["set"]` is its `passage_settings`."""
     chosen = {key: value for key, value in settings["set"].items() if key != "contents"}
-    passages: Iterator[Passage] | Sequence[Passage]
+    passages: Iterable[Passage]
     if chosen["source"] == "world":
-        passages = world_passages(WorldSet(name="any", **chosen))[0]
-    elif chosen["source"] == "files":
-        passages = read_tsv(Path(chosen["passages"]))
+        world = WorldSet(name="any", **chosen)
+        passages = build_world(world.model_copy(update=dict.fromkeys(PARTS, 0))).passages
     elif chosen.get("pools"):
         one = HubSet(name="any", **chosen)
         passages = pooled(one, hub_rows(one)[0])[0]
+    elif isinstance(chosen["passages"], str):
+        passages = read_tsv(Path(chosen["passages"]))
     else:
-        passages = hub_passages(chosen)
+        passages = hub.passages_of(HubTable(**chosen["passages"]), chosen["passage_split"])
     write_passages(folder / PASSAGES, passages)
 
 
@@ -61,12 +63,9 @@ def make_questions(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
         read = read_questions(Path(one.questions), Passages(inputs["passages"] / PASSAGES))
         questions = without_repeats(read)
         left_out["repeated"] = len(read) - len(questions)
-        sizes = {part: getattr(one, part) for part in PARTS}
-        parts = split(questions, sizes, random.Random(f"split {one.seed}"), one.questions)
+        parts = split(questions, one, PARTS, random.Random(f"split {one.seed}"))
     else:
-        rows, left_out = hub_rows(one)
-        golds = pooled(one, rows)[1]
-        parts = {part: [hub_question(one, *row, golds) for row in rows[part]] for part in PARTS}
+        parts, left_out = hub_questions(one)
     for part, asked in parts.items():
         write_jsonl(folder / f"{part}.jsonl", map(asdict, asked))
     write_json(folder / "counts.json", left_out)
@@ -76,20 +75,17 @@ def make_questions(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
 
 
 def split(
-    items: Sequence[Any], sizes: dict[str, int], rng: random.Random, what: str
+    items: Sequence[Any], settings: FileSet | HubSet, parts: Sequence[str], rng: random.Random
 ) -> dict[str, list[Any]]:
-    """Disjoint random parts of the given sizes. Raises DataError if there are too few items."""
+    """Disjoint random parts of the set's sizes. Raises DataError if there are too few items."""
+    sizes = {part: getattr(settings, part) for part in parts}
     if sum(sizes.values()) > len(items):
         raise DataError(
-            f"{what}: {sum(sizes.values())} questions asked for, {len(items)} different there. "
-            "Lower distill, dev or test."
+            f"set {settings.name}: {sum(sizes.values())} questions asked for, {len(items)} "
+            "different there. Lower distill, dev or test."
         )
-    shuffled = rng.sample(items, len(items))
-    parts, start = {}, 0
-    for part, size in sizes.items():
-        parts[part] = shuffled[start : start + size]
-        start += size
-    return parts
+    shuffled = iter(rng.sample(items, len(items)))
+    return {part: [next(shuffled) for _ in range(size)] for part, size in sizes.items()}
 
 
 def hub_rows(settings: HubSet) -> tuple[Rows, dict[str, int]]:
@@ -97,39 +93,41 @@ def hub_rows(settings: HubSet) -> tuple[Rows, dict[str, int]]:
 
     Of a question asked twice the first row counts; one in both splits is kept for `test`.
     """
-    table, rng = settings.questions, random.Random(f"split {settings.seed}")
-    gold = ["gold"] if "gold" in table.columns else []
+    gold = [name for name in settings.questions.columns if name == "gold"]
     columns = ["question", "answer", *settings.pools, *gold]
-    drawn_from = {settings.train: PARTS[:2], settings.heldout: PARTS[2:]}
+    parts = {settings.train: PARTS[:2], settings.heldout: PARTS[2:]}
     if settings.train == settings.heldout:
-        drawn_from = {settings.train: PARTS}
-    loaded = {name: hub.load(table, name, "question table", columns) for name in drawn_from}
-    asked = {name: [same_question(str(q)) for q in loaded[name]["question"]] for name in loaded}
+        parts = {settings.train: PARTS}
+    tables = {name: hub.load(settings.questions, name, columns) for name in parts}
+    asked = {}
+    for name, table in tables.items():
+        asked[name] = pd.Series([same_question(str(text)) for text in table["question"]])
     rows: Rows = {}
-    left_out = {"repeated": 0, "in another split": 0}
-    for name, parts in drawn_from.items():
-        first: dict[str, int] = {}
-        for place, key in enumerate(asked[name]):
-            first.setdefault(key, place)
-        left_out["repeated"] += len(asked[name]) - len(first)
+    left_out, rng = {"repeated": 0, "in another split": 0}, random.Random(f"split {settings.seed}")
+    for name, table in tables.items():
+        kept = asked[name].drop_duplicates()
+        left_out["repeated"] += len(table) - len(kept)
         if name != settings.heldout:
-            shared = first.keys() & set(asked[settings.heldout])
-            left_out["in another split"] += len(shared)
-            first = {key: place for key, place in first.items() if key not in shared}
-        sizes = {part: getattr(settings, part) for part in parts}
-        what = f"{table.dataset}, split {name}"
-        for part, places in split(list(first.values()), sizes, rng, what).items():
-            chosen = zip(places, loaded[name].select(places), strict=True)
+            shared = kept.isin(asked[settings.heldout])
+            left_out["in another split"] += int(shared.sum())
+            kept = kept[~shared]
+        for part, places in split(kept.index.tolist(), settings, parts[name], rng).items():
+            chosen = zip(places, table.select(places), strict=True)
             rows[part] = [(f"{name}:{place}", row) for place, row in chosen]
     return rows, left_out
 
 
-def hub_question(
-    settings: HubSet, name: str, row: dict[str, Any], golds: Mapping[str, tuple[int, ...]]
-) -> Question:
-    """The question of a row."""
-    where = f"{settings.questions.dataset}, row {name}"
-    return Question(name, *text_and_answers(row, where), golds.get(name, ()))
+def hub_questions(settings: HubSet) -> tuple[dict[str, list[Question]], dict[str, int]]:
+    """The questions of each part, and how many were left out."""
+    rows, left_out = hub_rows(settings)
+    golds = pooled(settings, rows)[1]
+    parts: dict[str, list[Question]] = {}
+    for part, drawn in rows.items():
+        parts[part] = []
+        for name, row in drawn:
+            told = text_and_answers(row, f"{settings.questions.dataset}, row {name}")
+            parts[part].append(Question(name, *told, golds.get(name, ())))
+    return parts, left_out
 
 
 def pooled(settings: HubSet, rows: Rows) -> tuple[list[Passage], dict[str, tuple[int, ...]]]:
@@ -137,11 +135,12 @@ def pooled(settings: HubSet, rows: Rows) -> tuple[list[Passage], dict[str, tuple
     places: dict[str, int] = {}
     passages: list[Passage] = []
     golds: dict[str, tuple[int, ...]] = {}
-    gold = ["gold"] if settings.pools and "gold" in settings.questions.columns else []
+    gold = [name for name in settings.questions.columns if name == "gold" and settings.pools]
     for name, row in (one for part in rows.values() for one in part):
         for column in [*settings.pools, *gold]:
-            where = f"{settings.questions.dataset}, row {name}, column {column}"
-            found = hub.pool(row[column], where)
+            where = f"{settings.questions.dataset}, row {name}, {column}: a passage of the pool"
+            found = [hub.passage_of(one, where) for one in row[column] or []]
+            found = [passage for passage in found if passage.text.strip()]
             for passage in found:
                 if passage.id not in places:
                     places[passage.id] = len(passages)
@@ -149,19 +148,3 @@ def pooled(settings: HubSet, rows: Rows) -> tuple[list[Passage], dict[str, tuple
             if column == "gold":
                 golds[name] = tuple(sorted({places[passage.id] for passage in found}))
     return passages, golds
-
-
-def hub_passages(chosen: Mapping[str, Any]) -> Iterator[Passage]:
-    """The passages of a table or a TSV, all or `most_passages` of them, never all in memory."""
-    source, most = chosen["passages"], chosen["most_passages"]
-    if isinstance(source, str):
-        if most is None:
-            return read_tsv(Path(source))
-        number = sum(1 for _ in read_tsv(Path(source)))
-        places = set(hub.drawn(number, most, chosen["seed"]))
-        return (one for place, one in enumerate(read_tsv(Path(source))) if place in places)
-    columns = ("id", "title", "text")
-    table = hub.load(HubTable(**source), chosen["passage_split"], "passage table", columns)
-    if most is not None:
-        table = table.select(hub.drawn(len(table), most, chosen["seed"]))
-    return hub.passages_of(table)

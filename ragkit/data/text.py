@@ -11,22 +11,17 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from typing import Literal
 
 # Signs that print alike become one: quotes, dashes, full-width forms; invisible ones go.
-_ALIKE = (
+_FOLD = str.maketrans(
     dict.fromkeys("‘’‛ʼ′`´", "'")
     | dict.fromkeys("“”„‟″", '"')
     | dict.fromkeys("‐‑‒–—―−", "-")
     | {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)}
     | dict.fromkeys("\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff", "")
 )
-_FOLD = str.maketrans(_ALIKE)
-_MARKS = "".join(
-    chr(code)
-    for start, stop in ((0x300, 0x2000), (0x20D0, 0x2100), (0x3000, 0x3100), (0xA660, 0xABFF))
-    for code in range(start, stop)
-    if unicodedata.category(chr(code)).startswith("M")
-)
+_MARKS = "".join(sign for sign in map(chr, range(0xAC00)) if unicodedata.category(sign)[0] == "M")
 # Written without spaces, or with endings joined on: Thai, Lao, Burmese, Khmer, Hangul (after NFD),
 # kana, Han. Here every sign with its marks counts as a word.
 _UNSPACED = (
@@ -34,32 +29,26 @@ _UNSPACED = (
     "\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
     "\U00020000-\U000323af"
 )
-_SIGN = (
-    rf"(?:[\u1100-\u115f][\u1160-\u11a7]?[\u11a8-\u11ff]?|(?![{_MARKS}])[{_UNSPACED}])[{_MARKS}]*"
-)
+_HANGUL = "[\u1100-\u115f][\u1160-\u11a7]?[\u11a8-\u11ff]?"  # one syllable
+_SIGN = rf"(?:{_HANGUL}|(?![{_MARKS}])[{_UNSPACED}])[{_MARKS}]*"
 _WORD = rf"[^\W_{_UNSPACED}]+(?:[{_MARKS}]+[^\W_{_UNSPACED}]*)*"
-_CUT = re.compile(rf"{_WORD}|{_SIGN}|[^\w\s]|_")
-_SIGNS = re.compile(_SIGN)
 
 
-def folded(text: str) -> str:
-    """Lower case, with one sign for signs that print alike."""
-    return text.translate(_FOLD).casefold()
+def folded(text: str, form: Literal["NFC", "NFD"]) -> str:
+    """Lower case in a form of Unicode, with one sign for signs that print alike."""
+    return unicodedata.normalize(form, text.translate(_FOLD).casefold())
 
 
 def normalise(text: str) -> str:
     """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces."""
-    kept = "".join(
-        sign
-        for sign in unicodedata.normalize("NFC", folded(text))
-        if sign not in string.punctuation and unicodedata.category(sign)[0] != "P"
-    )
+    signs = (sign for sign in folded(text, "NFC") if sign not in string.punctuation)
+    kept = "".join(sign for sign in signs if unicodedata.category(sign)[0] != "P")
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 
 
 def exact_match(answer: str, golds: Sequence[str]) -> float:
     """1.0 if the answer equals a gold answer after normalisation (SQuAD; best over the golds)."""
-    return float(any(normalise(answer) == normalise(gold) for gold in golds))
+    return float(normalise(answer) in map(normalise, golds))
 
 
 def f1(answer: str, golds: Sequence[str]) -> float:
@@ -67,23 +56,22 @@ def f1(answer: str, golds: Sequence[str]) -> float:
 
     Scripts without spaces are compared sign by sign (as in MLQA).
     """
-    return max(_f1_one(_f1_words(answer), _f1_words(gold)) for gold in golds)
+    given, *wanted = (
+        re.sub(_SIGN, r" \g<0> ", unicodedata.normalize("NFD", normalise(one))).split()
+        for one in (answer, *golds)
+    )
+    return max(_overlap(given, gold) for gold in wanted)
 
 
-def _f1_words(text: str) -> list[str]:
-    return _SIGNS.sub(r" \g<0> ", unicodedata.normalize("NFD", normalise(text))).split()
-
-
-def _f1_one(answer: list[str], gold: list[str]) -> float:
-    common = sum((Counter(answer) & Counter(gold)).values())
-    if not answer or not gold:
-        return float(answer == gold)
-    return 2 * common / (len(answer) + len(gold))
+def _overlap(given: list[str], gold: list[str]) -> float:
+    if not given or not gold:
+        return float(given == gold)
+    return 2 * sum((Counter(given) & Counter(gold)).values()) / (len(given) + len(gold))
 
 
 def words(text: str) -> list[str]:
     """Lower-case words and signs of a text after NFD, as DPR's simple tokenizer cuts them."""
-    return _CUT.findall(unicodedata.normalize("NFD", folded(text)))
+    return re.findall(rf"{_WORD}|{_SIGN}|[^\w\s]|_", folded(text, "NFD"))
 
 
 def holds_answer(text: str, golds: Sequence[str]) -> bool:

@@ -16,7 +16,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     Names become a start and an ending piece, years two pieces; letters are kept as a fallback, so
     that any other word can be written too.
     """
-    tokens = ["[PAD]", "[UNK]", "[BOS]", "[EOS]", *string.punctuation]
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "bos", "eos")}
+    tokens = [*special.values(), *string.punctuation]
     for letter in string.ascii_lowercase + string.digits:
         tokens += [letter, "##" + letter]
     tokens += sorted(plain_words())
@@ -25,19 +26,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokens += [str(n) for n in range(10, 60)] + [f"##{n:02d}" for n in range(100)]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
-    )
+    signs = [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    tokenizer.normalizer = normalizers.Sequence(signs)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[BOS] $A", special_tokens=[("[BOS]", vocabulary["[BOS]"])]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        bos_token="[BOS]",
-        eos_token="[EOS]",
-        model_max_length=1024,
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=1024, **special)

@@ -19,12 +19,12 @@ import yaml
 from ragkit.data.passages import Passage
 from ragkit.data.questions import PARTS, Corpus, Question
 from ragkit.errors import DataError
-from ragkit.profile import WorldSet, asset
+from ragkit.settings import WorldSet, asset
 
-RESERVED_SHARE = 5  # one name word in five is kept for the frozen worlds
+RESERVED_SHARE = 5  # one name word in five is kept for the measured worlds
 YEARS = range(1710, 1960)
 NUMBERS = range(2, 60)
-TWO_PART_KINDS = ("company", "press", "medal")
+Gold = dict[tuple[str, str], tuple[int, ...]]  # by entity's name and relation: places of passages
 
 
 @cache
@@ -47,14 +47,18 @@ def plain_words() -> frozenset[str]:
         for entity in world["entities"].values():
             texts += entity["shorts"]
             for rel in entity["relations"].values():
-                texts += rel["statements"] + rel["details"] + rel["questions"]
-                texts.append(rel.get("clue", ""))
-                texts += rel["answer"] if isinstance(rel["answer"], list) else []
+                texts += [*rel["statements"], *rel["details"], *rel["questions"]]
+                texts += [rel.get("clue", ""), *(rel["answer"] if is_closed(rel) else [])]
     for pieces in spec()["names"].values():
         for fixed in ("after", "before", "adjectives", "nouns"):
             texts += pieces.get(fixed, [])
     cleaned = re.sub(r"\{\w+\}", " ", " ".join(texts)).lower()
     return frozenset(re.findall(r"[a-z]+", cleaned)) | {"the", "question", "answer"}
+
+
+def is_closed(relation: dict[str, Any]) -> bool:
+    """Whether a relation's answers come from a list of words, not from the names."""
+    return isinstance(relation["answer"], list)
 
 
 def is_reserved(word: str) -> bool:
@@ -83,29 +87,30 @@ class NameMaker:
         self.pool_size = max(3, round(n / sharing))
         self.pools: dict[str, list[str]] = {}
 
-    def pool(self, kind: str) -> list[str]:
+    def word(self, kind: str) -> str:
+        """A word of a kind's pool."""
         if kind not in self.pools:
             words = name_words(kind, self.reserved)
             self.pools[kind] = self.rng.sample(words, min(self.pool_size, len(words)))
-        return self.pools[kind]
+        return self.rng.choice(self.pools[kind])
 
     def draw(self, kind: str) -> str:
         """One name of a kind of `assets/worlds.yaml`, of a `person`, or a `year`."""
-        rng, names = self.rng, spec()["names"]
         if kind == "year":
-            return str(rng.choice(YEARS))
+            return str(self.rng.choice(YEARS))
         if kind == "person":
-            return f"{rng.choice(self.pool('first'))} {rng.choice(self.pool('last'))}".title()
+            return f"{self.word('first')} {self.word('last')}".title()
+        pieces = spec()["names"][kind]
         if kind == "novel":
             while True:
-                pair = f"{rng.choice(names[kind]['adjectives'])} {rng.choice(names[kind]['nouns'])}"
+                pair = f"{self.rng.choice(pieces['adjectives'])} {self.rng.choice(pieces['nouns'])}"
                 if is_reserved(pair) == self.reserved:
                     return f"The {pair.title()}"
-        word = rng.choice(self.pool(kind))
-        if kind in TWO_PART_KINDS:
-            word = f"{word} {rng.choice(names[kind]['after'])}"
-        elif kind == "town" and rng.random() < 0.7:
-            word = f"{rng.choice(names[kind]['before'])} {word}"
+        word = self.word(kind)
+        if "after" in pieces:
+            word = f"{word} {self.rng.choice(pieces['after'])}"
+        elif "before" in pieces and self.rng.random() < 0.7:
+            word = f"{self.rng.choice(pieces['before'])} {word}"
         return word.title()
 
     def draw_many(self, kind: str, n: int) -> list[str]:
@@ -134,30 +139,8 @@ class Entity:
         return spec()["worlds"][self.world]["entities"][self.kind]["shorts"][0]
 
 
-@dataclass(frozen=True)
-class Statement:
-    """A sentence that states a fact: `text[answer[0]:answer[1]]` is the alias it uses."""
-
-    text: str
-    answer: tuple[int, int]
-
-
-def aliases(kind: str | list[str], value: str, world: str) -> tuple[str, ...]:
-    """The accepted forms of an answer: both of `a|b`; of a person in trivia also the last name."""
-    if isinstance(kind, list):
-        return tuple(value.split("|"))
-    if kind == "person" and spec()["worlds"][world]["style"] == "long":
-        return value, value.split()[-1]
-    return (value,)
-
-
 def make_entities(
-    world: str,
-    n: int,
-    rng: random.Random,
-    reserved: bool,
-    sharing: float = 3.0,
-    kind: str | None = None,
+    world: str, n: int, rng: random.Random, reserved: bool, sharing: float = 3.0, kind: str = ""
 ) -> list[Entity]:
     """`n` entities with all their facts, spread evenly over the world's kinds or of one `kind`."""
     kinds = [kind] if kind else list(spec()["worlds"][world]["entities"])
@@ -167,26 +150,28 @@ def make_entities(
     for i, entity_kind in enumerate(kinds):
         rels = spec()["worlds"][world]["entities"][entity_kind]["relations"]
         for name in names.draw_many(entity_kind, len(range(i, n, len(kinds)))):
-            facts = {}
-            for rel_name, rel in rels.items():
-                answer = rel["answer"]
-                value = rng.choice(answer) if isinstance(answer, list) else values.draw(answer)
-                while value == name:
-                    value = values.draw(answer)
-                facts[rel_name] = aliases(answer, value, world)
+            facts = {relation: _answers(world, rels[relation], name, values) for relation in rels}
             made.append(Entity(world, entity_kind, name, facts))
     return made
 
 
-def state(entity: Entity, relation: str, wording: int, alias: int = 0) -> Statement:
-    """The fact in one of its wordings, with the place of the answer in it."""
+def _answers(world: str, relation: dict[str, Any], name: str, values: NameMaker) -> tuple[str, ...]:
+    """An answer's accepted forms: both of `a|b`; of a person in trivia also the last name."""
+    kind = relation["answer"]
+    if is_closed(relation):
+        return tuple(values.rng.choice(kind).split("|"))
+    while (value := values.draw(kind)) == name:
+        pass
+    long = kind == "person" and spec()["worlds"][world]["style"] == "long"
+    return (value, value.split()[-1]) if long else (value,)
+
+
+def state(entity: Entity, relation: str, wording: int, alias: int = 0) -> tuple[str, str, str]:
+    """The fact in one of its wordings: what stands before the answer, the answer, the rest."""
     template = relations(entity.world)[entity.kind, relation]["statements"][wording]
+    before, _, after = template.replace("{e}", entity.name).partition("{a}")
     answer = entity.facts[relation][alias % len(entity.facts[relation])]
-    before = template[: template.index("{a}")].replace("{e}", entity.name)
-    after = template[template.index("{a}") + 3 :].replace("{e}", entity.name)
-    if not before:
-        answer = answer[0].upper() + answer[1:]
-    return Statement(before + answer + after, (len(before), len(before) + len(answer)))
+    return before, answer if before else answer[0].upper() + answer[1:], after
 
 
 def detail(entity: Entity, relation: str, rng: random.Random) -> list[str]:
@@ -202,15 +187,13 @@ def detail(entity: Entity, relation: str, rng: random.Random) -> list[str]:
 
 def write_passage(
     entity: Entity, relation: str, wording: int, rng: random.Random, n_details: int = 3
-) -> tuple[str, tuple[int, int]]:
-    """A passage about one fact, told first or second, and the characters of its answer."""
-    closed = isinstance(relations(entity.world)[entity.kind, relation]["answer"], list)
-    fact = state(entity, relation, wording, alias=int(closed and rng.random() < 0.2))
+) -> str:
+    """A passage about one fact, told first or second."""
+    closed = is_closed(relations(entity.world)[entity.kind, relation])
+    fact = "".join(state(entity, relation, wording, alias=int(closed and rng.random() < 0.2)))
     details = detail(entity, relation, rng)[:n_details]
     first = [details.pop()] if len(details) > 1 and rng.random() < 0.3 else []
-    offset = len(first[0]) + 1 if first else 0
-    start, end = fact.answer
-    return " ".join([*first, fact.text, *details]), (start + offset, end + offset)
+    return " ".join([*first, fact, *details])
 
 
 def ask(entity: Entity, relation: str, wording: int, rng: random.Random) -> str:
@@ -223,77 +206,74 @@ def ask(entity: Entity, relation: str, wording: int, rng: random.Random) -> str:
     text = rels[entity.kind, relation]["questions"][wording].replace("{e}", entity.name)
     if "{c1}" not in text:
         return text.lower()
-    others = [r for r in entity.facts if r != relation]
-    closed = [r for r in others if isinstance(rels[entity.kind, r]["answer"], list)]
+    closed = [r for r in entity.facts if r != relation and is_closed(rels[entity.kind, r])]
     for slot, other in zip(("{c1}", "{c2}"), rng.sample(closed, 2), strict=True):
         clue = rels[entity.kind, other]["clue"].replace("{a}", entity.facts[other][1])
         text = text.replace(slot, clue.replace("{e}", entity.name))
     return text[0].upper() + text[1:]
 
 
-def cloze(entity: Entity, relation: str, wording: int = 0) -> str:
+def cloze(entity: Entity, relation: str) -> str:
     """The beginning of a statement up to the answer: what a plain language model can complete."""
-    fact = state(entity, relation, wording)
-    return fact.text[: fact.answer[0]].rstrip()
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A world's entities in random order, and where each fact (entity, relation) is stated."""
-
-    entities: list[Entity]
-    gold: dict[tuple[str, str], tuple[int, ...]]
-    rng: random.Random  # draws the questions next
-
-
-def world_passages(settings: WorldSet, reserved: bool = True) -> tuple[list[Passage], Drawn]:
-    """The passages of a world: `wordings_per_fact` of them state each fact, in other words."""
-    rng = random.Random(f"world {settings.world} {settings.seed}")
-    made = make_entities(settings.world, settings.entities, rng, reserved)
-    entities = rng.sample(made, len(made))
-    passages: list[tuple[str, str]] = []
-    stated: dict[tuple[str, str], list[int]] = {}
-    for entity in entities:
-        rels = relations(settings.world)
-        n_wordings = len(rels[entity.kind, next(iter(entity.facts))]["statements"])
-        for relation in entity.facts:
-            for wording in rng.sample(range(n_wordings), settings.wordings_per_fact):
-                stated.setdefault((entity.name, relation), []).append(len(passages))
-                text = write_passage(entity, relation, wording, rng)[0]
-                passages.append((entity.name, text))
-    order = rng.sample(range(len(passages)), len(passages))
-    place = {old: new for new, old in enumerate(order)}
-    gold = {fact: tuple(sorted(place[i] for i in places)) for fact, places in stated.items()}
-    shuffled = [Passage(str(new), *passages[old]) for new, old in enumerate(order)]
-    return shuffled, Drawn(entities, gold, rng)
+    return state(entity, relation, 0)[0].rstrip()
 
 
 def build_world(settings: WorldSet, reserved: bool = True) -> Corpus:
     """A question set of a world, of reserved names (the measured sets) or of the others (training).
 
-    Two thirds of the entities serve distillation, a sixth each dev and test. The last wording of
-    each question is asked in dev and test only. Raises DataError if there are too few questions.
+    Two thirds of the entities serve distillation, a sixth each dev and test. The sizes of the parts
+    change no passage. Raises DataError if there are too few questions.
     """
-    passages, drawn = world_passages(settings, reserved)
-    sixth = len(drawn.entities) // 6
-    bounds = {"dev": (0, sixth), "test": (sixth, 2 * sixth), "distill": (2 * sixth, None)}
+    rng = random.Random(f"world {settings.world} {settings.seed}")
+    made = make_entities(settings.world, settings.entities, rng, reserved)
+    entities = rng.sample(made, len(made))
+    passages, gold = _passages(entities, settings.wordings_per_fact, rng)
+    sixth = len(entities) // 6
+    about = {"distill": entities[2 * sixth :], "dev": entities[:sixth]}
+    about["test"] = entities[sixth : 2 * sixth]
     questions: dict[str, list[Question]] = {}
     for part in PARTS:
-        asked = []
-        for entity in drawn.entities[slice(*bounds[part])]:
-            for relation in entity.facts:
-                n_wordings = len(relations(settings.world)[entity.kind, relation]["questions"])
-                for wording in range(n_wordings - (part == "distill")):
-                    name = f"{settings.name}-{entity.name}-{relation}-{wording}".replace(" ", "_")
-                    text = ask(entity, relation, wording, drawn.rng)
-                    answers, gold = entity.facts[relation], drawn.gold[entity.name, relation]
-                    kind = (cloze(entity, relation), relation, wording, entity.name)
-                    asked.append(Question(name, text, answers, gold, *kind))
+        asked = _questions(settings.name, about[part], gold, part == "distill", rng)
         wanted = getattr(settings, part)
         if wanted > len(asked):
             raise DataError(
                 f"set {settings.name}, part {part}: {wanted} questions asked for, {len(asked)} "
                 "there. Lower distill, dev or test, or raise entities."
             )
-        questions[part] = drawn.rng.sample(asked, len(asked))[:wanted]
+        questions[part] = rng.sample(asked, len(asked))[:wanted]
     return Corpus(settings.name, passages, questions)
+
+
+def _passages(
+    entities: list[Entity], wordings: int, rng: random.Random
+) -> tuple[list[Passage], Gold]:
+    """Passages in random order, `wordings` to a fact, and the places that state each fact."""
+    told = []
+    for entity in entities:
+        for relation in entity.facts:
+            texts = relations(entity.world)[entity.kind, relation]["statements"]
+            for wording in rng.sample(range(len(texts)), wordings):
+                text = write_passage(entity, relation, wording, rng)
+                told.append((entity.name, relation, text))
+    passages, gold = [], Gold()
+    for place, (name, relation, text) in enumerate(rng.sample(told, len(told))):
+        passages.append(Passage(str(place), name, text))
+        gold[name, relation] = (*gold.get((name, relation), ()), place)
+    return passages, gold
+
+
+def _questions(
+    name: str, entities: list[Entity], gold: Gold, is_training: bool, rng: random.Random
+) -> list[Question]:
+    """All questions on these entities; the last wording of each is not asked in training."""
+    asked = []
+    for entity in entities:
+        for relation, answers in entity.facts.items():
+            places = gold[entity.name, relation]
+            texts = relations(entity.world)[entity.kind, relation]["questions"]
+            for wording in range(len(texts) - is_training):
+                own = f"{name}-{entity.name}-{relation}-{wording}".replace(" ", "_")
+                text = ask(entity, relation, wording, rng)
+                kind = (cloze(entity, relation), relation, wording, entity.name)
+                asked.append(Question(own, text, answers, places, *kind))
+    return asked

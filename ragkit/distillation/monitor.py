@@ -1,176 +1,121 @@
-"""Is a training worth going on with? An early verdict by a fixed rule, and the logs of all trainings of a run, finished or not.
+"""An early word on each training of a run, by a rule that was fixed before any curve was seen.
 
-The rule, written before it was tried on any curve:
+**Step 2** is judged by HR on dev. It is *working* if HR stood more than GAIN above its start at
+each of the last AGREE looks; *not working* if HR stood at or below its start at each of them, or no
+more than GAIN above while the loss had not fallen by the share CLEAR. As long as HR leaves it open,
+it is *not working* if its teacher gives the tokens closest to the answer, and those closest to the
+question's nouns, no more attention than the average token.
 
-**Step 2** is judged by HR on dev. It is *working* if HR stood more than GAIN above its start at each of the last AGREE looks. It is *not working* if HR stood
-at or below its start at each of them, however far the loss has fallen, or no more than GAIN above while the loss had not fallen by the share CLEAR.
-As long as HR leaves it open, it is *not working* if the teacher gives the tokens closest to the answer, and those closest to the question's nouns,
-no more attention than the average token.
+**Step 1** is judged by the reader's lifts at the last AGREE kept steps: *not working* if all are at
+or below the average token's, *working* if those near the answer are above it and the loss has
+fallen by CLEAR. A loss that is flat over ENOUGH_ROWS rows is *not working*.
 
-**Step 1** is judged by the reader's indicators at the last AGREE kept steps. It is *not working* if at both all lifts are at or below the average
-token's, *working* if the lift near the answer is above it and the loss has clearly fallen. It is *not working*, too, if the loss is flat over ENOUGH_ROWS rows.
-
-A loss that is not a number is *not working*; everything else is *too early to tell*.
+A training that its loss has stopped is *not working*; all else is *too early to tell*.
 """
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ragkit.distillation.log import FILE, Row, read
-from ragkit.errors import MonitorError
+from ragkit.distillation.log import Row, read_log
+from ragkit.errors import DistillError
 
 AGREE, GAIN, CLEAR, ENOUGH_ROWS = 2, 0.01, 0.05, 10
-COLUMNS = (
-    "step",
-    "epoch",
-    "loss",
-    "rate",
-    "hr",
-    "seconds",
-    "left",
-)  # of `follow`, also as long as no training has written them
-AVERAGE = 1.0  # the average token's lift
+AVERAGE, LIFTS = 1.0, ("answer lift", "nouns lift")  # the average token's lift; those of a reader
 WORKING, NOT_WORKING, TOO_EARLY = "working", "not working", "too early to tell"
+COLUMNS = ("training", "state", "step", "epoch", "loss", "rate", "hr", "seconds", "left")
 
 
-def fallen(losses: Sequence[float]) -> float:
-    """The share by which a loss has fallen, from the first third of its values to the last."""
-    third = max(1, len(losses) // 3)
-    first, last = float(np.mean(losses[:third])), float(np.mean(losses[-third:]))
-    return (first - last) / abs(first) if first else 0.0
+def known(rows: Sequence[Row], *names: str) -> list[float]:
+    """The values of these numbers in the rows that hold them."""
+    values = [row.get(name) for name in names for row in rows]
+    return [v for v in values if isinstance(v, int | float) and math.isfinite(v)]
 
 
-def known(rows: Sequence[Row], name: str) -> list[float]:
-    """The values that a number has in those rows that hold it."""
-    return [
-        row[name]
-        for row in rows
-        if isinstance(row.get(name), int | float) and math.isfinite(row[name])
-    ]
+def verdict(rows: Sequence[Row], probes: Sequence[Row] = ()) -> tuple[str, str]:
+    """WORKING, NOT_WORKING or TOO_EARLY by the rule above, and the reason.
 
-
-def verdict(rows: Sequence[Row]) -> tuple[str, str]:
-    """WORKING, NOT_WORKING or TOO_EARLY by the rule above, and the reason, from a log's rows or the curve of Step 2; the first row is the start."""
-    if not rows:
-        return TOO_EARLY, "nothing is logged yet"
+    `rows` are a log's, the first is the start. `probes` hold LIFTS: of the readers that Step 1
+    kept, in order, first that of its start; of the teacher of Step 2.
+    """
     for row in rows:
         if isinstance(row.get("stopped"), str):
             return NOT_WORKING, row["stopped"]
-    unit = "epoch" if known(rows, "epoch") else "step"
-    for row in rows[1:]:
-        if not math.isfinite(row.get("loss") or 0.0):
-            return NOT_WORKING, f"the loss is not a number at {unit} {row[unit]:g}"
-    losses = known(rows[1:], "loss")
-    fall = fallen(losses) if len(losses) > 1 else 0.0
-    moved = (
-        f"the loss has fallen by {fall:.0%}" if fall >= CLEAR else "the loss has not clearly fallen"
-    )
-    return (
-        judge_step2(rows, fall, moved)
-        if unit == "epoch"
-        else judge_step1(rows, fall, moved, len(losses))
-    )
+    losses = known(rows[1:], "loss") or [0.0]
+    third = max(1, len(losses) // 3)
+    first, last = float(np.mean(losses[:third])), float(np.mean(losses[-third:]))
+    fall = (first - last) / (abs(first) or 1.0)
+    moved = f"the loss has{f' fallen by {fall:.0%}' if fall >= CLEAR else ' not clearly fallen'}"
+    if known(rows, "epoch"):
+        return judge_step2(known(rows, "hr"), fall, moved, known(probes, *LIFTS))
+    if len(losses) >= ENOUGH_ROWS and fall < CLEAR:
+        return NOT_WORKING, f"{moved} ({-fall:+.0%} from the first third of the rows on)"
+    return judge_step1(probes[1:], fall, moved)
 
 
-def lifts_of(rows: Sequence[Row]) -> list[float]:
-    return known(rows, "answer lift") + known(rows, "nouns lift")
+def judge_step1(probes: Sequence[Row], fall: float, moved: str) -> tuple[str, str]:
+    """The verdict on the kept readers' lifts, and the share by which the loss fell."""
+    last = [probe for probe in probes if known([probe], *LIFTS)][-AGREE:]
+    if len(last) < AGREE:
+        return TOO_EARLY, f"{len(last)} of {AGREE} kept steps"
+    near = known(last, "answer lift")
+    each = " and ".join(f"{lift:.2f}" for lift in near)
+    told = f"lift near the answer at the last kept steps: {each}; {moved}"
+    if max(known(last, *LIFTS)) <= AVERAGE:
+        return NOT_WORKING, f"{told}: no more attention than the average token, near nouns neither"
+    works = len(near) == AGREE and min(near) > AVERAGE and fall >= CLEAR
+    return WORKING if works else TOO_EARLY, told
 
 
-def judge_step2(rows: Sequence[Row], fall: float, moved: str) -> tuple[str, str]:
-    """The verdict on rows that hold `hr`, and the teacher's indicators in the first."""
-    hr = known(rows, "hr")
-    gains = [round(value - hr[0], 9) for value in hr[1:]]
-    last, told = gains[-AGREE:], " and ".join(f"{gain:+.3f}" for gain in gains[-AGREE:])
-    if len(last) == AGREE:
-        told = f"HR on dev against its start at the last looks: {told}; {moved}"
-        if min(last) > GAIN:
+def judge_step2(hr: list[float], fall: float, moved: str, lifts: list[float]) -> tuple[str, str]:
+    """The verdict on HR on dev at each look, the fall of the loss, and the teacher's lifts."""
+    gains = [round(value - hr[0], 9) for value in hr[1:]][-AGREE:]
+    told = f"{len(gains)} of {AGREE} looks"
+    if len(gains) == AGREE:
+        each = " and ".join(f"{gain:+.3f}" for gain in gains)
+        told = f"HR on dev against its start at the last looks: {each}; {moved}"
+        if min(gains) > GAIN:
             return WORKING, told
-        if max(last) <= 0:
-            return NOT_WORKING, told + (
-                ": the retriever learns its target, but that does not lead to the gold passages"
-                if fall >= CLEAR
-                else ""
-            )
-        if max(last) <= GAIN and fall < CLEAR:
-            return NOT_WORKING, f"{told}: nothing moves"
-    lifts = lifts_of(rows[:1])
-    if lifts and max(lifts) <= AVERAGE:
-        return (
-            NOT_WORKING,
-            f"the teacher gives the tokens closest to answer and nouns {max(lifts):.2f} times the average token's attention, no more than any",
-        )
-    return TOO_EARLY, told if len(last) == AGREE else f"{len(last)} of {AGREE} looks"
-
-
-def judge_step1(rows: Sequence[Row], fall: float, moved: str, count: int) -> tuple[str, str]:
-    """The verdict on rows of which some, the first among them, hold the reader's indicators; `count` of them hold a loss."""
-    if count >= ENOUGH_ROWS and fall < CLEAR:
-        return NOT_WORKING, f"{moved} ({-fall:+.0%} from the first third of the rows to the last)"
-    probes = [row for row in rows[1:] if lifts_of([row])][-AGREE:]
-    if len(probes) < AGREE:
-        return TOO_EARLY, f"{len(probes)} of {AGREE} kept steps"
-    near = known(probes, "answer lift")
-    told = f"lift near the answer at the last kept steps: {' and '.join(f'{lift:.2f}' for lift in near)}; {moved}"
-    if max(lifts_of(probes)) <= AVERAGE:
-        return (
-            NOT_WORKING,
-            f"{told}: the tokens closest to answer and nouns get no more attention than the average token",
-        )
-    if len(near) == AGREE and min(near) > AVERAGE and fall >= CLEAR:
-        return WORKING, told
+        if max(gains) <= 0 or (max(gains) <= GAIN and fall < CLEAR):
+            return NOT_WORKING, told
+    if (lift := max(lifts, default=math.inf)) <= AVERAGE:
+        given = f"{lift:.2f} times the average token's attention, no more than any"
+        return NOT_WORKING, f"the teacher gives the tokens closest to answer and nouns {given}"
     return TOO_EARLY, told
 
 
-def first_verdict(rows: Sequence[Row]) -> tuple[str, int]:
-    """What the monitor told first that was not TOO_EARLY, and how many rows behind the start it took (Step 2: looks); TOO_EARLY if it told nothing."""
+def first_verdict(rows: Sequence[Row], probes: Sequence[Row] = ()) -> tuple[str, int]:
+    """The first word that was not TOO_EARLY, or that, and how many rows behind the start it took.
+
+    A probe that holds a `step` is known from the row of that step on.
+    """
     for count in range(1, len(rows) + 1):
-        word, _ = verdict(rows[:count])
+        at = max(known(rows[:count], "step"), default=math.inf)
+        word, _ = verdict(rows[:count], [p for p in probes if p.get("step", 0) <= at])
         if word != TOO_EARLY:
             return word, count - 1
     return TOO_EARLY, len(rows) - 1
 
 
-def follow(run_folder: Path) -> pd.DataFrame:
-    """The logs of all trainings of a run, row by row: columns `training` (its stage's name with `-` for `/`), `state`, COLUMNS, and what else rows hold.
+def follow(run_folder: Path, keys: Iterable[str]) -> pd.DataFrame:
+    """The logs of the trainings with these keys, row by row: COLUMNS, and what else they hold.
 
-    An 'unfinished' training is in progress, or was killed and will be gone on with; it hides a finished one that it replaces. Raises MonitorError if
-    there is no log. Variations and further runs of Step 1 have folders of their own below `<run>/varied`.
+    `training` is the key; `state` is 'unfinished' while it goes on, or was killed and will be gone
+    on with. Raises DistillError if there is no log.
     """
-    stages = run_folder / "stages"
-    unfinished = {
-        file.parent.name.rpartition("-")[0]: (file.parent, read(file))
-        for file in sorted(run_folder.glob(f"partial/*/{FILE}"))
-    }
-    folders = sorted(
-        Path(folder) for folder, _, files in os.walk(stages) if FILE in files
-    )  # unlike glob it minds no folder that goes away meanwhile
-    logs = {
-        "-".join(folder.relative_to(stages).parts): ("finished", read(folder / FILE))
-        for folder in folders
-    }
-    logs |= {
-        name: ("unfinished", rows)
-        for name, (folder, rows) in unfinished.items()
-        if folder.is_dir() or name not in logs
-    }
-    table = pd.DataFrame(
-        [
-            {"training": name, "state": state, **row}
-            for name, (state, rows) in logs.items()
-            for row in rows
-        ]
-    )
-    if table.empty:
-        raise MonitorError(
-            f"No training has written a log in {run_folder} yet. Start a run (make reproduce), and look again when Step 1 has begun."
-        )
-    return table.reindex(
-        columns=list(dict.fromkeys(["training", "state", *COLUMNS, *table.columns]))
-    )
+    rows: list[Row] = []
+    for key in keys:  # a training that ends meanwhile moves from the first place to the second
+        going = [row for at in run_folder.glob(f"partial/*-{key}") for row in read_log(at)]
+        ended = [row for at in run_folder.glob(f"stages/*/{key}") for row in read_log(at)]
+        about = {"training": key, "state": "finished" if ended else "unfinished"}
+        rows += [about | row for row in ended or going]
+    if not rows:
+        told = "Start a run (make reproduce), and look again when Step 1 has begun."
+        raise DistillError(f"No training has written a log in {run_folder} yet. {told}")
+    table = pd.DataFrame(rows)
+    return table.reindex(columns=list(dict.fromkeys([*COLUMNS, *table.columns])))

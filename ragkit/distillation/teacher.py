@@ -1,244 +1,129 @@
-"""The teacher pass: one look of a reader at every question's passages, kept so that every target can be made from it."""
+"""The teacher's look: one reader reads every question's passages; all targets come from that."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from collections.abc import Callable, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from ragkit.attention import branch, contributions, passage_scores, read_prefix, record
+from ragkit.attention import passage_scores
+from ragkit.data.files import write_arrays
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
-from ragkit.experiment.store import write_arrays
-from ragkit.models import device as fleet
-from ragkit.models.reader import Prompt, Reader
-from ragkit.profile import AttentionSettings
+from ragkit.distillation.asked import Asked
+from ragkit.models import device
+from ragkit.models.fid import open_reader
+from ragkit.models.reader import Prompt, Reader, note_trimmed
+from ragkit.settings import POOLINGS
 
-ROWS = ("last_prompt", "predicting", "consuming")
-POOLINGS = ("sum", "mean")
-
-
-def row_weights(prompt: Prompt, row_type: str) -> list[int]:
-    """Positions of a row type in a prompt that ends with its answer and an end token.
-
-    `last_prompt` predicts the first answer token and has not seen the answer; `predicting` are the positions that
-    predict each answer token (ATLAS-style); `consuming` those that have read it.
-    """
-    first, last = prompt.answer_start, len(prompt.ids) - 1  # the end token stands at `last`
-    return {
-        "last_prompt": [first - 1],
-        "predicting": list(range(first - 1, last - 1)),
-        "consuming": list(range(first, last)),
-    }[row_type]
+Array = NDArray[np.float32]
 
 
 def token_contributions(reader: Reader, prompts: list[Prompt]) -> Tensor:
-    """Token contributions of every row type, in the order of ROWS, without and with the value norm, from one pass.
+    """Token contributions of every row type, without and with the value norm, from one pass.
 
-    `[norm (off, on), layers, row types, prompts, tokens]`, padded on the right. The prompts must hold their answers.
+    `[norm (off, on), layers, ROWS, prompts, tokens]`, padded on the right. The prompts end with
+    their answers and an end token. `last_prompt` has not seen the answer, whose first token it
+    predicts; `predicting` predict each token of it (ATLAS-style); `consuming` have read them.
     """
-    places = [[row_weights(p, row_type) for row_type in ROWS] for p in prompts]
-    positions = [sorted({i for used in one for i in used}) for one in places]
-    widest = max(map(len, positions))
-    rows = torch.tensor([p + [p[-1]] * (widest - len(p)) for p in positions])
-    uses = torch.zeros(len(ROWS), *rows.shape)
-    for i, one in enumerate(places):
-        for group, used in enumerate(one):
-            for position in used:
-                uses[group, i, positions[i].index(position)] = 1
-    return reader.attention(prompts, rows, uses)
+    before = torch.tensor([[p.answer_start - 1] for p in prompts])
+    answers = torch.tensor([[len(p.ids) - 1 - p.answer_start] for p in prompts])
+    steps = torch.arange(int(answers.max()) + 1).expand(len(prompts), -1)
+    uses = torch.stack([steps == 0, steps < answers, (steps > 0) & (steps <= answers)])
+    return reader.attention(prompts, before + steps.minimum(answers), uses.float())
 
 
-def calibrated_scores(
-    reader: Reader,
-    question: Question,
-    passages: list[Passage],
-    settings: AttentionSettings,
-    neutral: str = "N/A",
-) -> tuple[Tensor, Tensor]:
-    """Passage scores `[k]` from the last row of the prompt, asked the question and asked something without content.
+def in_order(
+    prompts: list[Prompt], at_once: int, work: Callable[[list[Prompt]], Iterable[Any]], desc: str
+) -> list[Any]:
+    """What `work` gives for each prompt, in order; it gets batches of like length.
 
-    Their difference is the calibrated score (ICR): what the passages get for the question, not for where they stand. The
-    passages are read once: both questions go on from the same cache.
+    The processes of a run share the batches.
     """
-    asked, blank = (
-        reader.prompt(q, passages)
-        for q in (question, replace(question, text=neutral, cloze=neutral))
-    )
-    shared = 0
-    while (
-        shared < min(len(asked.ids), len(blank.ids)) - 1 and asked.ids[shared] == blank.ids[shared]
-    ):
-        shared += 1
-    prefix = torch.tensor([asked.ids[:shared]])
-    cache = read_prefix(reader.model, prefix, torch.ones_like(prefix)) if shared else None
-    scores = []
-    for prompt in (asked, blank):
-        ids = torch.tensor([prompt.ids[shared:]])
-        past = branch(cache) if cache is not None else None
-        seen = record(
-            reader.model,
-            ids,
-            torch.ones(1, len(prompt.ids)),
-            torch.tensor([[ids.shape[1] - 1]]),
-            past,
-        )
-        tokens = contributions(seen, torch.ones(1, 1), settings.norm)[:, 0].mean(0)
-        scores.append(
-            passage_scores(
-                tokens,
-                torch.tensor(prompt.owner, device=tokens.device),
-                len(passages),
-                settings.pooling,
-            )
-        )
-    return scores[0], scores[1]
+    batches = device.by_length([len(p.ids) for p in prompts], at_once)
+    parts = device.spread(batches, lambda chosen: [prompts[i] for i in chosen], work, desc)
+    made = dict(zip(chain.from_iterable(batches), chain.from_iterable(parts), strict=True))
+    return [made[i] for i in range(len(prompts))]
 
 
 def look(
     reader: Reader, questions: list[Question], found: list[list[Passage]]
-) -> dict[str, NDArray[np.float32]]:
+) -> dict[str, NDArray[Any]]:
     """Scores of every question's passages, for all choices at once.
 
-    `attention` `[questions, row types, norm (off, on), layers, poolings, k]`, in the order of ROWS and POOLINGS;
-    `outside` `[questions, row types]`: share of attention that falls on no passage's own text (sinks, template);
-    `answer_logs` `[questions, k, answer tokens]`: log-probability of each answer token given that passage alone, NaN behind the end.
+    `attention` `[questions, ROWS, norm (off, on), layers, POOLINGS, k]`; `outside` `[questions,
+    ROWS]`: share of attention that falls on no passage's own text (sinks, template);
+    `answer_logs` `[questions, k, answer tokens]`: log-probability of each answer token given that
+    passage alone, NaN behind the end; `trimmed` `[questions]`: tokens cut off a prompt too long.
     """
-    k, n = len(found[0]), len(questions)
-    prompts = [
-        reader.prompt(q, passages, q.answers[0])
-        for q, passages in zip(questions, found, strict=True)
-    ]
+    k, pairs = len(found[0]), list(zip(questions, found, strict=True))
 
-    def seen(batch: list[Prompt]) -> list[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    def seen(batch: list[Prompt]) -> list[tuple[Array, Array]]:
         tokens, result = token_contributions(reader, batch).cpu().float(), []
         for place, prompt in enumerate(batch):
             owner = torch.tensor(prompt.owner)
             own = tokens[..., place, : len(owner)]
-            pools = torch.stack(
-                [passage_scores(own, owner, k, pooling) for pooling in POOLINGS], dim=3
-            )
+            pools = [passage_scores(own, owner, k, pooling) for pooling in POOLINGS]
+            attention = torch.stack(pools, dim=3).permute(2, 0, 1, 3, 4)
             mean_row = own[0].mean(0)
-            result.append(
-                (
-                    pools.permute(2, 0, 1, 3, 4).numpy(),
-                    (mean_row[:, owner < 0].sum(-1) / mean_row.sum(-1)).numpy(),
-                )
-            )
+            outside = mean_row[:, owner < 0].sum(-1) / mean_row.sum(-1)
+            result.append((attention.numpy(), outside.numpy()))
         return result
 
-    batches = fleet.by_length([len(p.ids) for p in prompts], reader.settings.at_once)
-    parts = fleet.spread(batches, lambda chosen: [prompts[i] for i in chosen], seen, "attention")
-    by_place = dict(
-        zip(
-            (i for chosen in batches for i in chosen),
-            (one for part in parts for one in part),
-            strict=True,
-        )
-    )
-    attention, outside = (np.stack([by_place[i][which] for i in range(n)]) for which in (0, 1))
-    alone = [
-        reader.prompt(q, [passage], q.answers[0])
-        for q, passages in zip(questions, found, strict=True)
-        for passage in passages
-    ]
-    logs = -answer_losses(reader, alone, 4 * reader.settings.at_once).reshape(n, k, -1)
-    fleet.done["questions"] += n if fleet.is_main() else 0
+    prompts = [reader.prompt(q, passages, q.answers[0]) for q, passages in pairs]
+    made = in_order(prompts, reader.settings.at_once, seen, "attention")
+    alone = [reader.prompt(q, [p], q.answers[0]) for q, passages in pairs for p in passages]
+    logs = -answer_losses(reader, alone, 4 * reader.settings.at_once)
     return {
-        "attention": attention,
-        "outside": outside,
-        "answer_logs": logs,
+        "attention": np.stack([attention for attention, _ in made]),
+        "outside": np.stack([outside for _, outside in made]),
+        "answer_logs": logs.reshape(len(questions), k, -1),
         "trimmed": np.array([p.trimmed for p in prompts]),
     }
 
 
-def answer_losses(reader: Reader, prompts: list[Prompt], at_once: int) -> NDArray[np.float32]:
-    """Negative log-likelihood of each prompt's answer tokens `[prompts, answer tokens]`, NaN behind the end. The processes share the prompts."""
-    longest = max(len(p.ids) - p.answer_start for p in prompts)
-    losses = np.full((len(prompts), longest), np.nan, dtype=np.float32)
+def answer_losses(reader: Reader, prompts: list[Prompt], at_once: int) -> Array:
+    """Negative log-likelihood of each prompt's answer tokens `[prompts, tokens]`, NaN behind it."""
 
     @torch.no_grad()
-    def found(batch: list[Prompt]) -> NDArray[np.float32]:
-        return reader.token_losses(batch).float().cpu().numpy()
+    def of_batch(batch: list[Prompt]) -> list[Tensor]:
+        return list(reader.token_losses(batch).float().cpu())
 
-    batches = fleet.by_length([len(p.ids) for p in prompts], at_once)
-    for chosen, part in zip(
-        batches,
-        fleet.spread(batches, lambda chosen: [prompts[i] for i in chosen], found, "likelihood"),
-        strict=True,
-    ):
-        losses[chosen, : part.shape[1]] = part
-    return losses
+    rows = in_order(prompts, at_once, of_batch, "likelihood")
+    return pad_sequence(rows, batch_first=True, padding_value=math.nan).numpy()
 
 
-def replaced(
-    scores: dict[str, NDArray[np.float32]],
-    new: dict[str, NDArray[np.float32]],
-    places: NDArray[np.int64],
-) -> dict[str, NDArray[np.float32]]:
-    """The scores of a look with those of some questions taken from another; answers may be longer in one of them."""
-    longest = max(one["answer_logs"].shape[2] for one in (scores, new))
-
-    def wide(logs: NDArray[np.float32]) -> NDArray[np.float32]:
-        return np.pad(logs, ((0, 0), (0, 0), (0, longest - logs.shape[2])), constant_values=np.nan)
-
-    made = {
-        name: wide(value) if name == "answer_logs" else value.copy()
-        for name, value in scores.items()
-    }
-    for name, value in new.items():
-        made[name][places] = wide(value) if name == "answer_logs" else value
-    return made
+def left_out_losses(reader: Reader, questions: list[Question], found: list[list[Passage]]) -> Array:
+    """LOOP's scores `[questions, k]` (ATLAS): the answer's mean loss without that passage."""
+    prompts = []
+    for question, passages in zip(questions, found, strict=True):
+        for place in range(len(passages)):
+            others = passages[:place] + passages[place + 1 :]
+            prompts.append(reader.prompt(question, others, question.answers[0]))
+    losses = answer_losses(reader, prompts, reader.settings.at_once)
+    return np.nanmean(losses, axis=1).reshape(len(questions), -1)
 
 
-def likelihood(scores: dict[str, NDArray[np.float32]]) -> NDArray[np.float64]:
-    """Perplexity distillation's passage scores `[questions, k]`: mean log-probability of the answer's tokens given that passage alone."""
-    return np.nanmean(scores["answer_logs"], axis=2).astype(np.float64)
+def make_teacher(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
+    """A reader's look at the questions for distillation: `scores.safetensors`, `trimmed.json`."""
+    asked = Asked.open(inputs, "distill", settings["questions"], settings["k"])
+    scores = look(open_reader(inputs, settings), asked.questions, asked.passages)
+    if device.is_main():
+        write_arrays(folder / "scores.safetensors", scores)
+    note_trimmed(int((scores["trimmed"] > 0).sum()), len(asked.questions), folder)
 
 
-def left_out_losses(
-    reader: Reader, questions: list[Question], found: list[list[Passage]]
-) -> NDArray[np.float32]:
-    """LOOP's passage scores `[questions, k]`: mean loss of the answer's tokens when that passage is left out (ATLAS)."""
-    k = len(found[0])
-    prompts = [
-        reader.prompt(q, [p for other, p in enumerate(passages) if other != left_out], q.answers[0])
-        for q, passages in zip(questions, found, strict=True)
-        for left_out in range(k)
-    ]
-    fleet.done["questions"] += len(questions) if fleet.is_main() else 0
-    return np.nanmean(answer_losses(reader, prompts, reader.settings.at_once), axis=1).reshape(
-        -1, k
-    )
-
-
-def save(scores: dict[str, NDArray[np.float32]], folder: Path) -> None:
-    write_arrays(folder / "scores.safetensors", scores)
-
-
-def load(folder: Path) -> dict[str, NDArray[np.float32]]:
-    return load_file(folder / "scores.safetensors")
-
-
-def over_layers(values: NDArray[np.float32], layers: str) -> NDArray[np.float64]:
-    """Values `[..., layers]` of the first, middle or last layer, or averaged over all."""
-    if layers == "all":
-        return values.mean(-1).astype(np.float64)
-    return values[
-        ..., {"first": 0, "middle": (values.shape[-1] - 1) // 2, "last": -1}[layers]
-    ].astype(np.float64)
-
-
-def attention_scores(
-    scores: dict[str, NDArray[np.float32]], settings: AttentionSettings
-) -> NDArray[np.float64]:
-    """Passage scores `[questions, k]` under one choice of rows, norm, pooling and layers."""
-    picked = scores["attention"][
-        :, ROWS.index(settings.rows), int(settings.norm), :, POOLINGS.index(settings.pooling)
-    ]
-    return over_layers(np.moveaxis(picked, 1, -1), settings.layers)
+def make_loop(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
+    """The same reader without one passage at a time: `scores.safetensors` with `loop`."""
+    asked = Asked.open(inputs, "distill", settings["questions"], settings["k"])
+    losses = left_out_losses(open_reader(inputs, settings), asked.questions, asked.passages)
+    if device.is_main():
+        write_arrays(folder / "scores.safetensors", {"loop": losses})

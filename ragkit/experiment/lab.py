@@ -1,530 +1,268 @@
-"""The experiment as stages: every box of the data flow, made once, remembered, and opened from any notebook."""
+"""How a notebook opens the experiment: a run, and its stages as the things that they hold.
+
+Asking for a thing makes what is missing. Nothing here loads torch until a model is asked for.
+"""
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import json
-import logging
-import shutil
-from contextlib import nullcontext
-from functools import cache, cached_property
+import os
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from ragkit.data import questions as corpora
 from ragkit.data.passages import Passage
-from ragkit.data.questions import Question
-from ragkit.distillation import log as training_log
-from ragkit.distillation import targets as distill
-from ragkit.distillation import teacher
-from ragkit.experiment.retrieval import SEARCH, Retrieval
-from ragkit.experiment.stages import (
-    Lessons,
-    make_answers,
-    make_distilled,
-    make_fine_tuned,
-    make_left_out,
-    make_refreshed,
-    make_teacher,
-    model_hashes,
-)
-from ragkit.experiment.store import linked, write_json
-from ragkit.indicators import metrics, nouns
-from ragkit.models import device as fleet
-from ragkit.models.reader import Reader, embedded_reader
-from ragkit.profile import Profile, WorldSet, varied
+from ragkit.data.questions import Corpus, Question
+from ragkit.distillation import targets
+from ragkit.distillation.asked import Asked
+from ragkit.distillation.targets import Scores
+from ragkit.errors import NounsError, ProfileError
+from ragkit.experiment.graph import Graph, Of
+from ragkit.experiment.stages import stages
+from ragkit.experiment.store import Stage, Store
+from ragkit.profile import Profile, load_profile
+from ragkit.settings import QuestionSet
 
-log = logging.getLogger(__name__)
-
-READERS = ("off-the-shelf", "fine-tuned")
-UNTAUGHT = ("off-the-shelf", "weaker prompt")  # readers before Step 1: one model, asked in two ways
-SIGNALS = (
-    "attention",
-    "perplexity",
-    "LOOP",
-    "EMDR2",
-)  # what a reader can teach by: a target is named 'reader signal'
-TARGETS = {
-    "off-the-shelf attention": "the pretrained reader's attention (the paper's first regime)",
-    "weaker prompt attention": "the same reader, asked with the prompt that it answers worse",
-    "fine-tuned attention": "the attention of the reader after Step 1 (the paper's second regime)",
-    "fine-tuned perplexity": "how likely the fine-tuned reader finds the answer given each passage alone",
-    "uniform": "control: every passage the same",
-    "shuffled": "control: the fine-tuned attention, permuted within each question",
-    "answer string": "control: the passages that contain the answer as text",
-    "oracle": "control: the gold passages",
-}
+TAKEN = ("course", "lab", "bench")  # folders below `runs/` that are no runs
+OPENED = "RAGKIT_OPENED"  # names a file that takes down which stages a notebook opens
+FIGURES = "RAGKIT_FIGURES"  # names the folder that a notebook's figures go to
 
 
-def teacher_of(target: str) -> tuple[str, str] | None:
-    """The reader and the signal of a target; None for a control that needs no reader."""
-    if target == "shuffled":
-        return "fine-tuned", "attention"
-    reader, _, signal = target.rpartition(" ")
-    return (reader, signal) if signal in SIGNALS else None
-
-
-class Lab(Retrieval):
-    """One run: a profile, its folder, and its stages. Asking for a thing makes what is missing."""
-
-    def __init__(self, profile: str | Profile = "tiny", runs: Path | str = "runs") -> None:
-        super().__init__(profile, runs)
-        self.style_scores = cache(self._style_scores)
-
-    def varied(self, variation: str, set_name: str) -> Lab:
-        """A lab with one choice taken otherwise."""
-        name = variation.replace(": ", "-").replace(" ", "-")
-        return self.beside(
-            name,
-            varied(self.profile, variation),
-            set_name,
-            (*SEARCH, "answers", "step1", "teacher", "nouns"),
+def changed_profile(name_or_path: str, changes: Sequence[str]) -> Profile:
+    """A profile with changes made, under a name of its own: its run replaces no other."""
+    profile = load_profile(name_or_path, changes)
+    if changes:
+        digest = hashlib.sha256(json.dumps(sorted(changes)).encode()).hexdigest()[:6]
+        profile = profile.model_copy(update={"name": f"{profile.name}-{digest}"})
+    if profile.name in TAKEN:
+        raise ProfileError(
+            f"A profile cannot be named {profile.name!r}: that folder below the runs is taken. "
+            "Give it another name."
         )
+    return profile
 
-    def again(self, step1_seed: int, set_name: str) -> Lab:
-        """A lab whose Step 1 is run with another seed: other training worlds, in another order."""
-        changed = self.profile.model_copy(update={"step1_seeds": (step1_seed,)})
-        kinds = (*SEARCH, "answers", "teacher", "tokens", "contextual", "nouns", "loop", "step2")
-        return self.beside(f"step1-seed-{step1_seed}", changed, set_name, kinds)
 
-    def beside(self, name: str, profile: Profile, set_name: str, kinds: tuple[str, ...]) -> Lab:
-        """A lab of a changed profile, in a folder of its own below this run's.
+class Lab:
+    """One run: a profile, its folder, and its graph; `graph` may be one of the profile's others."""
 
-        It begins with this lab's stages (the very files, where the disk can link them): only what the change touches is made anew.
-        """
-        home = self.store.folder / "varied" / name
-        taken = itertools.product(filter(None, (set_name, self.profile.twin(set_name))), kinds)
-        with self.store.alone(f"beside-{name}", name) if fleet.is_main() else nullcontext():
-            for one, kind in taken if fleet.is_main() else ():
-                made, copy = (
-                    folder / "stages" / kind / one for folder in (self.store.folder, home)
-                )
-                if made.is_dir() and not copy.exists():
-                    aside = copy.with_name(f"{one}.new")
-                    shutil.rmtree(aside, ignore_errors=True)
-                    shutil.copytree(made, aside, copy_function=linked)
-                    aside.rename(copy)
-        fleet.wait()
-        return Lab(profile.model_copy(update={"name": name}), home.parent)
+    def __init__(
+        self, profile: str | Profile = "tiny", runs: Path | str = "runs", graph: Graph | None = None
+    ) -> None:
+        asked = profile if isinstance(profile, Profile) else changed_profile(profile, ())
+        self.graph = graph or Graph(asked)
+        self.profile, self.runs = self.graph.profile, Path(runs)
+        self.folder = self.runs / asked.name
+        self.store = Store(self.folder)
+        self.corpora: dict[str, Corpus] = {}
+
+    @property
+    def sets(self) -> dict[str, QuestionSet]:
+        """The question sets by name."""
+        return self.graph.sets
+
+    @property
+    def figures(self) -> Path:
+        """Where figures and tables go."""
+        return Path(os.environ.get(FIGURES) or self.folder / "figures")
+
+    @property
+    def status(self) -> dict[str, str]:
+        """What happened to each stage that this process opened: `reused`, or `ran: ` and why."""
+        return self.store.status
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """The targets of the main table, with what they are."""
+        return self.graph.targets
 
     def readers(self) -> list[str]:
-        """Every reader that is judged: before Step 1 (with its weaker prompt too, where it has two), on the way, and after it."""
-        before = UNTAUGHT if self.has_clozes else UNTAUGHT[:1]
-        return [*before, *(f"step {step}" for step in self.profile.reader.kept_steps), "fine-tuned"]
+        """Every reader that is looked at, from before Step 1 to after it."""
+        return self.graph.readers()
 
-    def reader(self, set_name: str, which: str) -> Reader:
-        """One of `readers()`."""
-        settings = self.profile.reader
-        if which in UNTAUGHT:
-            return Reader.load(settings.model, settings, self.style(set_name, which))
-        folder = self.step1(set_name)
-        return Reader.load(
-            str(folder if which == "fine-tuned" else folder / which.removeprefix("step ")), settings
-        )
+    def open(self, kind: str, set_name: str, which: str = "") -> Path:
+        """The folder of a kind of stage of a set, and of a reader; made if it is missing."""
+        return self.open_stage(self.graph.stage(kind, Of(set_name, which)))
+
+    def open_stage(self, stage: Stage) -> Path:
+        """A stage's folder, made if it is missing."""
+        folder = self.store.open(stage)
+        if noted := os.environ.get(OPENED):
+            with open(noted, "a", encoding="utf8") as file:
+                file.write(f"{json.dumps([stage.name, stage.key])}\n")
+        return folder
+
+    def varied(self, variation: str) -> Lab:
+        """The lab with one choice taken otherwise; it shares this one's stages."""
+        return self._of(self.graph.varied(variation))
+
+    def again(self, step1_seed: int) -> Lab:
+        """The lab whose Step 1 runs with another seed."""
+        return self._of(self.graph.again(step1_seed))
+
+    def _of(self, graph: Graph) -> Lab:
+        if graph is self.graph:
+            return self
+        other = Lab(self.profile.model_copy(update={"name": self.folder.name}), self.runs, graph)
+        other.store = self.store
+        return other
+
+    # Questions, and what is found for them
+
+    def corpus(self, set_name: str) -> Corpus:
+        """Passages and questions of a set."""
+        if set_name not in self.corpora:
+            places = (self.open(kind, set_name) for kind in ("passages", "questions"))
+            self.corpora[set_name] = Corpus.load(set_name, *places)
+        return self.corpora[set_name]
+
+    def candidates(self, set_name: str) -> dict[str, NDArray[np.int64]]:
+        """The first 20 passages of each question by the initial retriever, by part `[n, 20]`."""
+        return load_file(self.open("candidates", set_name) / "candidates.safetensors")
+
+    def bm25(self, set_name: str) -> NDArray[np.int64]:
+        """The first 20 passages of each test question by BM25 `[n, 20]`."""
+        return load_file(self.open("bm25", set_name) / "candidates.safetensors")["test"]
+
+    def found(
+        self, set_name: str, part: str, ranking: NDArray[np.int64] | None = None
+    ) -> list[list[Passage]]:
+        """The k passages of each question of a part, by the initial retriever or a ranking."""
+        passages = self.corpus(set_name).passages
+        rows = self.candidates(set_name)[part] if ranking is None else ranking
+        return [[passages[i] for i in row[: self.profile.k]] for row in rows]
+
+    def example(self, set_name: str, part: str) -> int:
+        """The first question of a part that finds a gold passage and others; 0 if there is none."""
+        corpus, k = self.corpus(set_name), self.profile.k
+        rows = self.candidates(set_name)[part][:, :k].tolist()
+        for place, (question, row) in enumerate(zip(corpus.questions[part], rows, strict=True)):
+            if 0 < len(set(row) & set(corpus.gold(question, row))) < k:
+                return place
+        return 0
+
+    def noun_spans(self, set_name: str, part: str) -> list[list[tuple[int, int]]]:
+        """Start and end, in characters, of the nouns of each question of a part.
+
+        Raises NounsError, which says why, where no noun finder is at hand for this set.
+        """
+        spans = read_json(self._nouns(set_name) / "spans.json")[part]
+        return [[(start, end) for start, end in question] for question in spans]
+
+    def _nouns(self, set_name: str) -> Path:
+        if not self.graph.has_nouns(set_name):
+            model = self.profile.nouns.model
+            why = (
+                "the embedded one knows the embedded worlds only"
+                if model == "embedded"
+                else f"{model!r} is neither an installed spaCy package nor a pipeline's folder"
+            )
+            raise NounsError(
+                f"No noun finder for the questions of {set_name}: {why}. Install one (python -m "
+                "spacy download en_core_web_sm) and name it under nouns.model, or name a folder."
+            )
+        return self.open("nouns", set_name)
+
+    # Models
+
+    def start(self) -> None:
+        """Takes the profile's device and threads for this process."""
+        from ragkit.models import device  # it loads torch: only who asks for a model waits
+
+        device.start(self.profile.machine, self.profile.threads)
+
+    def retriever(self, set_name: str) -> Any:
+        """The initial retriever (`ragkit.models.retriever.Retriever`)."""
+        from ragkit.models.retriever import Retriever
+
+        self.start()
+        folder = self.open("retriever", set_name) / "model"
+        return Retriever.load(str(folder), self.profile.retriever)
+
+    def vectors(self, set_name: str) -> Any:
+        """The initial retriever's vectors of all passages (`ragkit.models.index.Vectors`)."""
+        from ragkit.models.index import Vectors
+
+        return Vectors(self.open("vectors", set_name))
+
+    def reader(self, set_name: str, which: str) -> Any:
+        """One of `readers()` (`ragkit.models.reader.Reader`)."""
+        from ragkit.models.fid import open_reader
+
+        self.start()
+        made = "style" if which in targets.UNTAUGHT else "step1"
+        reading = self.graph.setting("reader", "tokens", Of(set_name, which))
+        place = {made: self.open(made, set_name)}
+        return open_reader(place, {"reader": reading, "which": which})
 
     def style(self, set_name: str, which: str) -> str:
-        """How a reader is asked: as it answers better on dev, the weaker prompt as it answers worse; after Step 1 by questions."""
-        if which not in UNTAUGHT:
+        """How a reader is asked: `question` or `cloze`."""
+        if which not in targets.UNTAUGHT:
             return "question"
-        scores = self.style_scores(set_name)
-        return (min if which == "weaker prompt" else max)(scores, key=lambda name: scores[name])
+        return read_json(self.open("style", set_name) / "style.json")[which]
 
-    def step1(self, set_name: str) -> Path:
-        """The folder of the reader after Step 1, and of those on the way in folders below it."""
-        settings, seed = self.profile.reader, self.profile.step1_seeds[0]
-
-        def make(folder: Path) -> None:
-            given = (
-                self.sets[set_name],
-                self.corpus(set_name),
-                self.retriever(set_name),
-                self.candidates(set_name)["distill"],
-            )
-            lessons = Lessons(*given, self.profile.k, settings.gold_share, seed)
-            reader = Reader.load(settings.model, settings, to_train=True)
-
-            def reader_after(step: int) -> Reader:
-                if not settings.shard:
-                    return reader
-                # one that is split over the processes looks at nothing by itself: it is read again from where it has just been kept
-                place = folder / str(step) if step in settings.kept_steps else folder
-                return Reader.load(str(place) if step else settings.model, settings)
-
-            with training_log.Step1Log(
-                folder, f"Step 1 {set_name}", settings, reader_after, self.probe(set_name, reader)
-            ) as report:
-                make_fine_tuned(reader, lessons, seed, folder, report)
-
-        record = {**self.reader_record(), "k": self.profile.k, "seed": seed}
-        self.candidates(set_name)
-        return self.open(
-            f"step1/{set_name}",
-            make,
-            record,
-            [f"candidates/{set_name}"],
-            [make_fine_tuned, Lessons],
-        )
-
-    def probe(self, set_name: str, reader: Reader) -> training_log.Probe:
-        """Measures both indicators on the first dev questions, with closeness in the input embeddings of `reader`, the off-the-shelf one."""
-        few = slice(training_log.QUESTIONS)
-        try:
-            spans = self.noun_spans(set_name, "dev")[few]
-        except nouns.NounsError:
-            spans = None
-        questions, found = (
-            self.corpus(set_name).questions["dev"][few],
-            self.found(set_name, "dev")[few],
-        )
-        return training_log.Probe(
-            reader, questions, found, spans, self.profile.attention, self.profile.indicators.share
-        )
-
-    def upstream_of(self, set_name: str, which: str) -> list[str]:
-        """The stages that a look of a reader at the initial candidates depends on, made if they are missing."""
-        self.candidates(set_name)
-        if which in UNTAUGHT:
-            return [f"candidates/{set_name}"]
-        self.step1(set_name)
-        return [f"candidates/{set_name}", f"step1/{set_name}"]
-
-    def reader_record(self) -> dict[str, Any]:
-        """What a stage that uses the reader depends on: its settings that change a result, and its weights where they lie in a local folder."""
-        settings = self.profile.reader
-        return {
-            **settings.model_dump(exclude={"at_once", "gradient_checkpointing", "shard"}),
-            "weights": model_hashes(
-                str(embedded_reader()) if settings.model == "embedded" else settings.model
-            ),
-        }
-
-    def inputs(self) -> dict[str, Any]:
-        """Hashes of everything a run reads from outside its own folder."""
-        sets = {name: corpora.input_hashes(settings) for name, settings in self.sets.items()}
-        return {
-            "sets": sets,
-            "retriever": model_hashes(self.profile.retriever.model),
-            "reader": self.reader_record()["weights"],
-            "nouns": nouns.state(self.profile.nouns.model),
-        }
-
-    @cached_property
-    def has_clozes(self) -> bool:
-        """Whether every set can also ask by the beginning of a statement: the embedded worlds can, real text cannot."""
-        return all(isinstance(s, WorldSet) for s in self.sets.values())
-
-    @cached_property
-    def targets(self) -> dict[str, str]:
-        """The targets of this run: TARGETS, without the weaker prompt where there is only one."""
-        return {
-            name: what
-            for name, what in TARGETS.items()
-            if self.has_clozes or not name.startswith("weaker prompt")
-        }
-
-    def _style_scores(self, set_name: str) -> dict[str, float]:
-        """EM of the off-the-shelf reader on dev with a question prompt and, where there are clozes, a cloze prompt."""
-        corpus = self.corpus(set_name)
-        questions = corpus.questions["dev"][: self.profile.evaluate.answered]
-        result = {}
-        for style in ("question", "cloze") if self.has_clozes else ("question",):
-            reader = Reader.load(self.profile.reader.model, self.profile.reader, style)
-            answers = self.answers(
-                set_name,
-                f"off-the-shelf-{style}-dev",
-                reader,
-                questions,
-                self.found(set_name, "dev"),
-                [f"candidates/{set_name}"],
-            )
-            result[style] = float(
-                np.mean(
-                    [
-                        metrics.exact_match(a, q.answers)
-                        for a, q in zip(answers, questions, strict=True)
-                    ]
-                )
-            )
-        return result
-
-    def answers(
-        self,
-        set_name: str,
-        label: str,
-        reader: Reader,
-        questions: list[Question],
-        found: list[list[Passage]],
-        upstream: list[str],
-    ) -> list[str]:
-        """The reader's answers to the first questions from the given passages, as a stage; `upstream` names what made the reader and the passages."""
-        found = found[: len(questions)]
-        record = {
-            "reader": self.reader_record(),
-            "style": reader.style,
-            "questions": len(questions),
-            "k": self.profile.k,
-        }
-        code = [make_answers, Reader]
-        folder = self.open(
-            f"answers/{set_name}/{label}",
-            lambda f: make_answers(reader, questions, found, f),
-            record,
-            upstream,
-            code,
-        )
-        return json.loads((folder / "answers.json").read_text("utf8"))
+    # What readers see, and what is taught with it
 
     def teacher(self, set_name: str, which: str) -> dict[str, NDArray[np.float32]]:
-        """All scores of one reader on the questions for distillation (see `ragkit.teacher.look`)."""
-        return teacher.load(self.look(set_name, which, "teacher", make_teacher))
-
-    def indicators_of(self, set_name: str, target: str) -> dict[str, float]:
-        """What `probe` measured of the reader whose attention is the target; empty for other targets, and where attention was read off otherwise."""
-        which, _, signal = target.rpartition(" ")
-        file = (
-            self.store.folder
-            / "stages"
-            / "teacher"
-            / set_name
-            / which.replace(" ", "-")
-            / "indicators.json"
-        )
-        if (
-            signal != "attention" or not file.is_file()
-        ):  # a stage from before there was a log has none
-            return {}
-        seen = json.loads(file.read_text("utf8"))
-        return (
-            seen["indicators"] if seen["attention"] == self.profile.attention.model_dump() else {}
-        )
-
-    def step2_log(
-        self, set_name: str, target: str, seed: int, epochs: int, folder: Path
-    ) -> training_log.Step2Log:
-        """What a Step 2 reports to."""
-        settings, questions = self.profile.distill, len(self.asked(set_name)[0])
-        title, batches = (
-            f"Step 2 {set_name}, {target}, seed {seed}",
-            -(-questions // settings.batch),
-        )
-        return training_log.Step2Log(
-            folder, title, epochs, batches, settings.rate, self.indicators_of(set_name, target)
-        )
+        """All scores of one reader on the questions for distillation."""
+        return load_file(self.open("teacher", set_name, which) / "scores.safetensors")
 
     def left_out(self, set_name: str, which: str) -> NDArray[np.float64]:
         """LOOP's scores of one reader on the questions for distillation `[questions, k]`."""
-        return load_file(self.look(set_name, which, "loop", make_left_out) / "scores.safetensors")[
-            "loop"
-        ].astype(np.float64)
+        scores = load_file(self.open("loop", set_name, which) / "scores.safetensors")
+        return scores["loop"].astype(np.float64)
 
-    def look(self, set_name: str, which: str, kind: str, make: Any) -> Path:
-        """The stage of one reader's look at the questions for distillation."""
-        n, k = self.profile.distill.questions, self.profile.k
-        record = {
-            "reader": self.reader_record(),
-            "which": which,
-            "style": self.style(set_name, which),
-            "questions": n,
-            "k": k,
-        }
-
-        def make_it(folder: Path) -> None:
-            reader, known = self.reader(set_name, which), {}
-            if self.before is not None and kind == "teacher":
-                known = {
-                    "known": (self.before.asked(set_name)[1], self.before.teacher(set_name, which))
-                }
-            make(
-                reader,
-                self.corpus(set_name),
-                self.candidates(set_name)["distill"],
-                n,
-                k,
-                folder,
-                **known,
-            )
-            if (
-                kind == "teacher"
-            ):  # for the logs of Step 2, of which a reader's look would take longer than each
-                probe = self.probe(
-                    set_name,
-                    Reader.load(self.profile.reader.model, self.profile.reader, reader.style),
-                )
-                write_json(
-                    folder / "indicators.json",
-                    {"attention": self.profile.attention.model_dump(), "indicators": probe(reader)},
-                )
-
-        return self.open(
-            f"{kind}/{set_name}/{which.replace(' ', '-')}",
-            make_it,
-            record,
-            self.upstream_of(set_name, which),
-            [make],
-        )
+    def probes(self, set_name: str) -> dict[str, dict[str, float]]:
+        """Both indicators of every reader on a few dev questions."""
+        folders = {which: self.open("probe", set_name, which) for which in self.readers()}
+        return {which: read_json(folder / "indicators.json") for which, folder in folders.items()}
 
     def asked(self, set_name: str) -> tuple[list[Question], NDArray[np.int64]]:
         """The questions for distillation and their candidates `[questions, k]`."""
-        questions = self.corpus(set_name).questions["distill"][: self.profile.distill.questions]
-        return questions, self.candidates(set_name)["distill"][: len(questions), : self.profile.k]
+        n, k = self.profile.distill.questions, self.profile.k
+        questions = self.corpus(set_name).questions["distill"][:n]
+        return questions, self.candidates(set_name)["distill"][: len(questions), :k]
+
+    def _stored(self, set_name: str, target: str) -> Scores | None:
+        """The stored scores of the reader that a target is made of; None for a control."""
+        look = self.graph.look(Of(set_name, target=target))
+        return load_file(self.open_stage(look["look"]) / "scores.safetensors") if look else None
 
     def scores(self, set_name: str, target: str) -> NDArray[np.float64]:
         """What a target is made of `[questions, k]`: a reader's scores, or a control's."""
-        questions, candidates = self.asked(set_name)
-        if taught := teacher_of(target):
-            which, signal = taught
-            if signal == "LOOP":
-                return self.left_out(set_name, which)
-            seen = self.teacher(set_name, which)
-            return (
-                teacher.attention_scores(seen, self.profile.attention)
-                if signal == "attention"
-                else teacher.likelihood(seen)
-            )
-        if target == "answer string":
-            return distill.answer_string_scores(
-                candidates.tolist(), self.corpus(set_name).passages, [q.answers for q in questions]
-            )
-        return distill.oracle_scores(
-            candidates.tolist(), self.corpus(set_name).golds(questions, candidates)
-        )
+        asked = Asked(self.corpus(set_name), *self.asked(set_name))
+        stored = self._stored(set_name, target)
+        return targets.scores_of(target, stored, asked, self.profile.attention)
 
-    def target(self, set_name: str, name: str) -> NDArray[np.float64]:
-        """A target's distributions over the candidates of the questions for distillation `[questions, k]`."""
-        if name == "uniform":
-            return distill.uniform(*self.asked(set_name)[1].shape)
-        made = distill.from_scores(self.scores(set_name, name), self.profile.distill.entropy)
-        return distill.shuffled(made, self.profile.seed) if name == "shuffled" else made
-
-    def loss(self, set_name: str, target: str) -> distill.Loss:
-        """What Step 2 minimises: EMDR2's own loss, or the divergence from a target."""
-        theta = self.profile.distill.retriever_temperature
-        if target.endswith("EMDR2"):
-            logs = torch.from_numpy(
-                self.teacher(set_name, target.removesuffix(" EMDR2"))["answer_logs"]
-            )
-            return lambda chosen, scores: distill.emdr2_loss(logs[chosen], scores, theta)
-        targets = torch.from_numpy(self.target(set_name, target)).float()
-        divergence = (
-            distill.kl_loss
-            if self.profile.distill.direction == "target || retriever"
-            else distill.reverse_kl_loss
-        )
-        return lambda chosen, scores: divergence(targets[chosen], scores, theta)
+    def target(self, set_name: str, target: str) -> NDArray[np.float64]:
+        """A target's distributions over the candidates `[questions, k]`."""
+        asked = Asked(self.corpus(set_name), *self.asked(set_name))
+        stored, profile = self._stored(set_name, target), self.profile
+        entropy, seed = profile.distill.entropy, profile.seed
+        return targets.target_of(target, stored, asked, profile.attention, entropy, seed)
 
     def distilled(
         self, set_name: str, target: str, seed: int
     ) -> tuple[NDArray[np.int64], list[dict[str, float]]]:
-        """Step 2: the test ranking `[questions, 20]` and the curve over epochs.
+        """Step 2: the test ranking `[questions, 20]`, and the curve over epochs.
 
-        With `index_refreshes` in the profile the curve is that of the last part, from the last refresh on.
+        With index refreshes the curve is that of the last part.
         """
-        if self.profile.index_refreshes:
-            other, name = (
-                self.refreshed(set_name, target, seed),
-                self.step2_name(set_name, target, seed),
-            )
-            result = other.distilled(set_name, target, seed)
-            self.elsewhere[name] = other.key(name)
-            return result
-        upstream = self.seen_by(set_name, target)
-        record = {
-            "distill": self.profile.distill.model_dump(exclude={"seeds"}),
-            "attention": self.profile.attention.model_dump(),
-            "seed": seed,
-        }
+        folder = self.open_stage(self.graph.step2(set_name, target, seed))
+        ranking = load_file(folder / "ranking.safetensors")["test"]
+        return ranking, read_json(folder / "curve.json")
 
-        def make_it(folder: Path) -> None:
-            made = (
-                self.corpus(set_name),
-                self.retriever(set_name),
-                self.index(set_name),
-                self.candidates(set_name)["distill"],
-                self.loss(set_name, target),
-            )
-            with self.step2_log(
-                set_name, target, seed, self.profile.distill.epochs, folder
-            ) as report:
-                make_distilled(*made, self.profile.distill, self.profile.k, seed, folder, report)
+    @cached_property
+    def stages(self) -> list[Stage]:
+        """Every stage of the run, inputs first."""
+        return stages(self.graph)
 
-        code = [make_distilled, Lab.loss, Lab.target, Lab.scores]
-        folder = self.open(self.step2_name(set_name, target, seed), make_it, record, upstream, code)
-        return load_file(folder / "ranking.safetensors")["test"], json.loads(
-            (folder / "curve.json").read_text("utf8")
-        )
 
-    def refreshed(self, set_name: str, target: str, seed: int) -> Lab:
-        """A lab in which the first part of Step 2 is done: its retriever goes on from there, with the candidates that it finds now."""
-        left, distilling = self.profile.index_refreshes, self.profile.distill
-        first = distilling.epochs // (left + 1)
-        rest = distilling.model_copy(update={"epochs": distilling.epochs - first})
-        changed = self.profile.model_copy(update={"index_refreshes": left - 1, "distill": rest})
-        # Step 1 is over: it sees no new candidates. The passages' vectors change only if their side is trained
-        kept = ["step1", *(["vectors", "index"] if distilling.side == "query" else [])]
-        self.step1(set_name)
-        self.index(set_name)
-        name = f"refreshed-{target.replace(' ', '-')}-{seed}"
-        other = self.beside(name, changed, set_name, ("corpus", *kept))
-        if stale := [
-            kind
-            for kind in kept
-            if other.store.key(f"{kind}/{set_name}") != self.store.key(f"{kind}/{set_name}")
-        ]:
-            for kind in stale if fleet.is_main() else []:  # copies of earlier ones
-                shutil.rmtree(other.store.folder / "stages" / kind / set_name)
-            fleet.wait()
-            other = self.beside(name, changed, set_name, ("corpus", *kept))
-        other.style_scores, other.before = self.style_scores, self
-        other.opened |= {
-            f"{kind}/{set_name}": other.store.folder / "stages" / kind / set_name for kind in kept
-        }
-
-        def make(folder: Path) -> None:
-            made = (
-                self.corpus(set_name),
-                self.retriever(set_name),
-                self.index(set_name),
-                self.candidates(set_name)["distill"],
-                self.loss(set_name, target),
-            )
-            with self.step2_log(set_name, target, seed, first, folder) as report:
-                make_refreshed(
-                    *made,
-                    distilling.model_copy(update={"epochs": first}),
-                    self.profile.k,
-                    seed,
-                    folder,
-                    report,
-                )
-
-        stage = f"retriever/{set_name}"
-        upstream = {name: self.store.key(name) for name in self.seen_by(set_name, target)}
-        record = {
-            "distill": distilling.model_dump(exclude={"seeds"}),
-            "attention": self.profile.attention.model_dump(),
-            "epochs": first,
-            "seed": seed,
-        }
-        other.opened[stage] = other.store.stage(
-            stage, make, record, upstream, [make_refreshed, Lab.loss, Lab.target, Lab.scores]
-        )
-        return other
-
-    def seen_by(self, set_name: str, target: str) -> list[str]:
-        """The stages that Step 2 for a target depends on, made if they are missing."""
-        if not (taught := teacher_of(target)):
-            self.candidates(set_name)
-            return [f"candidates/{set_name}"]
-        which, signal = taught
-        kind, make = ("loop", make_left_out) if signal == "LOOP" else ("teacher", make_teacher)
-        self.look(set_name, which, kind, make)
-        return [f"candidates/{set_name}", f"{kind}/{set_name}/{which.replace(' ', '-')}"]
-
-    @staticmethod
-    def step2_name(set_name: str, target: str, seed: int) -> str:
-        return f"step2/{set_name}/{target.replace(' ', '-')}-{seed}"
+def read_json(file: Path) -> Any:
+    """What a stage's JSON file holds."""
+    return json.loads(file.read_text("utf8"))

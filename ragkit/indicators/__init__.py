@@ -1,1 +1,1 @@
-"""Closeness, the nouns of a question, both indicators, and measures with intervals."""
+"""Closeness, the nouns of a question, both indicators, and means with intervals."""

@@ -1,9 +1,9 @@
-"""The nouns of questions through spaCy: by an installed pipeline, or by a small one trained here on labelled text."""
+"""The nouns of questions, by an installed spaCy pipeline or one trained on labelled text."""
 
 from __future__ import annotations
 
 import random
-from importlib import metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,47 +11,24 @@ import spacy
 from spacy.language import Language
 from spacy.tokens import Doc
 from spacy.training import Example
-from spacy.util import fix_random_seed, is_package, minibatch
+from spacy.util import fix_random_seed, minibatch
 
-from ragkit.data.speech import LABELS, NOUN_TAGS, Tagged
+from ragkit.data import worlds
+from ragkit.data.files import read_jsonl, write_json
+from ragkit.data.questions import PARTS
+from ragkit.data.speech import NOUN_TAGS, Tagged, parts_of_speech
 from ragkit.errors import NounsError
-from ragkit.experiment.store import contents, input_hash
+from ragkit.models import device
 
-WIDTH, DEPTH, ROWS = (
-    96,
-    2,
-    2000,
-)  # of the tagger: spaCy's own default is 4 deep and trains at a third of the speed
+# of the tagger: spaCy's own default is 4 deep and trains at a third of the speed
+WIDTH, DEPTH, ROWS = 96, 2, 2000
 EPOCHS, BATCH, DROPOUT = 4, 64, 0.3  # like the depth, chosen on the news half of PUD
+TAGGED_ENTITIES, TAGGED_PASSAGES = 240, 120
 HOW_TO_GET_ONE = (
-    "Install one (python -m spacy download en_core_web_sm, which needs the network) and write its name under nouns.model in the profile, "
-    "or write the folder of a pipeline saved with spaCy's to_disk."
+    "Install one (python -m spacy download en_core_web_sm, which needs the network) and write its "
+    "name under nouns.model in the profile, or write a folder saved with spaCy's to_disk."
 )
 Labelled = tuple[list[str], list[str]]  # the words of a text and their UPOS
-
-
-def state(model: str) -> dict[str, str]:
-    """What a noun finder depends on: labels, a package's version, or a folder's files by hash; empty where there is none."""
-    found: dict[str, str] = {}
-    if model == "embedded":
-        found = {LABELS.name: input_hash(LABELS)}
-    elif is_package(model):
-        found = {model: metadata.version(model)}
-    elif Path(model).is_dir():
-        found = contents(Path(model))
-    return found and {"spacy": spacy.__version__, **found}
-
-
-def check_model(model: str, in_world: bool) -> None:
-    """Raises NounsError where a set's profile names no usable noun finder: none is there, or the embedded one would meet real text."""
-    if model == "embedded" and not in_world:
-        raise NounsError(
-            f"The embedded noun finder knows the words of the embedded worlds only, and these questions are real text. {HOW_TO_GET_ONE}"
-        )
-    if not state(model):
-        raise NounsError(
-            f"There is no spaCy pipeline {model!r}, neither an installed package nor a folder with files. {HOW_TO_GET_ONE}"
-        )
 
 
 def load_nouns(model: str) -> Language:
@@ -59,24 +36,24 @@ def load_nouns(model: str) -> Language:
 
     Raises NounsError where there is none, it cannot be opened, or it sets no parts of speech.
     """
-    check_model(model, in_world=False)
+    if model == "embedded":
+        why = "The embedded noun finder knows the embedded worlds only, and this is real text."
+        raise NounsError(f"{why} {HOW_TO_GET_ONE}")
     try:
         pipeline = spacy.load(model, exclude=["parser", "ner", "lemmatizer"])
-        example = pipeline("where is the town")
-    except Exception as error:  # damaged files and missing parts show in a dozen ways, and a package runs code of its own
-        raise NounsError(
-            f"The spaCy pipeline {model!r} cannot be opened ({str(error).splitlines()[0]}). {HOW_TO_GET_ONE}"
-        ) from error
-    if not example.has_annotation("POS"):
+        if pipeline("where is the town").has_annotation("POS"):
+            return pipeline
         parts = ", ".join(pipeline.pipe_names) or "none"
-        raise NounsError(
-            f"The spaCy pipeline {model!r} sets no parts of speech (its components: {parts}). {HOW_TO_GET_ONE}"
-        )
-    return pipeline
+        why = f"sets no parts of speech (it has: {parts})."
+    except Exception as error:  # damage shows in a dozen ways, and a package runs its own code
+        why = f"cannot be opened: {str(error).splitlines()[0]}."
+        for inner in Path(model).glob("*/config.cfg"):
+            why += f" Give the folder inside it, {str(inner.parent)!r}."
+    raise NounsError(f"The spaCy pipeline {model!r} {why} {HOW_TO_GET_ONE}")
 
 
 def find_nouns(model: Language, texts: list[str]) -> list[list[tuple[int, int]]]:
-    """Start and end, in characters, of the nouns of each text, proper nouns included; a text without any gets an empty list."""
+    """Start and end, in characters, of the nouns of each text, proper nouns included."""
     return [
         [(word.idx, word.idx + len(word)) for word in doc if word.pos_ in NOUN_TAGS]
         for doc in model.pipe(texts)
@@ -84,21 +61,20 @@ def find_nouns(model: Language, texts: list[str]) -> list[list[tuple[int, int]]]
 
 
 def train_tagger(texts: list[Labelled], folder: Path, seed: int) -> Language:
-    """A small pipeline that learns parts of speech from labelled texts, saved to a folder with spaCy's `to_disk`.
+    """A small pipeline that learns parts of speech from labelled texts, saved to a folder.
 
-    It is a morphologizer on word vectors of its own: spaCy's `tagger` would set the fine-grained tag only. spaCy draws from
-    the shared random states of Python and NumPy, which are set here.
+    A morphologizer, for spaCy's `tagger` would set the fine-grained tag only. spaCy draws from the
+    shared random states of Python and NumPy, which are set here.
     """
     fix_random_seed(seed)
     words_to_vectors = {
-        "@architectures": "spacy.HashEmbedCNN.v2", "width": WIDTH, "depth": DEPTH, "embed_size": ROWS,
-        "window_size": 1, "maxout_pieces": 3, "subword_features": True, "pretrained_vectors": None,
+        "@architectures": "spacy.HashEmbedCNN.v2", "width": WIDTH, "depth": DEPTH,
+        "embed_size": ROWS, "window_size": 1, "maxout_pieces": 3, "subword_features": True,
+        "pretrained_vectors": None,
     }  # fmt: skip
+    tagger = {"@architectures": "spacy.Tagger.v2", "tok2vec": words_to_vectors}
     model = spacy.blank("en")
-    model.add_pipe(
-        "morphologizer",
-        config={"model": {"@architectures": "spacy.Tagger.v2", "tok2vec": words_to_vectors}},
-    )
+    model.add_pipe("morphologizer", config={"model": tagger})
     examples = [
         Example(Doc(model.vocab, words), Doc(model.vocab, words, pos=tags)) for words, tags in texts
     ]
@@ -111,38 +87,61 @@ def train_tagger(texts: list[Labelled], folder: Path, seed: int) -> Language:
     return model
 
 
-def labelled(text: str, tagged: list[Tagged]) -> Labelled:
-    """Words and tags of a text whose words are known by their place."""
-    return [text[start:end] for start, end, _ in tagged], [tag for _, _, tag in tagged]
+def tagged_text(world: str, seed: int) -> list[Labelled]:
+    """Labelled questions and passages about entities of no measured world, for the embedded finder.
+
+    Every wording of a question is among them, the held-out one too: a tagger knows its language,
+    only names are new to it.
+    """
+    rng = random.Random(f"tagged {world} {seed}")
+    texts, passages = [], []
+    for entity in worlds.make_entities(world, TAGGED_ENTITIES, rng, reserved=False, sharing=1.0):
+        for relation in entity.facts:
+            rel = worlds.relations(world)[entity.kind, relation]
+            texts.append(worlds.ask(entity, relation, rng.randrange(len(rel["questions"])), rng))
+            wording = rng.randrange(len(rel["statements"]))
+            passages.append(worlds.write_passage(entity, relation, wording, rng))
+    labelled = []
+    for text in texts + rng.sample(passages, TAGGED_PASSAGES):
+        tagged = parts_of_speech(text)
+        labelled.append(([text[a:b] for a, b, _ in tagged], [tag for _, _, tag in tagged]))
+    return labelled
 
 
 def score_tags(model: Language, texts: list[str], gold: list[list[Tagged]]) -> dict[str, float]:
-    """How well a pipeline agrees with gold parts of speech.
+    """How well a pipeline agrees with gold parts of speech, some of which are nouns.
 
-    `accuracy` is the share of the gold words that it cuts out and tags alike; `precision`, `recall` and `F1` are of the
-    nouns, proper nouns included, by their place. Raises ValueError where a share has nothing to be a share of.
+    `accuracy` is the share of the gold words that it cuts out and tags alike; `precision`, `recall`
+    and `F1` are of the nouns, proper nouns included, by their place.
     """
-    words = right = found = true = both = 0
-    for doc, tagged in zip(model.pipe(texts), gold, strict=True):
-        guessed: dict[Any, str] = {(word.idx, word.idx + len(word)): word.pos_ for word in doc}
-        known: dict[Any, str] = {(start, end): tag for start, end, tag in tagged}
-        nouns, gold_nouns = (
-            {place for place, tag in tags.items() if tag in NOUN_TAGS} for tags in (guessed, known)
-        )
-        words, right = (
-            words + len(known),
-            right + sum(guessed.get(place) == tag for place, tag in known.items()),
-        )
-        found, true, both = (
-            found + len(nouns),
-            true + len(gold_nouns),
-            both + len(nouns & gold_nouns),
-        )
-    if not true:
-        raise ValueError("there are no nouns among the gold parts of speech")
+    known = {(i, *word) for i, tagged in enumerate(gold) for word in tagged}
+    guessed = set()
+    for i, doc in enumerate(model.pipe(texts)):
+        guessed |= {(i, word.idx, word.idx + len(word), word.pos_) for word in doc}
+    found, true = ({word[:3] for word in w if word[3] in NOUN_TAGS} for w in (guessed, known))
+    both = len(found & true)
     return {
-        "accuracy": right / words,
-        "precision": both / max(found, 1),
-        "recall": both / true,
-        "F1": 2 * both / (found + true),
+        "accuracy": len(guessed & known) / len(known),
+        "precision": both / max(len(found), 1),
+        "recall": both / len(true),
+        "F1": 2 * both / (len(found) + len(true)),
     }
+
+
+def make_nouns(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
+    """`spans.json`: where the nouns of every question of each part stand; `scores.json`: in an
+    embedded world how often the finder is right on dev (`score_tags`), else nothing."""
+    if not device.is_main():
+        return
+    model, world, seed = settings["nouns"], settings["world"], settings["seed"]
+    if model == "embedded" and world:
+        finder = train_tagger(tagged_text(world, seed), folder / "pipeline", seed)
+    else:
+        finder = load_nouns(model)
+    texts = {}
+    for part in PARTS:
+        rows = read_jsonl(inputs["questions"] / f"{part}.jsonl")
+        texts[part] = [row["text"] for _, row in rows]
+    write_json(folder / "spans.json", {part: find_nouns(finder, texts[part]) for part in PARTS})
+    gold = [parts_of_speech(text) for text in texts["dev"]] if world else []
+    write_json(folder / "scores.json", score_tags(finder, texts["dev"], gold) if world else {})

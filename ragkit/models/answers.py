@@ -19,7 +19,7 @@ from ragkit.data.text import exact_match
 from ragkit.models import device
 from ragkit.models.fid import fitted, load_reader, open_reader
 from ragkit.models.reader import Reader, note_trimmed
-from ragkit.profile import ReaderSettings
+from ragkit.settings import ReaderSettings
 
 
 def ranking_of(folder: Path, part: str) -> list[list[int]]:

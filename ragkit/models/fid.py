@@ -35,7 +35,7 @@ from ragkit.errors import ReaderError
 from ragkit.models import device
 from ragkit.models.loading import loading, readable, refuse_missing
 from ragkit.models.reader import PART, Prompt, Reader, embedded_reader
-from ragkit.profile import ReaderSettings
+from ragkit.settings import ReaderSettings
 
 
 @dataclass(frozen=True)

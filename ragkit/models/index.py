@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from ragkit.data.files import write_arrays, write_json, write_whole
 from ragkit.data.passages import Passages, passage_text
 from ragkit.data.questions import PARTS, PASSAGES, Corpus
-from ragkit.errors import SearchError, VectorsError
+from ragkit.errors import RetrieverError
 from ragkit.models import device
 from ragkit.models.retriever import Retriever
-from ragkit.profile import IndexSettings, RetrieverSettings
+from ragkit.settings import IndexSettings, RetrieverSettings
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # on import it sets its own, and reports much
 log = logging.getLogger(__name__)
@@ -38,17 +38,17 @@ class Vectors:
     """The vectors of a corpus, `[len(self), dimensions]`, of which only what is asked for is read
     from disk.
 
-    Raises VectorsError, which names the file, if it is missing, damaged or half encoded.
+    Raises RetrieverError, which names the file, if it is missing, damaged or half encoded.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / VECTORS
         if not self.path.is_file() or (folder / PROGRESS).exists():
-            raise VectorsError(f"{self.path} is missing or half made. Encode the passages first.")
+            raise RetrieverError(f"{self.path} is missing or half made. Encode the passages first.")
         try:
             self.array = np.load(self.path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
-            raise VectorsError(
+            raise RetrieverError(
                 f"{self.path} is damaged ({str(error).splitlines()[0]}). "
                 "Remove it and encode the passages again."
             ) from None
@@ -63,7 +63,7 @@ class Vectors:
         """
         wanted = places.reshape(-1)
         if wanted.size and not 0 <= wanted.min() <= wanted.max() < len(self):
-            raise VectorsError(
+            raise RetrieverError(
                 f"{self.path} holds {len(self)} vectors; "
                 f"those at {wanted.min()} to {wanted.max()} were asked for."
             )
@@ -102,7 +102,7 @@ def encode(
                 if settings.dtype == "float16"
                 else ""
             )
-            raise VectorsError(
+            raise RetrieverError(
                 f"{path}: some vectors hold values that are not finite: "
                 f"{hint or 'the retriever is damaged'}."
             )
@@ -122,20 +122,20 @@ def encode(
 
 def check_k(k: int, n_passages: int) -> None:
     if k > n_passages:
-        raise SearchError(
+        raise RetrieverError(
             f"k = {k} passages a question asked for, but the corpus holds {n_passages}. Lower k."
         )
 
 
 def checked(queries: NDArray[np.floating], dimensions: int) -> NDArray[np.float32]:
-    """Queries that can be searched for; raises SearchError on others."""
+    """Queries that can be searched for; raises RetrieverError on others."""
     if queries.shape[1] != dimensions:
-        raise SearchError(
+        raise RetrieverError(
             f"Queries have {queries.shape[1]} dimensions, passages {dimensions}: "
             "they come from different retrievers."
         )
     if not np.isfinite(queries).all():
-        raise SearchError(
+        raise RetrieverError(
             "Some queries hold values that are not finite: the retriever is damaged, "
             "or its training went astray (lower distill.rate)."
         )
@@ -183,7 +183,7 @@ def build(vectors: Vectors, settings: IndexSettings, folder: Path, seed: int) ->
     """Builds the index of `settings.factory`; nothing for `Flat`, which reads the vectors.
 
     What it learns, from `trained_on` vectors drawn by the seed, is kept when a build is killed.
-    Raises SearchError if the factory string and the vectors do not go together.
+    Raises RetrieverError if the factory string and the vectors do not go together.
     """
     if settings.factory == EXACT:
         return
@@ -208,14 +208,14 @@ def learn(vectors: Vectors, settings: IndexSettings, seed: int) -> Any:
             vectors.dimensions, settings.factory, faiss.METRIC_INNER_PRODUCT
         )
     except RuntimeError as error:
-        raise SearchError(
+        raise RetrieverError(
             f"index.factory: FAISS makes no index of {vectors.dimensions} dimensions from "
             f"{settings.factory!r} ({reason(error)})."
         ) from None
     inverted = faiss.try_extract_index_ivf(index)
     cells = max(inverted.nlist if inverted else 0, CODES if "PQ" in settings.factory else 0)
     if number < A_CELL * cells:
-        raise SearchError(
+        raise RetrieverError(
             f"index.factory {settings.factory!r} learns from {A_CELL * cells} vectors or more, "
             f"and there are {number}. Take fewer cells, raise index.trained_on, or search so few "
             f"exactly: index.factory: {EXACT}."
@@ -250,7 +250,7 @@ class Index:
         """The k passages with the largest dot product: places and scores `[queries, k]`.
 
         Best first. An approximate index finds `candidates` passages, whose scores are computed
-        exactly from the vectors on disk. Raises SearchError if k exceeds the corpus or what the
+        exactly from the vectors on disk. Raises RetrieverError if k exceeds the corpus or what the
         index finds, or queries have other dimensions or are not finite.
         """
         if self.approximate is None:
@@ -265,7 +265,7 @@ class Index:
             asked = queries[start : start + step]
             found = self.approximate.search(asked, wanted)[1]
             if (least := int((found >= 0).sum(1).min())) < k:  # FAISS fills up with -1
-                raise SearchError(
+                raise RetrieverError(
                     f"The index found only {least} of {k} passages for a question. "
                     f"Raise index.probes (now {self.settings.probes})."
                 )
@@ -278,7 +278,7 @@ class Index:
 def open_index(vectors: Path, index: Path, settings: IndexSettings) -> Index:
     """What searches the vectors in one folder by the index in another, mapped into memory.
 
-    Raises SearchError if the index is missing, damaged or made from other vectors.
+    Raises RetrieverError if the index is missing, damaged or made from other vectors.
     """
     opened, path = Vectors(vectors), index / FILE
     if settings.factory == EXACT:
@@ -286,11 +286,11 @@ def open_index(vectors: Path, index: Path, settings: IndexSettings) -> Index:
     try:
         approximate: Any = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
     except RuntimeError as error:
-        raise SearchError(
+        raise RetrieverError(
             f"The index {path} is missing or damaged ({reason(error)}). Build it again."
         ) from None
     if (approximate.d, approximate.ntotal) != (opened.dimensions, len(opened)):
-        raise SearchError(
+        raise RetrieverError(
             f"The index {path} holds {approximate.ntotal} vectors of {approximate.d} dimensions, "
             f"{opened.path} {len(opened)} of {opened.dimensions}. Build it again."
         )

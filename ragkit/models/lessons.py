@@ -11,7 +11,7 @@ from ragkit.data.questions import Corpus, Question
 from ragkit.data.worlds import build_world
 from ragkit.models.index import search
 from ragkit.models.retriever import Retriever
-from ragkit.profile import WorldSet
+from ragkit.settings import WorldSet
 
 TRAINING_WORLDS, TRAINING_ENTITIES, TRAINING_QUESTIONS = 8, 48, 576
 SAME_KIND_SHARE = 0.3  # of the draws: all passages state one kind of fact of different entities

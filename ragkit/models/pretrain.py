@@ -23,7 +23,7 @@ from ragkit.data.files import file_hash
 from ragkit.data.passages import block
 from ragkit.data.vocabulary import build_tokenizer
 from ragkit.models import device
-from ragkit.profile import MachineSettings
+from ragkit.settings import MachineSettings
 
 log = logging.getLogger(__name__)
 HIDDEN, LAYERS, HEADS = 64, 3, 8
@@ -136,7 +136,7 @@ def entity_matching(
         entities = worlds.make_entities(world, n_passages, rng, reserved=True, kind=kind)
         lines = []
         for e in entities:
-            passage = worlds.write_passage(e, relation, rng.randrange(5), rng)[0]
+            passage = worlds.write_passage(e, relation, rng.randrange(5), rng)
             lines.append(block(e.name, passage))
         lines.append("In short. " + worlds.cloze(entities[0], relation))
         logits = model(tokenizer("\n".join(lines), return_tensors="pt").input_ids).logits[0, -1]

@@ -21,7 +21,7 @@ from ragkit.data.questions import Question
 from ragkit.errors import ReaderError
 from ragkit.models import device
 from ragkit.models.loading import readable
-from ragkit.profile import ReaderSettings, asset
+from ragkit.settings import ReaderSettings, asset
 
 log = logging.getLogger(__name__)
 ANSWER_TOKENS = 32  # where neither the settings nor the questions say it

@@ -26,7 +26,7 @@ from ragkit.data.vocabulary import build_tokenizer
 from ragkit.errors import RetrieverError
 from ragkit.models import device
 from ragkit.models.loading import loading, readable, refuse_missing
-from ragkit.profile import RetrieverSettings
+from ragkit.settings import RetrieverSettings
 
 HIDDEN, LAYERS, HEADS = 128, 2, 4  # of the embedded retriever
 CROP_TEMPERATURE = 0.1

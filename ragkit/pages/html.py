@@ -1,82 +1,111 @@
-"""Attention and the ledger as self-contained HTML: no script, nothing from the network, every text escaped."""
+"""HTML from templates that escape all they are given; what others made passes an allow-list.
+
+Nothing here runs a script or loads anything from the network.
+"""
 
 from __future__ import annotations
 
-import html
+import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
+import yaml
+from bleach.css_sanitizer import CSSSanitizer
+from bleach.sanitizer import Cleaner
 from IPython.display import HTML
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
-VERDICT_COLOURS = {
-    "reproduced": "#1a7f37",
-    "partly": "#8a5a00",
-    "not reproduced": "#b42318",
-}  # legible under white text; others are grey
+from ragkit.settings import asset
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(asset("templates")), autoescape=True, undefined=StrictUndefined
+)
+PARTS: Any = TEMPLATES.get_template("parts.html").module
+# Addresses that stay: places of the report, and pictures that are part of the page.
+ADDRESS = re.compile(r"#\S*|[\w.-]+(/[\w.-]+)*(#\S*)?|data:image/(png|jpeg);base64,[\w+/=\s]+")
+ELSEWHERE = re.compile(r"url\s*\((?!\s*['\"]?#)|//|\\", re.IGNORECASE)  # in a style
+UNSEEN = re.compile(r"<(script|style|metadata)\b.*?(</\1\s*>|\Z)", re.IGNORECASE | re.DOTALL)
+ALLOWED = {
+    kind: frozenset(names.split())
+    for kind, names in yaml.safe_load((asset("templates") / "allowed.yaml").read_text()).items()
+}
+
+
+def allowed(tag: str, name: str, value: str) -> bool:
+    """Whether an attribute leads nowhere else and runs nothing."""
+    if name in ("href", "src"):
+        return ADDRESS.fullmatch(value) is not None
+    if name in ("style", "clip-path") and ELSEWHERE.search(value):
+        return False
+    return name in ALLOWED["attributes"]
+
+
+CLEANER = Cleaner(
+    tags=ALLOWED["tags"],
+    attributes=allowed,
+    protocols={"http", "data"},  # bleach's word for relative ones; `allowed` refuses all others
+    strip=True,
+    css_sanitizer=CSSSanitizer(ALLOWED["styles"], ()),
+)
+
+
+def clean(text: str) -> Markup:
+    """HTML without scripts, style sheets, event handlers and addresses of other places."""
+    return Markup(CLEANER.clean(UNSEEN.sub("", text).replace("xlink:href=", "href=")))
+
+
+def fill(template: str, **given: Any) -> Markup:
+    """A template of the package; everything that it is given is escaped, but `Markup`."""
+    return Markup(TEMPLATES.get_template(f"{template}.html").render(given))
+
+
+def wide(table: str) -> Markup:
+    """A table (HTML) in a box that scrolls sideways, by keyboard too."""
+    return PARTS.wide(Markup(table))
+
+
+def table(frame: pd.DataFrame, digits: int = 3, index: bool = False) -> HTML:
+    """A data frame, its texts escaped, its numbers with `digits` places, its gaps as dashes."""
+    look = {"float_format": f"%.{digits}f", "na_rep": "–", "border": 0, "classes": "numbers"}
+    return HTML(wide(frame.to_html(index=index, **look)))
+
+
+def figure(svg: str, alt: str, extra: str = "") -> Markup:
+    """A figure with its caption, the first sentence of its alt text.
+
+    The whole alt text is its label, and stands in words behind a fold with `extra` (HTML).
+    """
+    first, dot, _ = alt.partition(". ")
+    drawing = svg[svg.index("<svg") :].replace("<svg", '<svg style="max-width:100%;height:auto"', 1)
+    caption = first[:1].upper() + first[1:] + dot.strip()
+    shown = {"drawing": Markup(drawing), "extra": Markup(extra)}  # our own, not to be escaped
+    return fill("figure", alt=alt, caption=caption, **shown)
 
 
 def marked_tokens(
     tokens: Sequence[str], weights: Sequence[float], owners: Sequence[int], titles: Sequence[str]
 ) -> HTML:
-    """Each passage with its tokens shaded by their weight (1.0 is the darkest token shown).
+    """Each passage with its tokens shaded by their weight; the largest is the darkest.
 
-    A token beginning with `##` is joined to the one before it.
+    `owners` is the number of each token's passage, -1 where it has none. A token beginning with
+    `##` is joined to the one before it.
     """
-    largest = max((w for w, o in zip(weights, owners, strict=True) if o >= 0), default=0.0) or 1.0
-    blocks = []
-    for number, title in enumerate(titles):
-        parts = []
-        for token, weight, owner in zip(tokens, weights, owners, strict=True):
-            if owner != number:
-                continue
-            glue = "" if token.startswith("##") else " "
-            strength = max(0.0, min(1.0, weight / largest))
-            colour = "#fff" if strength > 0.55 else "#111"
-            style = f"background:rgba(0,90,160,{strength:.2f});color:{colour};border-radius:2px"
-            parts.append(
-                f'{glue}<span style="{style}" title="{weight:.4f}">{html.escape(token.removeprefix("##"))}</span>'
-            )
-        blocks.append(
-            f"<p style='line-height:1.7;margin:.4em 0'><b>{number + 1}. {html.escape(title)}</b> {''.join(parts)}</p>"
-        )
-    return HTML(
-        f"<div style='max-width:46em;background:#fff;color:#111;padding:.2em .6em'>{''.join(blocks)}</div>"
-    )
-
-
-def by_run(measured: str) -> str:
-    """What was measured on one set as an item of a list; several runs of Step 1 as a list of their own below it."""
-    name, _, told = html.escape(measured).partition(": ")
-    runs = told.split(" | ")
-    if len(runs) == 1:
-        return f"<li>{html.escape(measured)}</li>"
-    return f"<li>{name}<ul style='padding-left:1.2em'>{''.join(f'<li>{run}</li>' for run in runs)}</ul></li>"
+    passages: list[list[tuple[str, float]]] = [[] for _ in titles]
+    for token, weight, owner in zip(tokens, weights, owners, strict=True):
+        if owner >= 0:
+            passages[owner].append((token, weight))
+    largest = max((weight for passage in passages for _, weight in passage), default=0.0) or 1.0
+    shown = list(zip(titles, passages, strict=True))
+    return HTML(fill("marked_tokens", passages=shown, largest=largest))
 
 
 def ledger(table: pd.DataFrame, links: Mapping[str, str] | None = None) -> HTML:
-    """The claims as cards, two or three beside each other where there is room, one below the other on a phone.
+    """The claims as cards, beside each other where there is room, one below the other on a phone.
 
-    `table` is that of `ragkit.claims.table`; `links` holds, for some claims, HTML that leads to where they are measured.
+    `table` is that of `ragkit.experiment.claims.table`; `links` holds, for some claims, the page of
+    the notebook where it is measured.
     """
-    cards = []
-    for row in table.fillna("").itertuples(index=False):
-        colour = VERDICT_COLOURS.get(row.verdict, "#57606a")
-        badge = f"<span style='background:{colour};color:#fff;border-radius:1em;padding:.1em .7em;white-space:nowrap'>{html.escape(row.verdict)}</span>"
-        measured = "".join(map(by_run, filter(None, row.measured.split("; "))))
-        paper = (
-            f"<p style='margin:.4em 0'>In the paper: {html.escape(row.paper)}</p>"
-            if row.paper
-            else ""
-        )
-        why = f"<p style='margin:.4em 0'>Why: {html.escape(row.why)}</p>" if row.why else ""
-        cards.append(
-            f"<section style='border:1px solid rgba(127,127,127,.4);border-left:.4em solid {colour};border-radius:8px;padding:.7em .9em'>"
-            f"<div style='display:flex;justify-content:space-between;gap:1em;align-items:baseline'><b>{html.escape(row.claim)}</b>{badge}</div>"
-            f"<p style='margin:.4em 0'>{html.escape(row.statement)}</p><ul style='margin:.4em 0;padding-left:1.2em'>{measured}</ul>{paper}"
-            f"<details><summary style='cursor:pointer'>The rule</summary><p style='margin:.4em 0'>{html.escape(row.rule)}</p>{why}</details>"
-            f"{(links or {}).get(row.claim, '')}</section>"
-        )
-    grid = (
-        "display:grid;grid-template-columns:repeat(auto-fill,minmax(min(20em,100%),1fr));gap:.8em"
-    )
-    return HTML(f"<div style='{grid}'>{''.join(cards)}</div>")
+    rows = table.fillna("").to_dict("records")
+    return HTML(fill("ledger", claims=rows, links=links or {}))

@@ -1,8 +1,8 @@
-"""Is a reader of one's own fit to teach a retriever? Both indicators on a few hundred questions, with a verdict and its reasons.
+"""Is a reader of one's own fit to teach a retriever? Both indicators on a few hundred questions.
 
-import ragkit
+from ragkit.pages.judge import judge
 from ragkit.pages.judge_page import write_html
-write_html(ragkit.judge("path/to/reader", "questions.jsonl"), Path("judgement.html"))
+write_html(judge("path/to/reader", "questions.jsonl"), Path("judgement.html"))
 """
 
 from __future__ import annotations
@@ -10,36 +10,43 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from torch import Tensor
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
-from ragkit.data.questions import Question
-from ragkit.distillation.teacher import ROWS
-from ragkit.errors import JudgeError, NounsError, ReaderError
+from ragkit.errors import JudgeError, NounsError
 from ragkit.experiment.evidence import LINE
-from ragkit.indicators import measures as indicators
-from ragkit.indicators.measures import PLACES, Floats, Tokens
-from ragkit.indicators.metrics import Interval, interval, words
+from ragkit.indicators import measures
+from ragkit.indicators.closeness import Spans, embeddings, wanted_ids
+from ragkit.indicators.measures import PLACES, Floats, Ints, Tokens
+from ragkit.indicators.metrics import Interval, interval
 from ragkit.indicators.nouns import HOW_TO_GET_ONE, find_nouns, load_nouns
+from ragkit.indicators.tokens import look_at_tokens
+from ragkit.models.fid import load_reader
+from ragkit.models.loading import loading
 from ragkit.models.reader import Reader, embedded_reader
-from ragkit.models.retriever import loading
-from ragkit.pages.asked import Asked, holding, read_asked
-from ragkit.profile import AttentionSettings, IndicatorSettings, ReaderSettings
+from ragkit.pages.asked import Asked, has_word, holding, read_asked, usable
+from ragkit.settings import ROWS, AttentionSettings, IndicatorSettings, ReaderSettings
 
 log = logging.getLogger(__name__)
 ENOUGH = 30  # questions below which no line is drawn
-EXAMPLES = 3
 ABOVE, BELOW, UNSURE = "above the line", "below the line", "cannot tell"
 GOALS = {"answer": "Indicator 1 (the answer)", "nouns": "Indicator 2 (the question's nouns)"}
 SHARE = IndicatorSettings().share
+CHAT = (
+    "The reader has a chat template, but is asked by ragkit's plain prompt without it: within the "
+    "template it may attend otherwise."
+)
+HOW_TO_FIND_NOUNS = (
+    "Give --nouns an installed spaCy pipeline's name (python -m spacy download en_core_web_sm, "
+    "which needs the network), or a pipeline's folder: the one with its config.cfg."
+)
 
 
 @dataclass(frozen=True)
@@ -52,32 +59,39 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Example:
-    """A question as the reader saw it: its passages' tokens (see `views.marked_tokens`) with their lift."""
+class Look:
+    """What one pass of the reader showed: `attention` `[tokens]` belongs to `tokens`.
 
-    question: Question
-    nouns: list[tuple[int, int]]
-    titles: list[str]
-    tokens: list[str]
-    lifts: list[float]
-    owners: list[int]
+    `nouns` are each question's, as character spans, None if they could not be found. `embed` gives
+    the vectors of tokens `[ids, d]` in the space where closeness is measured.
+    """
+
+    asked: list[Asked]
+    tokens: Tokens
+    attention: Floats
+    nouns: Spans | None
+    embed: Callable[[Ints], Floats]
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def places(self) -> list[slice]:
+        """Where each question's tokens stand."""
+        return measures.by_question(self.tokens.question, len(self.asked))
 
 
 @dataclass(frozen=True)
 class Judgement:
     """What `judge` found.
 
-    `numbers` has a row for each number of each indicator: goal, number, space (`measured`, `permuted`, `overlap`), mean,
-    low, high, n (questions behind it). `per_question` has a row a question, with the measured numbers by goal. `tenths` has the
-    mean lift of each tenth of the tokens by closeness. `mass` is the share of plain attention on each of PLACES. `counts` says what was
-    left out, cut or needs care. `checks` make the verdict; `direct` stands beside it.
+    `numbers` has a row for each number of each indicator: goal, number, space (`measured`,
+    `permuted`, `overlap`), mean, low, high, n (questions behind it). `per_question` has a row a
+    question, with the measured numbers by goal; `lead` is the lift minus that in the permuted
+    space. `tenths` has the mean lift of each tenth of the tokens by closeness. `mass` is the share
+    of plain attention on each of PLACES. `counts` says what was left out, cut or needs care. `how`
+    says what was judged by what. `checks` make the verdict; `direct` stands beside it.
     """
 
     reader: str
-    space: str
-    nouns: str
-    questions: int
-    passages: float
     verdict: str
     checks: list[Check]
     direct: Check
@@ -86,205 +100,81 @@ class Judgement:
     tenths: pd.DataFrame
     mass: dict[str, float]
     counts: dict[str, int]
-    examples: list[Example]
+    how: dict[str, str]
+    look: Look
     seconds: float
+
+    @property
+    def questions(self) -> int:
+        return len(self.look.asked)
 
 
 def load(name: str) -> Reader:
     """A reader with as long a context as its positions allow."""
     path = str(embedded_reader()) if name == "embedded" else name
+    log.info("loading  reader %s", name)
     with loading(path):
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path).get_text_config()
     context = getattr(config, "max_position_embeddings", None) or ReaderSettings().context
-    reader = Reader.load(name, ReaderSettings(model=name, context=context))
+    reader = load_reader(name, ReaderSettings(model=name, context=context))
     if reader.end is None:
         raise JudgeError(
-            f"The tokenizer of {name!r} names no end token (eos_token), which closes every answer. Set it in tokenizer_config.json."
+            f"The tokenizer of {name!r} names no end token (eos_token), which closes every answer. "
+            "Set it in tokenizer_config.json."
         )
     return reader
 
 
-def usable(reader: Reader, asked: list[Asked], counts: Counter[str]) -> list[Asked]:
-    """The questions that the reader can be asked; `counts` takes up the others, and what is cut or needs care."""
-    kept = []
-    for (question, passages), answer in zip(
-        asked, indicators.answer_ids(reader, [q for q, _ in asked]), strict=True
-    ):
-        if not answer:
-            counts["questions left out: the reader's tokenizer has no token for the answer"] += 1
-            continue
-        try:
-            prompt = reader.prompt(question, passages, question.answers[0])
-        except ReaderError:
-            counts[
-                "questions left out: longer than the reader's context, even without passages"
-            ] += 1
-            continue
-        kept.append((question, passages))
-        counts[
-            f"prompts cut to the reader's context of {reader.settings.context} tokens, the same share of each passage"
-        ] += prompt.trimmed > 0
-        counts["answers that stand in no passage (kept)"] += not holding(question, passages)
-        counts["answers of one character (kept: such a token is common)"] += (
-            has_word(question.answers[0]) and len(question.answers[0]) == 1
-        )
-        counts["answers of only punctuation (left out of Indicator 1)"] += not has_word(
-            question.answers[0]
-        )
-    if not kept:
-        raise JudgeError(
-            "The reader can be asked none of the questions: "
-            + ", ".join(f"{count} {what}" for what, count in counts.items())
-            + "."
-        )
-    return kept
+def measure(
+    look: Look, goal: str, wanted: list[list[int]], counts: Counter[str]
+) -> tuple[dict[str, pd.DataFrame], Floats]:
+    """An indicator, a row a question, by space, and its lift by tenths `[questions, 10]`.
 
-
-def has_word(answer: str) -> bool:
-    return any(word[0].isalnum() for word in words(answer))
-
-
-def noun_spans(
-    model: str, questions: Sequence[Question]
-) -> tuple[list[list[tuple[int, int]]] | None, str]:
-    """Each question's nouns as character spans, or None with the reason."""
-    try:
-        return find_nouns(load_nouns(model), [q.text for q in questions]), ""
-    except NounsError as error:
-        why = str(error).removesuffix(HOW_TO_GET_ONE).strip()
-        return (
-            None,
-            f"{why} Install en_core_web_sm (python -m spacy download en_core_web_sm), or give a pipeline's name or folder with --nouns.",
-        )
-
-
-@dataclass(frozen=True)
-class Look:
-    """What one pass of the reader showed, and the space in which closeness is measured.
-
-    `attention` `[tokens]` belongs to `tokens`; `table` `[vocabulary, d]` are the space's embeddings, `owner` its tokenizer.
+    Measured, in the control (`permuted`: the vectors are dealt out anew for each question), and by
+    `overlap` with the wanted tokens alone. `counts` takes up what is left out.
     """
-
-    reader: Reader
-    asked: list[Asked]
-    tokens: Tokens
-    attention: Floats
-    table: Tensor
-    owner: PreTrainedTokenizerBase
-
-    def of(self, number: int) -> NDArray[np.bool_]:
-        """Which tokens belong to a question `[tokens]`."""
-        return self.tokens.question == number
-
-    def per_token(self, flags: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Whether any token of the same question is flagged `[tokens]`."""
-        return (np.bincount(self.tokens.question, weights=flags) > 0)[self.tokens.question]
-
-    def closeness(
-        self, wanted: list[list[int]], dealt: np.random.Generator | None = None
-    ) -> Floats:
-        """Closeness of each passage token to its question's wanted tokens `[tokens]`.
-
-        With `dealt` the vectors are dealt out anew among all tokens, for each question again: were it once for all, common
-        words would have the same luck everywhere, which no interval over questions shows.
-        """
-        ids = np.unique(
-            np.concatenate([self.tokens.ids, *(np.array(goal, dtype=np.int64) for goal in wanted)])
-        )
-        vectors = indicators.embeddings(self.reader.tokenizer, ids, self.table, self.owner)
-        there, order = np.flatnonzero(np.isfinite(vectors).all(1)), np.arange(len(ids))
-        close = np.full(len(self.tokens.ids), np.nan)
-        for number, goal in enumerate(wanted):
-            mine = self.of(number)
-            at, goals = (
-                np.searchsorted(ids, self.tokens.ids[mine]),
-                np.searchsorted(ids, np.array(goal, dtype=np.int64)),
-            )
-            if dealt is not None:
-                order[there] = dealt.permutation(there)
-            close[mine] = indicators.closeness(vectors[order[at]], vectors[order[goals]])
-        return close
-
-    def by_question(
-        self, close: Floats, exact: NDArray[np.bool_], share: float = SHARE
-    ) -> pd.DataFrame:
-        """An indicator's numbers, a row a question, NaN where undefined."""
-        made = indicators.indicator(self.attention, close, self.tokens.question, exact, share)
-        return made.set_index("question").reindex(range(len(self.asked))).reset_index(drop=True)
-
-
-def undefined(attention: Floats, close: Floats) -> str:
-    """Why Spearman is undefined over one question's tokens; empty where it is defined."""
-    there = np.isfinite(close)
-    if not there.any():
-        return "what is asked for has no embedding in the space"
-    if there.sum() < 3:
-        return "fewer than three passage tokens"
-    if np.ptp(attention[there]) == 0:
-        return "all tokens have the same attention"
-    return "all tokens are equally close" if np.ptp(close[there]) == 0 else ""
-
-
-def mean_of(values: pd.Series) -> Interval:
-    return interval(values.dropna().to_numpy(dtype=np.float64))
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One indicator: `numbers` and `tenths` are rows of a Judgement's tables; `each` has a row a question; `lead` is over the control."""
-
-    numbers: list[dict[str, Any]]
-    tenths: list[dict[str, Any]]
-    each: pd.DataFrame
-    lead: Interval
-
-
-def measure(look: Look, goal: str, wanted: list[list[int]], counts: Counter[str]) -> Measured:
-    """An indicator in the space, in the space with its vectors dealt out anew, and by lexical overlap alone; `counts` takes up what is left out."""
-    close = look.closeness(wanted)
-    exact = np.concatenate(
-        [np.isin(look.tokens.ids[look.of(number)], ids) for number, ids in enumerate(wanted)]
-    )
-    overlap = np.where(look.per_token(exact), exact, np.nan)
+    tokens, question, name = look.tokens, look.tokens.question, GOALS[goal]
+    close = measures.closeness_to(tokens, wanted, look.embed)
+    dealt = measures.closeness_to(tokens, wanted, look.embed, np.random.default_rng(0))
+    exact = measures.exact(tokens, wanted)
+    overlap = np.where((np.bincount(question, exact) > 0)[question], exact, np.nan)
+    spaces = {"measured": (close, SHARE), "permuted": (dealt, SHARE)}
+    spaces["overlap"] = (overlap, 0.0)  # the closest token and its equals: the exact ones
     tables = {
-        "measured": look.by_question(close, exact),
-        "permuted": look.by_question(look.closeness(wanted, np.random.default_rng(0)), exact),
-        "overlap": look.by_question(overlap, exact, share=0)[
-            ["attention", "Spearman"]
-        ],  # the closest token and its equals: the exact ones
+        space: measures.indicator(look.attention, one, question, exact, share).iloc[:, 1:]
+        for space, (one, share) in spaces.items()
     }
-    for number, ids in enumerate(wanted):
-        if ids and (why := undefined(look.attention[look.of(number)], close[look.of(number)])):
-            counts[f"questions left out of the Spearman of {GOALS[goal]}: {why}"] += 1
-    lost = look.per_token(np.isfinite(close)) & np.isnan(close)
-    counts[f"passage tokens without an embedding in the space (left out of {GOALS[goal]})"] += int(
-        lost.sum()
-    )
-    lifts = indicators.deciles(look.attention, close, look.tokens.question)
-    return Measured(
-        [
-            {"goal": goal, "number": name, "space": space, **asdict(mean_of(one[name]))}
-            for space, one in tables.items()
-            for name in one
-        ],
-        [
-            {"goal": goal, "tenth": place + 1, **asdict(interval(column[np.isfinite(column)]))}
-            for place, column in enumerate(lifts.T)
-        ],
-        tables["measured"],
-        mean_of(tables["measured"]["attention"] - tables["permuted"]["attention"]),
-    )
+    tables["overlap"] = tables["overlap"][["attention", "Spearman"]]
+    alike = measures.alike(close, dealt, question, exact, SHARE)
+    lead = tables["measured"]["attention"] - tables["permuted"]["attention"]
+    tables["measured"]["lead"] = lead.mask(alike)
+    known = np.bincount(question, np.isfinite(close)) > 0
+    asked = np.array([len(ids) > 0 for ids in wanted])
+    for what, which in (
+        (f"questions left out of the Spearman of {name}: fewer than three tokens with an embedding "
+         "in the space, or all equally close or attended",
+         asked & tables["measured"]["Spearman"].isna()),
+        (f"passage tokens left out of {name}: without an embedding in the space",
+         known[question] & np.isnan(close)),
+        (f"questions left out of the lift of {name} over its control: the closest tokens are the "
+         "same ones in both", alike),
+    ):  # fmt: skip
+        counts[what] += int(which.sum())
+    return tables, measures.deciles(look.attention, close, question)
+
+
+def mean_of(values: Any) -> Interval:
+    """The mean of what is defined."""
+    known = np.asarray(values, dtype=np.float64)
+    return interval(known[np.isfinite(known)])
 
 
 def check(name: str, value: Interval, line: float, told: str) -> Check:
     """On which side of a line an interval lies, given enough questions."""
     if value.n < ENOUGH:
-        shown = f"{value} " if value.n > 1 else ""
-        return Check(
-            name,
-            UNSURE,
-            f"{told}: {shown}over {value.n} questions, too few to tell: at least {ENOUGH} with a value are needed.",
-        )
+        shown = f": {value}" if value.n > 1 else ""
+        why = f"too few to tell: at least {ENOUGH} with a value are needed"
+        return Check(name, UNSURE, f"{told}{shown} over {value.n} questions, {why}.")
     found = ABOVE if value.low > line else BELOW if value.high < line else UNSURE
     return Check(name, found, f"{told}: {value} over {value.n} questions.")
 
@@ -292,51 +182,38 @@ def check(name: str, value: Interval, line: float, told: str) -> Check:
 def direct_check(look: Look) -> Check:
     """Does the passage with most attention hold the answer more often than one drawn at random?
 
-    Only questions with the answer in some passages and not in all can tell. No part of the paper's heuristic.
+    Only questions with the answer in some passages and not in all can tell.
     """
     first, chance = [], []
-    for number, (question, passages) in enumerate(look.asked):
-        found, mine = holding(question, passages), look.of(number)
-        if 0 < len(found) < len(passages):
-            scores = np.bincount(
-                look.tokens.owner[mine], weights=look.attention[mine], minlength=len(passages)
-            )
+    for mine, (question, passages) in zip(look.places, look.asked, strict=True):
+        found, size = holding(question, passages), len(passages)
+        if 0 < len(found) < size:
+            scores = np.bincount(look.tokens.owner[mine], look.attention[mine], size)
             first.append(int(scores.argmax()) in found)
-            chance.append(len(found) / len(passages))
+            chance.append(len(found) / size)
     name = "The passage with most attention holds the answer. The line: chance"
     if not first:
-        return Check(
-            name, UNSURE, "No question has its answer in some of its passages and not in others."
-        )
-    told = f"In {np.mean(first):.3f} of the questions, against {np.mean(chance):.3f} by chance; difference"
-    return check(name, interval(np.array(first) - np.array(chance)), 0.0, told)
+        told = "No question has its answer in some of its passages and not in others."
+        return Check(name, UNSURE, told)
+    told = f"In {np.mean(first):.3f} of the questions, against {np.mean(chance):.3f} by chance"
+    return check(name, interval(np.array(first) - np.array(chance)), 0.0, f"{told}; difference")
 
 
-def checks_of(measured: dict[str, Measured], why_not: str) -> list[Check]:
-    """The reasons of a verdict: Indicator 2's Spearman against the paper's line, and each indicator's lift against its control."""
+def checks_of(measured: dict[str, pd.DataFrame], why_not: str) -> list[Check]:
+    """Indicator 2's Spearman against the paper's line, each indicator's lift against its control.
+
+    `measured` has the measured table of each goal; `why_not` says why `nouns` is not among them.
+    """
     name = f"Indicator 2, Spearman. The line: the paper's {LINE}"
+    checks = [Check(name, UNSURE, f"Not computed. {why_not}")]
     if "nouns" in measured:
-        rho = mean_of(measured["nouns"].each["Spearman"])
-        line = check(
-            name, rho, LINE, "Mean Spearman between attention and closeness to the question's nouns"
-        )
-    else:
-        line = Check(name, UNSURE, f"Not computed. {why_not}")
-    told = (
-        "Lift, minus that of the tokens which are closest with the space's vectors dealt out anew"
-    )
-    return [
-        line,
-        *(
-            check(
-                f"{GOALS[goal]}, lift of the closest {SHARE:.0%}. The line: its control",
-                one.lead,
-                0.0,
-                told,
-            )
-            for goal, one in measured.items()
-        ),
-    ]
+        told = "Mean Spearman between attention and closeness to the question's nouns"
+        checks = [check(name, mean_of(measured["nouns"]["Spearman"]), LINE, told)]
+    control = "the tokens which are closest with the space's vectors dealt out anew"
+    for goal, table in measured.items():
+        name = f"{GOALS[goal]}, lift of the closest {SHARE:.0%}. The line: its control"
+        checks.append(check(name, mean_of(table["lead"]), 0.0, f"Lift, minus that of {control}"))
+    return checks
 
 
 def verdict_of(checks: list[Check]) -> str:
@@ -345,108 +222,79 @@ def verdict_of(checks: list[Check]) -> str:
     return BELOW if BELOW in found else ABOVE if found == {ABOVE} else UNSURE
 
 
-def spelt(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """Tokens as texts; one that goes on with a word begins with `##`, as `views.marked_tokens` wants it."""
-    raw = [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]
-    begins = (
-        "Ġ",
-        "▁",
-        "Ċ",
-    )  # how byte-level and SentencePiece vocabularies write what stands before a word
-    if not any(token.startswith(begins) for token in raw):
-        return raw
-    return [
-        ("" if token.startswith(begins) else "##") + str(tokenizer.decode([i])).strip()
-        for token, i in zip(raw, ids, strict=True)
-    ]
-
-
-def examples_of(look: Look, spans: list[list[tuple[int, int]]] | None) -> list[Example]:
-    """The first questions, so that none is picked."""
-    lifts, found = indicators.lift(look.attention, look.tokens.question), []
-    for number, (question, passages) in enumerate(look.asked[:EXAMPLES]):
-        mine = look.of(number)
-        tokens = spelt(look.reader.tokenizer, look.tokens.ids[mine].tolist())
-        titles = [passage.title for passage in passages]
-        found.append(
-            Example(
-                question,
-                spans[number] if spans else [],
-                titles,
-                tokens,
-                lifts[mine].tolist(),
-                look.tokens.owner[mine].tolist(),
-            )
-        )
-    return found
-
-
 def judge(
     reader_name: str,
     questions: str | Path | Sequence[dict[str, Any]],
     nouns: str = "en_core_web_sm",
     space_reader: str | None = None,
 ) -> Judgement:
-    """Judges a reader (a folder, a hub name, or `embedded`) on questions with passages (see `read_asked`).
+    """Judges a reader (a folder, a hub name, or `embedded`) on questions with passages.
 
-    `nouns` is a spaCy pipeline, by name or folder; without one Indicator 2 is not computed, the rest is. Closeness is
-    measured in the input embeddings of `space_reader`, by default the reader's own: readers compare only within one
-    space. Attention is read as the companion's profiles do by default: last row of the prompt, value norm, mean of all layers.
+    `questions`: see `read_asked`. `nouns` is a spaCy pipeline, by name or folder; without one
+    Indicator 2 is not computed, the rest is. Closeness is measured in the input embeddings of
+    `space_reader`, by default the reader's own: readers compare only within one space. Attention is
+    read as the companion's profiles do by default: last row of the prompt, value norm, mean of all
+    layers. It cannot know whether passages are true.
     """
-    started, settings = time.monotonic(), AttentionSettings()
-    asked = read_asked(questions)
+    started, settings, why_not = time.monotonic(), AttentionSettings(), ""
+    counts: Counter[str] = Counter()
+    given = read_asked(questions)
     reader = load(reader_name)
     space = load(space_reader) if space_reader else reader
-    counts: Counter[str] = Counter()
-    asked = usable(reader, asked, counts)
-    texts, found = zip(*asked, strict=True)
-    spans, why_not = noun_spans(nouns, texts)
-    if spans is None:
+    if is_chat := bool(getattr(reader.tokenizer, "chat_template", None)):
+        log.warning("%s", CHAT)
+    log.info("cutting  %d questions with their passages into tokens", len(given))
+    asked = usable(reader, given, counts)
+    texts, found = [question for question, _ in asked], [passages for _, passages in asked]
+    spans: Spans | None = None
+    try:
+        spans = find_nouns(load_nouns(nouns), [question.text for question in texts])
+    except NounsError as error:
+        why_not = f"{str(error).removesuffix(HOW_TO_GET_ONE)}{HOW_TO_FIND_NOUNS}"
         log.warning("Indicator 2 is not computed. %s", why_not)
-    tokens = indicators.look_at_tokens(reader, texts, found)
-    look = Look(
-        reader,
-        asked,
-        tokens,
-        tokens.attention(settings),
-        space.model.get_input_embeddings().weight.detach(),
-        space.tokenizer,
-    )
-    wanted = {
-        "answer": [
-            ids if has_word(q.answers[0]) else []
-            for q, ids in zip(texts, indicators.answer_ids(reader, texts), strict=True)
-        ]
+    log.info("reading  %d prompts, one pass over each", len(asked))
+    tokens = look_at_tokens(reader, texts, found)
+    table = space.model.get_input_embeddings().weight
+    embed = partial(embeddings, reader.tokenizer, table=table, owner=space.tokenizer)
+    look = Look(asked, tokens, tokens.attention(settings), spans, embed, reader.tokenizer)
+    wanted = wanted_ids(reader, texts, spans)
+    pairs = zip(texts, wanted["answer"], strict=True)
+    wanted["answer"] = [ids if has_word(one.answers[0]) else [] for one, ids in pairs]
+    without = sum(not ids for ids in wanted.get("nouns", []))
+    counts["questions without a noun (left out of Indicator 2)"] += without
+    numbers, tenths, measured = [], [], {}
+    for goal, ids in wanted.items():
+        log.info("measuring %s (%.0f s so far)", GOALS[goal], time.monotonic() - started)
+        tables, lifts = measure(look, goal, ids, counts)
+        measured[goal] = tables["measured"]
+        for which, one in tables.items():
+            for name in one:
+                row = {"goal": goal, "number": name, "space": which}
+                numbers.append(row | asdict(mean_of(one[name])))
+        for tenth, column in enumerate(lifts.T, 1):
+            tenths.append({"goal": goal, "tenth": tenth} | asdict(mean_of(column)))
+    checks = checks_of(measured, why_not)
+    mass = tokens.mass[:, ROWS.index(settings.rows)].mean(0).tolist()
+    names = pd.Series([question.id for question in texts], name="question")
+    each = [one.add_prefix(f"{goal} ") for goal, one in measured.items()]
+    how = {
+        "Reader": reader_name,
+        "Prompt": CHAT if is_chat else "ragkit's plain prompt",
+        "Closeness is measured in the input embeddings of": space_reader or "its own",
+        "Nouns found by": nouns if spans is not None else "none",
+        "Passages a question, on average": f"{np.mean([len(one) for one in found]):.1f}",
     }
-    if spans is not None:
-        pairs = zip(texts, spans, strict=True)
-        wanted["nouns"] = [
-            [token for token, inside in indicators.within_spans(reader, q.text, places) if inside]
-            for q, places in pairs
-        ]
-        counts["questions without a noun (left out of Indicator 2)"] += sum(
-            not ids for ids in wanted["nouns"]
-        )
-    measured = {goal: measure(look, goal, tokens_of, counts) for goal, tokens_of in wanted.items()}
-    checks, ids = checks_of(measured, why_not), pd.Series([q.id for q in texts], name="question")
     return Judgement(
         reader=reader_name,
-        space=space_reader or "its own",
-        nouns=nouns if spans is not None else "none",
-        questions=len(asked),
-        passages=float(np.mean([len(passages) for passages in found])),
         verdict=verdict_of(checks),
         checks=checks,
         direct=direct_check(look),
-        numbers=pd.DataFrame([row for one in measured.values() for row in one.numbers]),
-        per_question=pd.concat(
-            [ids, *(one.each.add_prefix(f"{goal} ") for goal, one in measured.items())], axis=1
-        ),
-        tenths=pd.DataFrame([row for one in measured.values() for row in one.tenths]),
-        mass=dict(
-            zip(PLACES, tokens.mass[:, ROWS.index(settings.rows)].mean(0).tolist(), strict=True)
-        ),
+        numbers=pd.DataFrame(numbers),
+        per_question=pd.concat([names, *each], axis=1),
+        tenths=pd.DataFrame(tenths),
+        mass=dict(zip(PLACES, mass, strict=True)),
         counts={what: count for what, count in counts.items() if count},
-        examples=examples_of(look, spans),
+        how=how,
+        look=look,
         seconds=time.monotonic() - started,
     )

@@ -1,8 +1,7 @@
-"""The reference run in `figures/`: how a run differs from it beyond chance, and how a run becomes it."""
+"""The reference run in `figures/`: how a run differs from it, and how a run becomes it."""
 
 from __future__ import annotations
 
-import html
 import json
 import shutil
 from dataclasses import dataclass, field
@@ -10,13 +9,38 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from markupsafe import Markup
+
+from ragkit.data.files import write_whole
+from ragkit.errors import StoreError
+from ragkit.experiment.lab import Lab
+from ragkit.pages import html
 
 GAINS, LEDGER, MAIN = "04_gains.csv", "09_ledger.csv", "04_main_table.csv"
+MARKS = "<!-- ledger -->", "<!-- /ledger -->"
+MEASURES = ["EM", "F1", "HR@1", "HR@5", "HR@20", "MRR"]
+# What is compared: file, key, values, and how a row that differs is told.
+COMPARED = {
+    "gains": (
+        GAINS,
+        ["set", "system"],
+        ["mean", "low", "high"],
+        "{set}, {system}: gain in HR@5 {mean:+.3f} [{low:+.3f}, {high:+.3f}] here, "
+        "{mean there:+.3f} [{low there:+.3f}, {high there:+.3f}] in the reference",
+    ),
+    "verdicts": (
+        LEDGER,
+        ["claim"],
+        ["verdict"],
+        "{claim}: verdict '{verdict}' here, '{verdict there}' in the reference",
+    ),
+    "main tables": (MAIN, ["set", "system", "reader"], MEASURES, ""),
+}
 
 
 @dataclass
 class Comparison:
-    """What was compared, where the run differs beyond its intervals, and what else a reader should know."""
+    """What was compared, where the run differs beyond its intervals, what else is to be known."""
 
     summary: str
     differences: list[str] = field(default_factory=list)
@@ -24,205 +48,165 @@ class Comparison:
 
     def lines(self) -> list[str]:
         """For the log."""
-        return [
-            self.summary,
-            *(f"  differs: {line}" for line in self.differences),
-            *(f"  note: {line}" for line in self.notes),
-        ]
+        differences = [f"  differs: {line}" for line in self.differences]
+        return [self.summary, *differences, *(f"  note: {line}" for line in self.notes)]
 
-    def html(self) -> str:
+    def html(self) -> Markup:
         """For the report."""
-        shown = f"<p>{html.escape(self.summary)}</p>"
-        for title, lines in (("Differs", self.differences), ("To know", self.notes)):
-            shown += (
-                f"<h3>{title}</h3><ul>{''.join(f'<li>{html.escape(line)}</li>' for line in lines)}</ul>"
-                if lines
-                else ""
-            )
-        return shown
+        return html.fill("comparison", **vars(self))
 
 
 def flat(settings: Any, path: str = "") -> dict[str, Any]:
     """Nested settings as `part.key`; sets go by their names."""
-    if isinstance(settings, dict):
-        return {
-            name: value
-            for key, inner in settings.items()
-            for name, value in flat(inner, f"{path}.{key}" if path else key).items()
-        }
-    if isinstance(settings, list) and all(
-        isinstance(one, dict) and "name" in one for one in settings
-    ):
-        return {
-            name: value
-            for one in settings
-            for name, value in flat(one, f"{path}.{one['name']}").items()
-        }
-    return {path: settings}
+    if isinstance(settings, list) and settings and isinstance(settings[0], dict):
+        settings = {one["name"]: one for one in settings}
+    if not isinstance(settings, dict):
+        return {path: settings}
+    found: dict[str, Any] = {}
+    for key, inner in settings.items():
+        found |= flat(inner, f"{path}.{key}" if path else key)
+    return found
+
+
+def measured_by(manifest: dict[str, Any]) -> str:
+    """The profile of a run and the commits that made its stages and notebooks."""
+    records = [*manifest["stages"].values(), *manifest["notebooks"].values()]
+    made = [record["made"] for record in records]
+    commits = dict.fromkeys(str(one["commit"])[:7] for one in made)
+    dirty = ", with changes that no commit holds" if any(one.get("dirty") for one in made) else ""
+    named = f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}{dirty}"
+    return f"profile {manifest['profile']['name']}, {named}"
 
 
 def compare(run: Path, figures: Path) -> Comparison:
-    """How a finished run differs from the reference.
+    """How the finished run in a folder differs from the reference in `figures`.
 
-    A gain differs where the two 95 % intervals do not overlap, a verdict where it is another one. Nothing is compared
-    where either profile is too small to be judged.
+    A gain differs where the two 95 % intervals do not overlap, a verdict where it is another one.
+    Nothing is compared where either profile is too small to be judged.
     """
     try:
-        theirs = json.loads((figures / "manifest.json").read_text("utf8"))
-        reference, commit = theirs["profile"], theirs["git"][:7]
-        named, small, known = (
-            reference["name"],
-            not reference["judge"],
-            {one["name"] for one in reference["sets"]},
-        )
+        manifest = json.loads((figures / "manifest.json").read_text("utf8"))
+        theirs, named = manifest["profile"], measured_by(manifest)
+        judged, sets = theirs["judge"], {one["name"] for one in theirs["sets"]}
     except (OSError, ValueError, KeyError, TypeError):
-        return Comparison(
-            f"There is no reference to compare with: {figures} holds no manifest of a run (make reference puts one there)."
+        said = (
+            f"{figures} holds no manifest of a run by this version (make reference puts one there)"
         )
+        return Comparison(f"There is no reference to compare with: {said}.")
     own = json.loads((run / "manifest.json").read_text("utf8"))["profile"]
-    if small or not own["judge"]:
-        which = f"the reference's profile {named}" if small else f"profile {own['name']}"
-        return Comparison(
-            f"Not compared with the reference (profile {named}): {which} is too small to judge."
-        )
-    if not known & {one["name"] for one in own["sets"]}:
-        theirs_are = ", ".join(sorted(known))
-        return Comparison(
-            f"Not compared with the reference (profile {named}): it has other question sets ({theirs_are}) than this run."
-        )
-    compared, differences, notes = [], [], settings_that_differ(own, reference)
-    for file, what, look in (
-        (GAINS, "gains (by their 95 % intervals)", gains_that_differ),
-        (LEDGER, "verdicts", verdicts_that_differ),
-    ):
+    not_compared = f"Not compared with the reference ({named})"
+    if not (judged and own["judge"]):
+        which = own["name"] if judged else theirs["name"]
+        return Comparison(f"{not_compared}: profile {which} is too small to judge.")
+    if sets.isdisjoint(one["name"] for one in own["sets"]):
+        other = ", ".join(sorted(sets))
+        return Comparison(f"{not_compared}: it has other question sets ({other}) than this run.")
+    compared, differences, notes = [], [], settings_that_differ(flat(own), flat(theirs))
+    for what, (file, key, values, form) in COMPARED.items():
         try:
-            both = pd.read_csv(run / "figures" / file), pd.read_csv(figures / file)
-            found, lacking, count = look(*both)
+            here, there = (
+                pd.read_csv(at / file)[key + values] for at in (run / "figures", figures)
+            )
+            both = here.merge(there, "outer", key, suffixes=("", " there"), indicator=True)
         except (OSError, ValueError, KeyError) as error:
-            notes.append(
-                f"{what} could not be compared: {file} is missing or damaged in the run or in the reference ({error})"
-            )
+            lacking = f"{file} is missing or damaged in the run or in the reference"
+            notes.append(f"{what} not compared: {lacking} ({error})")
             continue
-        differences += found
-        notes += lacking
-        compared.append(f"{count} {what}")
-    try:
-        notes.append(main_table(pd.read_csv(run / "figures" / MAIN), pd.read_csv(figures / MAIN)))
-    except (OSError, ValueError, KeyError) as error:
-        notes.append(
-            f"the main tables could not be compared: {MAIN} is missing or damaged in the run or in the reference ({error})"
-        )
-    found_out = (
-        f"of {' and '.join(compared)}, {len(differences) or 'none'} differ{'' if len(differences) > 1 else 's'}"
-        if compared
-        else "nothing could be"
-    )
-    return Comparison(
-        f"Compared with the reference (profile {named}, commit {commit}): {found_out}.",
-        differences,
-        notes,
-    )
-
-
-def settings_that_differ(own: dict[str, Any], reference: dict[str, Any]) -> list[str]:
-    """Settings of the two profiles that differ, and what another draw of a world means for the comparison."""
-    here, there = flat(own), flat(reference)
-    names = [
-        name for name in sorted({*here, *there} - {"name"}) if here.get(name) != there.get(name)
-    ]
-    notes = []
-    if names:
-        notes.append(
-            "settings differ: "
-            + ", ".join(
-                f"{name} {here.get(name, 'absent')} here, {there.get(name, 'absent')} there"
-                for name in names
-            )
-        )
-    if any(name.startswith("sets.") for name in names):
-        notes.append(
-            "the sets are not the same draw; an interval speaks of the questions of one draw, so a gain may differ for that reason alone"
-        )
-    return notes
-
-
-def gains_that_differ(
-    own: pd.DataFrame, reference: pd.DataFrame
-) -> tuple[list[str], list[str], int]:
-    """Gains whose intervals do not overlap, rows that only one side has, and how many were compared."""
-    here, there = (
-        table.set_index(["set", "system"])[["mean", "low", "high"]] for table in (own, reference)
-    )
-    differences, count = [], 0
-    for name in here.index.intersection(there.index):
-        a, b = here.loc[name], there.loc[name]
-        if a.isna().any() or b.isna().any():
+        if file == MAIN:
+            notes.append(largest_difference(both, key, values))
             continue
-        count += 1
-        if a["low"] > b["high"] or a["high"] < b["low"]:
-            differences.append(
-                f"{name[0]}, {name[1]}: gain in HR@5 {interval(a)} here, {interval(b)} in the reference"
-            )
-    return differences, one_sided(here.index, there.index, "gains"), count
+        shared = both[both["_merge"] == "both"].dropna()
+        if file == GAINS:
+            apart = (shared["low"] > shared["high there"]) | (shared["high"] < shared["low there"])
+        else:
+            apart = shared["verdict"] != shared["verdict there"]
+        differences += [form.format(**row) for row in shared[apart].to_dict("records")]
+        compared.append(f"{len(shared)} {what}")
+        for side, other in (("left_only", "the reference"), ("right_only", "this run")):
+            rows = both.loc[both["_merge"] == side, key].itertuples(index=False)
+            if names := "; ".join(", ".join(row) for row in rows):
+                notes.append(f"{what} that {other} does not have: {names}")
+    differ = f"{len(differences) or 'none'} differ{'' if len(differences) > 1 else 's'}"
+    summary = f"of {' and '.join(compared) or 'nothing'}, {differ} (gains by their intervals)"
+    return Comparison(f"Compared with the reference ({named}): {summary}.", differences, notes)
 
 
-def verdicts_that_differ(
-    own: pd.DataFrame, reference: pd.DataFrame
-) -> tuple[list[str], list[str], int]:
-    """Claims with another verdict, claims that only one side has, and how many were compared."""
-    here, there = (table.set_index("claim")["verdict"] for table in (own, reference))
-    shared = here.index.intersection(there.index)
-    differences = [
-        f"{claim}: verdict '{here[claim]}' here, '{there[claim]}' in the reference"
-        for claim in shared
-        if here[claim] != there[claim]
-    ]
-    return differences, one_sided(here.index, there.index, "claims"), len(shared)
+def settings_that_differ(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
+    """Settings of the two profiles that differ, and what another draw of a world means."""
+    names = {*here, *there} - {"name"}
+    differ = sorted(name for name in names if here.get(name) != there.get(name))
+    told = [f"{n} {here.get(n, 'absent')} here, {there.get(n, 'absent')} there" for n in differ]
+    notes = [f"settings differ: {', '.join(told)}"] if told else []
+    said = "the sets are not the same draw, for which reason alone a gain may differ"
+    return notes + [said] * any(name.startswith("sets.") for name in differ)
 
 
-def main_table(own: pd.DataFrame, reference: pd.DataFrame) -> str:
-    """How far the main tables lie apart; they hold no intervals, so this is said for scale only."""
-    here, there = (table.set_index(["set", "system", "reader"]) for table in (own, reference))
-    apart = (here - there).abs().stack().dropna()
+def largest_difference(both: pd.DataFrame, key: list[str], values: list[str]) -> str:
+    """How far the main tables lie apart; they hold no intervals, so this is for scale only."""
+    there = both[[f"{value} there" for value in values]].set_axis(values, axis=1)
+    apart = (both[values] - there).abs().set_axis(both[key].agg(", ".join, axis=1)).stack().dropna()
     if apart.empty:
         return "the main tables have no value in common"
     if apart.max() == 0:
         return f"all {len(apart)} values that the main tables share are the same"
-    *row, measure = apart.idxmax()
-    return f"the main tables (no intervals) lie at most {apart.max():.3f} apart: {measure} of {', '.join(row)}"
+    row, measure = apart.idxmax()
+    where = f"{measure} of {row}"
+    return f"the main tables (no intervals) lie at most {apart.max():.3f} apart: {where}"
 
 
-def one_sided(here: pd.Index, there: pd.Index, what: str) -> list[str]:
-    """A note on rows that cannot be compared, because one side does not have them."""
+def checked(lab: Lab, readme: Path) -> tuple[dict[str, Any], list[Path], tuple[str, str]]:
+    """Of a run that may be published: manifest, files, the README before and after its ledger.
 
-    def names(rows: pd.Index) -> str:
-        return "; ".join(", ".join(row) if isinstance(row, tuple) else row for row in rows)
+    Raises StoreError, which says all that is lacking.
+    """
+    profile, path, lacking = lab.profile.name, lab.folder / "manifest.json", []
+    manifest = json.loads(path.read_text("utf8")) if path.is_file() else {}
+    if not manifest:
+        lacking.append(f"{path}: the run of profile {profile} is not finished")
+    elif manifest["profile"] != lab.profile.model_dump(mode="json"):
+        lacking.append(f"{path} is of a run with other settings than profile {profile} has now")
+    wanted = {lab.figures / name for name in (GAINS, LEDGER, MAIN)}
+    wanted |= {lab.folder / "notebooks" / f"{name}.ipynb" for name in manifest.get("notebooks", ())}
+    for drawn in lab.figures.glob("*.svg"):
+        wanted |= {drawn.with_suffix(end) for end in (".png", ".csv", ".txt")}
+    files = [one for end in ("svg", "png", "csv", "txt") for one in lab.figures.glob(f"*.{end}")]
+    lacking += [f"{one} is missing" for one in sorted(wanted) if not one.is_file()]
+    lacking += [f"{one} is empty" for one in sorted(files) if not one.stat().st_size]
+    text = readme.read_text("utf8") if readme.is_file() else ""
+    before, begin, rest = text.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (begin and end):
+        lacking.append(f"{readme} must hold {MARKS[0]} and after it {MARKS[1]}")
+    if lacking:
+        advice = f"Run `make reproduce PROFILE={profile}` first."
+        raise StoreError(f"Nothing was published: {'; '.join(lacking)}. {advice}")
+    return manifest, files, (before, after)
 
-    sides = ((here.difference(there), "the reference"), (there.difference(here), "this run"))
-    return [f"{what} that {side} does not have: {names(rows)}" for rows, side in sides if len(rows)]
 
+def publish(lab: Lab, figures: Path, readme: Path) -> None:
+    """Makes a finished run the reference: figures, tables, manifest, and the README's ledger.
 
-def interval(row: pd.Series) -> str:
-    return f"{row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
-
-
-def publish(run: Path, figures: Path, readme: Path) -> None:
-    """Copies a run's figures, tables and manifest to `figures`, and its verdicts to the README's ledger section."""
-    figures.mkdir(exist_ok=True)
-    for old in figures.iterdir():
-        old.unlink()
-    for kind in ("*.svg", "*.png", "*.csv", "*.txt"):
-        for path in (run / "figures").glob(kind):
-            shutil.copy(path, figures / path.name)
-    shutil.copy(run / "manifest.json", figures / "manifest.json")
-    ledger = pd.read_csv(run / "figures" / "09_ledger.csv").fillna("")
+    All is checked before anything is touched (StoreError), written aside and swapped. Folders in
+    `figures` (the references of other profiles) stay.
+    """
+    manifest, files, (before, after) = checked(lab, readme)
+    aside, old = figures.with_name(f"{figures.name}.new"), figures.with_name(f"{figures.name}.old")
+    for left in (aside, old):
+        shutil.rmtree(left, ignore_errors=True)
+    aside.mkdir(parents=True)
+    for path in [*files, lab.folder / "manifest.json"]:
+        shutil.copy(path, aside)
+    for inner in figures.iterdir() if figures.is_dir() else ():
+        if inner.is_dir():
+            shutil.copytree(inner, aside / inner.name)
+    ledger = pd.read_csv(lab.figures / LEDGER).fillna("")
     rows = [
-        f"| {row.claim} | {row.statement} | **{row.verdict}** | {row.why} |"
-        for row in ledger.itertuples()
+        f"| {r.claim} | {r.statement} | **{r.verdict}** | {r.why} |" for r in ledger.itertuples()
     ]
-    table = "\n".join(["| | claim | verdict | set by set |", "|---|---|---|---|", *rows])
-    before, rest = readme.read_text("utf8").split("<!-- ledger -->")
-    readme.write_text(
-        f"{before}<!-- ledger -->\n{table}\n<!-- /ledger -->{rest.split('<!-- /ledger -->')[1]}",
-        "utf8",
-    )
+    head = ["| | claim | verdict | set by set |", "|---|---|---|---|"]
+    told = [MARKS[0], *head, *rows, "", f"Measured with {measured_by(manifest)}.", MARKS[1]]
+    if figures.is_dir():
+        figures.rename(old)
+    aside.rename(figures)
+    shutil.rmtree(old, ignore_errors=True)
+    write_whole(readme, before + "\n".join(told) + after)

@@ -1,181 +1,111 @@
-"""A page on which one turns every choice behind p_ATTN and sees at once what the reader would teach; it works offline.
+"""A page on which one turns every choice behind p_ATTN and sees what the reader would teach.
 
-The page holds the stored scores of a sample of the questions for distillation, as one JSON object:
+It works offline: it holds the scores of a sample of the questions for distillation as JSON:
 
     {"entropy", "theta", "choices": {axis: [names]}, "start": {axis: index}, "sets": [{
         "name", "of", "examples": [{"question", "answers", "passages": [[title, text]]}],
-        "gold": array, "retr": array, "readers": [{"name", "attention": array, "indicators": [{"goal", "measure", "means": array}]}]}]}
+        "gold": array, "retr": array, "readers": [{"name", "attention": array,
+            "indicators": [{"goal", "measure", "means": array}]}]}]}
 
-An array is {"axes": [names], "shape": [sizes], "values": [numbers in C order]}. `examples` belong to the first questions of the
-arrays; `of` says from how many the sample was taken. `means` are over test questions, with the axes rows, norm, layer, where the last
-layer stands for the mean of all (an indicator of averaged attention is no average of indicators); null where undefined.
+An array is {"axes": [names], "shape": [sizes], "values": [numbers in C order]}. `examples` belong
+to the first questions of the arrays; `of` says from how many the sample was taken. `means` are over
+test questions, with the axes rows, norm, layer, where the last layer stands for the mean of all (an
+indicator of averaged attention is no average of indicators); null where undefined.
 """
 
 from __future__ import annotations
 
 import json
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 
-from ragkit.data.questions import Corpus
-from ragkit.distillation import targets as distill
-from ragkit.distillation import teacher
-from ragkit.experiment.store import Store
-from ragkit.models.retriever import Retriever
-from ragkit.models.vectors import Vectors
-from ragkit.profile import Profile
+from ragkit.distillation import targets
+from ragkit.experiment.lab import Lab
+from ragkit.settings import POOLINGS, ROWS, asset
 
 QUESTIONS, EXAMPLES = 200, 12
-NUMBERS = 400_000  # at most so many scores a reader, or the page grows too heavy: fewer questions where readers are deep
+NUMBERS = 400_000  # scores a reader at most, or the page grows too heavy: fewer questions then
 
 
-def array(axes: list[str], values: NDArray[Any]) -> dict[str, Any]:
+def array(axes: str, values: NDArray[Any]) -> dict[str, Any]:
     """An array for the page, its numbers rounded to five significant digits."""
-    return {
-        "axes": axes,
-        "shape": list(values.shape),
-        "values": [float(f"{v:.5g}") if np.isfinite(v) else None for v in values.ravel().tolist()],
-    }
+    numbers = [float(f"{v:.5g}") if np.isfinite(v) else None for v in values.ravel().tolist()]
+    return {"axes": axes.split(), "shape": list(values.shape), "values": numbers}
 
 
 def sample(n: int, numbers: int) -> NDArray[np.int64]:
-    """Which questions go to the page: evenly spread over all n, the examples first (evenly spread, too)."""
+    """Which of n questions, each of so many numbers a reader, go to the page.
+
+    They are evenly spread over all, and so are the examples, which come first.
+    """
     size = min(n, QUESTIONS, max(EXAMPLES, NUMBERS // numbers))
     spread = np.linspace(0, n - 1, size).astype(np.int64)
     first = spread[np.linspace(0, size - 1, min(size, EXAMPLES)).astype(np.int64)]
     return np.concatenate([first, np.setdiff1d(spread, first)])
 
 
-def stored_scores(store: Store, profile: Profile, name: str) -> dict[str, NDArray[np.float32]]:
-    """The attention scores of every reader that looked at the set's present candidates; a run that was cut off may hold older ones."""
-    records, home = store.records(), f"candidates/{name}"
-    found = {}
-    for stage, saved in records.items():
-        if stage.startswith(f"teacher/{name}/") and home in records:
-            made_from = saved["record"]
-            if (
-                made_from["upstream"][home] == records[home]["key"]
-                and made_from["profile"]["k"] == profile.k
-            ):
-                found[stage.rpartition("/")[2]] = teacher.load(store.folder / "stages" / stage)[
-                    "attention"
-                ]
-    return found
-
-
-def stored_indicators(run: Path, name: str) -> dict[str, list[dict[str, Any]]]:
-    """Each reader's indicators under every choice, from notebook 08's table; empty where that has not been run."""
-    path = run / "figures" / "08_by_layer.csv"
-    if not path.is_file():
-        return {}
-    table = pd.read_csv(path, dtype={"layer": str})
-    table = table[table["set"] == name]
+def indicators(lab: Lab, name: str) -> dict[str, list[dict[str, Any]]]:
+    """Each reader's indicators by choice, from notebook 08's table; none where it is missing."""
+    path = lab.figures / "08_by_layer.csv"
     found: dict[str, list[dict[str, Any]]] = {}
-    for (reader, goal), part in table.groupby(["reader", "goal"]):
-        layers = part["layer"].nunique()
-        order = pd.MultiIndex.from_product(
-            [teacher.ROWS, ("off", "on"), [*map(str, range(1, layers)), "mean"]]
-        )
+    if not path.is_file():
+        return found
+    table = pd.read_csv(path, dtype={"layer": str})
+    for (reader, goal), part in table[table["set"] == name].groupby(["reader", "goal"]):
+        layers = [*map(str, range(1, part["layer"].nunique())), "mean"]
+        order = pd.MultiIndex.from_product([ROWS, ("off", "on"), layers])
+        values = part.set_index(["rows", "norm", "layer"]).reindex(order)
         for measure in ("attention", "Spearman"):
-            values = (
-                part.set_index(["rows", "norm", "layer"])[measure]
-                .reindex(order)
-                .to_numpy()
-                .reshape(len(teacher.ROWS), 2, layers)
-            )
+            shaped = values[measure].to_numpy().reshape(len(ROWS), 2, len(layers))
+            means = array("rows norm layer", shaped)
             found.setdefault(str(reader), []).append(
-                {
-                    "goal": goal,
-                    "measure": measure,
-                    "means": array(["rows", "norm", "layer"], values),
-                }
+                {"goal": goal, "measure": measure, "means": means}
             )
     return found
 
 
-def set_data(run: Path, profile: Profile, name: str) -> dict[str, Any] | None:
-    """What the page needs of one question set; None where no reader's scores are stored."""
-    stages, scores = run / "stages", stored_scores(Store(run), profile, name)
-    if not scores:
-        return None
-    n = min(map(len, scores.values()))
-    chosen = sample(n, max(one[0].size for one in scores.values()))
-    corpus = Corpus.load(name, stages / "corpus" / name)
-    questions = [corpus.questions["distill"][i] for i in chosen]
-    folder = stages / "retriever" / name
-    candidates = load_file(stages / "candidates" / name / "candidates.safetensors")["distill"][
-        chosen, : profile.k
-    ]
-    queries = Retriever.load(str(folder / "model"), profile.retriever).encode(
-        [q.text for q in questions]
-    )
-    retr = np.einsum("qd,qkd->qk", queries, Vectors(stages / "vectors" / name).take(candidates))
-    gold = distill.oracle_scores(candidates.tolist(), corpus.golds(questions, candidates))
-    examples = [
-        {
-            "question": q.text,
-            "answers": list(q.answers),
-            "passages": [[corpus.passages[i].title, corpus.passages[i].text] for i in row],
-        }
-        for q, row in zip(questions[:EXAMPLES], candidates, strict=False)
-    ]
-    means = stored_indicators(run, name)
-    axes = ["question", "rows", "norm", "layer", "pooling", "passage"]
+def set_data(lab: Lab, name: str) -> dict[str, Any]:
+    """What the page needs of one question set."""
+    scores = {which: lab.teacher(name, which)["attention"] for which in lab.readers()}
+    asked, candidates = lab.asked(name)
+    chosen = sample(len(asked), max(one[0].size for one in scores.values()))
+    corpus, questions, found = lab.corpus(name), [asked[i] for i in chosen], candidates[chosen]
+    queries = lab.retriever(name).encode([q.text for q in questions])
+    retr = np.einsum("qd,qkd->qk", queries, lab.vectors(name).take(found))
+    gold = targets.oracle_scores(found.tolist(), corpus.golds(questions, found))
+    examples = []
+    for question, row in zip(questions[:EXAMPLES], found, strict=False):
+        passages = [[corpus.passages[i].title, corpus.passages[i].text] for i in row]
+        said = {"question": question.text, "answers": list(question.answers)}
+        examples.append({**said, "passages": passages})
+    means, readers = indicators(lab, name), []
+    for which, one in scores.items():
+        attention = array("question rows norm layer pooling passage", one[chosen])
+        readers.append({"name": which, "attention": attention, "indicators": means.get(which, [])})
+    arrays = {"gold": array("question passage", gold), "retr": array("question passage", retr)}
+    return {"name": name, "of": len(asked), "examples": examples, **arrays, "readers": readers}
+
+
+def data(lab: Lab) -> dict[str, Any]:
+    """Everything the page holds."""
+    own, distill = lab.profile.attention, lab.profile.distill
+    start = {"rows": ROWS.index(own.rows), "norm": int(own.norm)}
+    choices = {"rows": list(ROWS), "norm": ["off", "on"], "pooling": list(POOLINGS)}
     return {
-        "name": name,
-        "of": n,
-        "examples": examples,
-        "gold": array(["question", "passage"], gold.astype(int)),
-        "retr": array(["question", "passage"], retr),
-        "readers": [
-            {
-                "name": reader,
-                "attention": array(axes, one[chosen]),
-                "indicators": means.get(reader, []),
-            }
-            for reader, one in scores.items()
-        ],
+        "entropy": distill.entropy,
+        "theta": distill.retriever_temperature,
+        "choices": choices,
+        "start": {**start, "pooling": POOLINGS.index(own.pooling)},
+        "sets": [set_data(lab, name) for name in lab.sets],
     }
 
 
-def data(run: Path, profile: Profile) -> dict[str, Any]:
-    """Everything the page holds; `sets` is empty where no reader's scores are stored."""
-    start = profile.attention
-    return {
-        "entropy": profile.distill.entropy,
-        "theta": profile.distill.retriever_temperature,
-        "choices": {
-            "rows": list(teacher.ROWS),
-            "norm": ["off", "on"],
-            "pooling": list(teacher.POOLINGS),
-        },
-        "start": {
-            "rows": teacher.ROWS.index(start.rows),
-            "norm": int(start.norm),
-            "pooling": teacher.POOLINGS.index(start.pooling),
-        },
-        "sets": [found for one in profile.sets if (found := set_data(run, profile, one.name))],
-    }
-
-
-def body(run: Path, profile: Profile) -> str:
-    """The page's HTML (without the frame that the report gives every page), or a sentence where there is nothing to turn."""
-    held = data(run, profile)
-    if not held["sets"]:
-        return "<h1>Sliders</h1><p>This run holds no reader's passage scores. Notebook 03 makes them; then write the report again.</p>"
+def body(lab: Lab) -> str:
+    """The page's HTML, without the frame that the report gives every page."""
     # With "<" written as an escape no text can end the script element or open a comment in it.
-    embedded = json.dumps(held, ensure_ascii=False, separators=(",", ":"), allow_nan=False).replace(
-        "<", "\\u003c"
-    )
-    return (
-        resources.files("ragkit")
-        .joinpath("assets/sliders.html")
-        .read_text("utf8")
-        .replace("{{data}}", embedded)
-    )
+    held = json.dumps(data(lab), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    page = asset("sliders.html").read_text("utf8")
+    return page.replace("{{data}}", held.replace("<", "\\u003c"))

@@ -1,4 +1,4 @@
-"""Attention rows against an independent float64 softmax, for each architecture and each way a model can be called."""
+"""Attention rows against an independent float64 softmax, for each way a model can be called."""
 
 import os
 from pathlib import Path
@@ -26,8 +26,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from ragkit.attention.record import (
+from ragkit.attention import (
     AttentionError,
+    Record,
     branch,
     contributions,
     observe,
@@ -38,7 +39,6 @@ from ragkit.attention.record import (
     record_cross,
     record_generation,
 )
-from ragkit.models import device as fleet
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-10}
 SIDES = {"right": [[11, 7], [16, 8]], "left": [[16, 7], [16, 8]], "none": [[16, 7], [16, 0]]}
@@ -50,7 +50,7 @@ def expect_parity(model, ids, mask, rows, bound):
     with caught(calls):
         extra = {"position_ids": places(mask)}
         model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, **extra)
-    assert seen.layers == tuple(range(model.config.num_hidden_layers)) == tuple(range(len(calls)))
+    assert len(seen.alpha) == model.config.num_hidden_layers == len(calls)
     each = torch.arange(len(ids))[:, None]
     for layer, call in enumerate(calls):
         whole = attention_matrix(**call)[each, :, rows].transpose(1, 2)
@@ -84,7 +84,7 @@ def test_rows_equal_an_independent_softmax(name, side):
         for dtype in BOUND
         if (name, dtype) != ("gemma2", torch.float64)
     ],
-)  # Gemma 2's own softmax is float32 whatever its dtype: there is nothing in float64 to compare with
+)  # Gemma 2's own softmax is float32 whatever its dtype: there is no float64 to compare with
 def test_other_dtypes(name, dtype):
     ids, mask = prompts([12, 17])
     seen = expect_parity(
@@ -126,7 +126,7 @@ def test_agrees_with_the_eager_path_where_that_is_right(name):
 
 
 def test_falcons_eager_path_doubles_its_alibi_bias():
-    """If this fails, transformers has mended Falcon: then the notes on it in `ragkit.attention` and elsewhere can go."""
+    """If this fails, transformers has mended Falcon: then the notes on it can go."""
     model, eager = make("falcon-alibi"), make("falcon-alibi", "eager")
     assert isinstance(model, FalconForCausalLM)
     eager.load_state_dict(model.state_dict())
@@ -185,8 +185,8 @@ def test_recording_leaves_the_model_as_it_was():
 
 
 def test_the_blockwise_forward_is_gemma2s_own(monkeypatch):
-    """The function behind the attention interface also makes the next layer's input: in blocks, it must be the same model."""
-    monkeypatch.setattr("ragkit.attention_kernels.BLOCK", 4)
+    """It also makes the next layer's input: in blocks, it must be the same model."""
+    monkeypatch.setattr("ragkit.attention.kernels.BLOCK", 4)
     model, (ids, mask) = make("gemma2"), prompts([13, 17], "left")
     with torch.no_grad():
         theirs = model(ids, attention_mask=mask, position_ids=places(mask)).logits
@@ -212,7 +212,7 @@ def test_the_head_and_the_last_layers_output_are_not_computed():
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_reading_on_from_a_cache_gives_the_same_rows(name):
-    """Also the single query of a grouped model, whose heads transformers packs, and a sliding window shorter than the past."""
+    """Also a lone query, whose heads transformers packs, and a window shorter than the past."""
     model, (ids, mask) = make(name), prompts([11, 14], "left")
     whole = record(model, ids, mask, torch.tensor([[13, 12]] * 2))
     cache = read_prefix(model, ids[:, :12], mask[:, :12])
@@ -270,9 +270,17 @@ def encoder_decoder(kind):
             parameter.data.mul_(3)
         return model.eval()
     config = BartConfig(
-        vocab_size=60, d_model=32, encoder_layers=2, decoder_layers=3, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=64,
-        decoder_ffn_dim=64, init_std=0.3, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=60,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=3,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        init_std=0.3,
+        max_position_embeddings=64,
+    )
     return BartForConditionalGeneration(config).eval()
 
 
@@ -316,8 +324,10 @@ def test_gradients_equal_finite_differences():
 
     def score(shift):
         table.weight.data[int(ids[0, 2])] += shift
-        seen = record(model, ids, mask, torch.tensor([[6]]), gradient=True)
+        layers = []
+        observe(model, ids, mask, torch.tensor([[6]]), lambda *layer: layers.append(layer))
         table.weight.data[int(ids[0, 2])] -= shift
+        seen = Record(*(torch.stack(part) for part in zip(*layers, strict=True)))
         return passage_scores(contributions(seen, torch.ones(1, 1))[:, 0].sum(0), owner, 2)[0]
 
     score(torch.zeros(32).double()).backward()
@@ -412,7 +422,7 @@ def test_reduced_on_the_fly_is_the_same_as_from_the_record():
 
 
 def test_nothing_of_size_tokens_times_tokens_is_made():
-    """The largest tensor the recorder makes, seen by a spy on every operation, grows with rows x tokens."""
+    """The largest tensor made, seen by a spy on every operation, grows with rows x tokens."""
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
         def __init__(self):
@@ -431,10 +441,6 @@ def test_nothing_of_size_tokens_times_tokens_is_made():
         with Largest() as largest:
             record(model, ids, mask, torch.tensor([[2047, 5]]))
         assert largest.size < 2048 * 2048 if name == "llama" else largest.size <= 256 * 2048 * 4
-
-
-def test_batches_of_like_length():
-    assert fleet.by_length([5, 1, 9, 2], 3) == [[2, 0, 3], [1]]
 
 
 def test_a_static_base_model_and_a_used_cache_are_told_apart():

@@ -1,11 +1,11 @@
-"""Seconds and peak memory of a plain fused forward pass, ours, and eager attention; `make bench` runs it.
+"""Seconds and peak memory of a plain fused pass, ours, and eager attention; `make bench` runs it.
 
-Every measurement runs in a process of its own. Times: the ways take turns within a process, and the median of the wall
-clock counts; on a CPU two threads work, so nothing else should run on a machine of two cores.
-Memory: the peak of one pass beyond the loaded model. The plain pass is the base model's, without the head, so that ours
-is not flattered by it; ours records 8 rows and reduces them to token contributions; eager keeps `output_attentions`.
-Writes attention_bench.csv, .png and .svg to the folder given, and every measurement as soon as it is made: a bench that was
-stopped goes on.
+Every measurement runs in a process of its own. Times: the ways take turns within a process, and the
+median of the wall clock counts; on a CPU two threads work, so nothing else should run on a machine
+of two cores. Memory: the peak of one pass beyond the loaded model. The plain pass is the base
+model's, without the head, so that ours is not flattered by it; ours records 8 rows and reduces them
+to token contributions; eager keeps `output_attentions`. Writes attention_bench.csv, .png and .svg
+to the folder given, and every measurement as soon as it is made: a stopped bench goes on.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import FalconConfig, FalconModel, LlamaConfig, LlamaModel, PreTrainedModel
 
+from ragkit.attention import observe, pooled
 from ragkit.attention.cost import (
     Shape,
     eager_bytes,
@@ -31,7 +32,6 @@ from ragkit.attention.cost import (
     recorded_bytes,
     recorded_work,
 )
-from ragkit.attention.record import observe, pooled
 
 ROWS = 8
 THREADS = 2
@@ -144,7 +144,7 @@ def measure(kind: str, tokens: int, ways: list[str], repeats: int) -> None:
 
 def apart(kind: str, tokens: int, ways: list[str], repeats: int) -> dict:
     arguments = ["--measure", kind, str(tokens), ",".join(ways), str(repeats)]
-    # Freed tensors must go back to the system at once, or the peak holds what the allocator kept for later (glibc).
+    # Freed tensors must go back to the system at once, or the peak holds what glibc kept for later.
     environment = os.environ if repeats else {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
         [sys.executable, __file__, *arguments],
@@ -154,9 +154,8 @@ def apart(kind: str, tokens: int, ways: list[str], repeats: int) -> dict:
         env=environment,
     )
     if done.returncode:
-        raise SystemExit(
-            f"{kind}, {tokens} tokens, {ways}: the measurement failed (out of memory?).\n{done.stderr[-2000:]}"
-        )
+        said = done.stderr[-2000:]
+        raise SystemExit(f"{kind}, {tokens} tokens, {ways}: failed (out of memory?).\n{said}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -191,9 +190,10 @@ def table_of(kinds: list[str], lengths: list[int], repeats: int, folder: Path) -
 
 
 def modelled(table: pd.DataFrame) -> pd.DataFrame:
-    """Adds the ratios to the plain pass, and what the cost model says (eager's seconds it does not model).
+    """Adds the ratios to the plain pass, and what the cost model says (of eager only its memory).
 
-    The rates are fitted to the plain passes of a kind; the memory of ours is the plain pass's plus the model's.
+    The rates are fitted to the plain passes of a kind; the memory of ours is the plain pass's plus
+    the model's.
     """
     plain = table[table["way"] == "fused"].set_index(["kind", "tokens"])
     table["time ratio"] = [
@@ -214,7 +214,9 @@ def modelled(table: pd.DataFrame) -> pd.DataFrame:
                 "fused": fused_work(shape, line["tokens"]),
                 "ours": recorded_work(shape, line["tokens"], ROWS),
             }.get(line["way"])
-            table.loc[i, "modelled seconds"] = work.seconds(rates) if work else float("nan")
+            table.loc[i, "modelled seconds"] = (
+                float("nan") if work is None else (work / rates).sum()
+            )
             base = float(plain.loc[(kind, line["tokens"]), "MB"])
             more = {
                 "fused": float("nan"),
@@ -252,7 +254,7 @@ def main() -> None:
     kinds = ["falcon", "llama"] + (["falcon-rw-1b"] if torch.cuda.is_available() else [])
     given.folder.mkdir(parents=True, exist_ok=True)
     table = table_of(kinds, given.tokens, given.repeats, given.folder)
-    from ragkit import plots  # not at the top: the measuring processes would pay for it
+    from ragkit.pages import plots  # not at the top: the measuring processes would pay for it
 
     plots.use_theme()
     figure, alt = plots.attention_cost(table)

@@ -1,5 +1,6 @@
 """Sets of the hub, read from folders in the hub's own formats; what is wrong with them is named."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 from hub_tables import write_nq, write_pools, write_trivia, write_wiki
 
-from ragkit.data import questions as corpus
 from ragkit.data.passages import Passage, Passages, write_passages
-from ragkit.data.questions import Corpus
+from ragkit.data.questions import Corpus, card, passage_settings, question_settings
+from ragkit.data.sets import make_passages, make_questions
+from ragkit.data.text import normalise
 from ragkit.errors import DataError
-from ragkit.profile import HubSet, HubTable
+from ragkit.settings import HubSet, HubTable
 
 TOWNS = [
     Passage(
@@ -58,9 +60,17 @@ def hub_set(tmp_path, **changes):
 
 
 def made(settings, folder):
-    folder.mkdir()
-    corpus.build(settings, folder)
-    return Corpus.load(settings.name, folder)
+    passages, questions = folder / "passages", folder / "questions"
+    passages.mkdir(parents=True)
+    questions.mkdir()
+    make_passages(passages, {}, as_json({"set": passage_settings(settings)}))
+    inputs = {"passages": passages}
+    make_questions(questions, inputs, as_json({"set": question_settings(settings)}))
+    return Corpus.load(settings.name, passages, questions)
+
+
+def as_json(value):
+    return json.loads(json.dumps(value))
 
 
 def test_nq_and_wikipedia(tmp_path):
@@ -92,33 +102,12 @@ def test_hits_are_told_by_the_answer_where_no_gold_passage_is_known(tmp_path):
     assert one.golds([question], ranking[:, :1]) == [()]
 
 
-def test_a_subset_of_the_passages_is_drawn_by_the_seed(tmp_path):
-    few = made(hub_set(tmp_path, most_passages=7), tmp_path / "few")
-    assert len(few.passages) == 7
-    assert [p.id for p in few.passages] == sorted(p.id for p in few.passages)
-    assert list(
-        made(hub_set(tmp_path / "b", most_passages=7), tmp_path / "few-again").passages
-    ) == list(few.passages)
-    assert list(
-        made(hub_set(tmp_path / "c", most_passages=7, seed=3), tmp_path / "few-other").passages
-    ) != list(few.passages)
-
-
 def test_passages_from_a_tsv(tmp_path):
     (tmp_path / "p.tsv").write_text(
         "id\ttext\ttitle\n" + "".join(f"{p.id}\t{p.text}\t{p.title}\n" for p in TOWNS)
     )
     whole = made(hub_set(tmp_path, passages=str(tmp_path / "p.tsv")), tmp_path / "made")
     assert list(whole.passages) == TOWNS
-    assert (
-        len(
-            made(
-                hub_set(tmp_path / "b", passages=str(tmp_path / "p.tsv"), most_passages=3),
-                tmp_path / "made-few",
-            ).passages
-        )
-        == 3
-    )
 
 
 def test_trivia_answers_come_with_their_aliases(tmp_path):
@@ -158,6 +147,10 @@ def test_pools_make_the_corpus(tmp_path, gold):
         assert not gold or [one.passages[i] for i in q.gold] == [right]
 
 
+def nq(folder, **changes):
+    return HubTable(dataset=str(folder / "nq"), **changes)
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -165,15 +158,16 @@ def cut(path):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda t: {"questions": HubTable(dataset=str(t / "nq"), config="other")}, "no whole|does not hold whole data files"),
-        (lambda t: {"questions": HubTable(dataset=str(t / "nq"), rows={"train": 87925})}, "has 20 rows; the profile expects 87925"),
-        (lambda t: {"questions": HubTable(dataset=str(t / "nq"), columns={"question": "query"})}, r"no column 'query' \(our 'question'\); there are question, answer"),  # noqa: E501
+        (lambda t: {"questions": nq(t, config="other")}, "cannot be loaded .*whole files"),
+        (lambda t: {"questions": nq(t, rows={"train": 87925})}, "the profile expects 87925"),
+        (lambda t: {"questions": nq(t, columns={"question": "query"})},
+         r"no column 'query' \(our 'question'\); there are question, answer"),
         (lambda t: {"heldout": "test"}, "split"),
         (lambda t: {"distill": 30}, "Lower distill, dev or test"),
         (lambda t: {"passages": str(t / "none.tsv")}, "No file"),
-        (lambda t: {"passages": None, "pools": ("answer",)}, "a passage of the pool has no 'text'"),
-        (lambda t: cut(next((t / "wiki").rglob("train-00001*"))) or {}, "does not hold whole data files"),
-        (lambda t: {"questions": HubTable(dataset="nobody/nothing-of-this-name")}, "cannot be loaded"),
+        (lambda t: {"passages": None, "pools": ("answer",)}, "a passage of the pool: no 'text'"),
+        (lambda t: cut(next((t / "wiki").rglob("train-00001*"))) or {}, "whole files"),
+        (lambda t: {"questions": HubTable(dataset="nobody/no-such-name")}, "cannot be loaded"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named(tmp_path, monkeypatch, spoil, words):
@@ -184,6 +178,44 @@ def test_what_is_wrong_is_named(tmp_path, monkeypatch, spoil, words):
         made(settings.model_copy(update=spoil(tmp_path)), tmp_path / "made")
 
 
+def test_a_question_stands_in_one_part_only(tmp_path, caplog):
+    """Asked twice in train: once. In train and validation: kept for test."""
+    settings = hub_set(tmp_path / "a")
+    again = [(f"Which river does the town {i} lie on?", ("Nr0",)) for i in (3, 4, 22, 23)]
+    write_nq(tmp_path / "twice", ASKED[:20] + again, ASKED[20:])
+    table = HubTable(dataset=str(tmp_path / "twice"), config="nq_open")
+    settings = settings.model_copy(update={"questions": table, "distill": 15})
+    one = made(settings, tmp_path / "made")
+    texts = [normalise(q.text) for questions in one.questions.values() for q in questions]
+    assert len(set(texts)) == len(texts) == 25
+    counts = json.loads((tmp_path / "made" / "questions" / "counts.json").read_text())
+    assert counts == {"repeated": 2, "in another split": 2}
+    assert "nq: 2 questions were left out (in another split)" in caplog.text
+    with pytest.raises(DataError, match="21 questions asked for, 20 different there"):
+        made(settings.model_copy(update={"distill": 16}), tmp_path / "more")
+
+
+def test_sets_over_the_same_passages_share_them(tmp_path):
+    one = hub_set(tmp_path)
+    other = one.model_copy(update={"name": "other", "seed": 9, "distill": 3})
+    assert passage_settings(one) == passage_settings(other)
+    before = passage_settings(one)
+    write_wiki(tmp_path / "wiki2", TOWNS[:5])
+    (tmp_path / "wiki2" / "data").rename(tmp_path / "wiki" / "more")
+    assert passage_settings(one)["contents"] != before["contents"]
+
+
+def test_a_title_that_is_no_text_is_refused(tmp_path):
+    rows = [(q, a, [], [Passage("1", 3.5, "x")]) for q, a in ASKED]
+    write_pools(tmp_path / "pools", rows)
+    columns = {"question": "query", "answer": "answers"}
+    files = "default/wikipedia-nq-{split}.parquet"
+    table = HubTable(dataset=str(tmp_path / "pools"), files=files, columns=columns)
+    changes = {"passages": None, "pools": ("negative_passages",), "train": "dev", "heldout": "dev"}
+    with pytest.raises(DataError, match=r"'title' is no text but 3\.5"):
+        made(hub_set(tmp_path, questions=table, **changes), tmp_path / "made")
+
+
 def test_a_set_takes_its_passages_from_one_place(tmp_path):
     for given in ({"passages": None}, {"pools": ("a",)}):
         with pytest.raises(ValueError, match="give either 'passages'"):
@@ -191,7 +223,7 @@ def test_a_set_takes_its_passages_from_one_place(tmp_path):
 
 
 def test_cards_say_where_the_data_come_from(tmp_path):
-    rows = corpus.card(hub_set(tmp_path))
+    rows = card(hub_set(tmp_path))
     assert [row["what"] for row in rows] == ["questions", "passages"]
     assert rows[0]["licence"] == "CC BY-SA 3.0"
     assert str(tmp_path / "nq") in rows[0]["source"]
@@ -203,10 +235,12 @@ def test_passages_are_memory_mapped(tmp_path):
         tmp_path / "many.arrow", (Passage(str(i), f"T{i}", "word " * 200) for i in range(200_000))
     )
     code = (
-        "import sys, resource\nfrom pathlib import Path\nfrom ragkit.passages import Passages\n"
-        "def anonymous():\n    return next(int(l.split()[1]) for l in open('/proc/self/status') if l.startswith('RssAnon')) // 1024\n"
+        "import sys\nfrom pathlib import Path\nfrom ragkit.data.passages import Passages\n"
+        "def anonymous():\n    lines = open('/proc/self/status').read().splitlines()\n"
+        "    return next(int(l.split()[1]) for l in lines if l.startswith('RssAnon')) // 1024\n"
         "before = anonymous()\npassages = Passages(Path(sys.argv[1]))\n"
-        "assert passages[199_999].id == '199999' and len(passages[5:9]) == 4\nassert sum(1 for _ in passages) == 200_000\nprint(anonymous() - before)"
+        "assert passages[199_999].id == '199999' and len(passages[5:9]) == 4\n"
+        "assert sum(1 for _ in passages) == 200_000\nprint(anonymous() - before)"
     )
     ended = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "many.arrow")],

@@ -4,17 +4,19 @@ import random
 
 import pytest
 
-from ragkit.data import questions as corpus
+from ragkit.data import prose
 from ragkit.data import worlds as world
+from ragkit.data.questions import Corpus, passage_settings
+from ragkit.data.text import holds_answer
 from ragkit.data.vocabulary import build_tokenizer
-from ragkit.indicators.metrics import holds_answer
-from ragkit.profile import WorldSet
+from ragkit.errors import DataError
+from ragkit.settings import WorldSet
 
 WORLDS = ("almanac", "trivia")
 
 
-def small(name: str, seed: int = 5) -> corpus.Corpus:
-    return corpus.build_world(
+def small(name: str, seed: int = 5) -> Corpus:
+    return world.build_world(
         WorldSet(
             source="world",
             name=name,
@@ -52,6 +54,19 @@ def test_every_entity_has_twelve_passages(name):
     assert {titles.count(t) for t in titles} == {12}
 
 
+def test_sizes_of_the_parts_change_no_passage():
+    few, many = (
+        WorldSet(
+            source="world", name="a", world="trivia", seed=1, entities=12, distill=n, dev=n, test=n
+        )
+        for n in (1, 40)
+    )
+    assert world.build_world(few).passages == world.build_world(many).passages
+    assert passage_settings(few) == passage_settings(many)
+    with pytest.raises(DataError, match="Lower distill, dev or test"):
+        world.build_world(many.model_copy(update={"distill": 9000}))
+
+
 def test_held_out_wordings_are_not_in_the_distillation_part():
     for name in WORLDS:
         made = small(name)
@@ -61,9 +76,9 @@ def test_held_out_wordings_are_not_in_the_distillation_part():
         assert 3 in {q.wording for q in made.questions["test"]}
 
 
-def training_pages(i: int) -> list[list[world.Span]]:
+def training_pages(i: int) -> list[list[prose.Span]]:
     rng = random.Random(i)
-    return [world.register_page(rng, 3, 1.0, 2), world.passages_page(rng, 4, 2, 1.0, 10, 2)]
+    return [prose.register_page(rng, 3, 1.0, 2), prose.passages_page(rng, 4, 2, 1.0, 10, 2)]
 
 
 def training_text(n: int) -> list[str]:
@@ -72,7 +87,7 @@ def training_text(n: int) -> list[str]:
 
 
 def test_measured_names_never_stand_in_training_text():
-    """Words of people, towns and companies in the frozen worlds do not occur in any training page."""
+    """Name words of the measured worlds do not occur in any training page."""
     frozen = {
         w for n in WORLDS for p in small(n).passages for w in p.title.lower().split()
     } - world.plain_words()
@@ -99,7 +114,7 @@ def test_training_pages_need_no_unknown_token():
 
 
 def test_facts_told_again_were_told_before():
-    """Nearly all answers marked as told again stand in the page's own passages or entries; the rest under another alias."""
+    """Answers told again stand in the page's own passages or entries, but for other aliases."""
     found = []
     for page in (page for i in range(100) for page in training_pages(i)):
         told = "".join(text for text, kind in page if kind == "given").lower()
@@ -109,17 +124,8 @@ def test_facts_told_again_were_told_before():
 
 
 def test_a_question_in_training_text_is_left_open():
-    """The prose that carries a question's wording never goes on with its answer's passage wording."""
-    sentences = world.open_prose("almanac", 50, random.Random(0))
+    """Prose with a question's wording never goes on with its answer."""
+    sentences = prose.open_prose("almanac", 50, random.Random(0))
     assert all(
         any(s.startswith(f.split("{")[0]) for f in world.spec()["prose"]["open"]) for s in sentences
     )
-
-
-def test_the_answer_span_of_a_passage_is_where_it_says():
-    rng = random.Random(3)
-    for name in WORLDS:
-        for entity in world.make_entities(name, 12, rng, reserved=True):
-            for relation, golds in entity.facts.items():
-                text, (start, end) = world.write_passage(entity, relation, 0, rng)
-                assert text[start:end].lower() in {g.lower() for g in golds}

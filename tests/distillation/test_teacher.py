@@ -1,118 +1,120 @@
-"""The teacher's look: every choice from one pass, and calibration that reads the passages once."""
+"""The teacher's look: every choice from one pass."""
+
+import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from test_reader import PASSAGES, QUESTION, make
+from safetensors.numpy import load_file
 
-from ragkit.attention.record import contributions, passage_scores, record
-from ragkit.data.passages import Passage
-from ragkit.data.questions import Corpus, Question
+from ragkit.attention import contributions, passage_scores, record
+from ragkit.data.files import write_arrays, write_jsonl
+from ragkit.data.passages import Passage, write_passages
+from ragkit.data.questions import Question
 from ragkit.distillation import teacher
-from ragkit.experiment.stages import make_teacher
-from ragkit.profile import AttentionSettings
+from ragkit.models.fid import load_reader
+from ragkit.settings import POOLINGS, ROWS, ReaderSettings
 
-OTHER = Question(
-    "r", "on which river does old tarholm lie", ("Lyda river",), (1,), cloze="Old Tarholm lies on"
-)
+PASSAGES = [
+    Passage("0", "Orla Venn", "Orla Venn was born in old Tarholm, a port."),
+    Passage("1", "Old Tarholm", "Old Tarholm lies on the river Lyda."),
+]
+QUESTIONS = [
+    Question("q", "where was orla venn born", ("old tarholm", "tarholm"), (0,), "Orla Venn was"),
+    Question("r", "on which river does old tarholm lie", ("lyda",), (1,), "Old Tarholm lies on"),
+]
 
 
-def by_hand(one, prompt, rows, norm):
-    ids, mask = one.batch([prompt])
-    seen = record(one.model, ids, mask, torch.tensor([rows]))
+@pytest.fixture(scope="module")
+def reader():
+    return load_reader("embedded", ReaderSettings(at_once=2))
+
+
+def by_hand(reader, prompt, rows, norm):
+    """Token contributions `[layers, tokens]`, from a recording of these rows."""
+    ids, mask = reader.batch([prompt])
+    seen = record(reader.model, ids, mask, torch.tensor([rows]))
     return contributions(seen, torch.ones(1, len(rows)), norm)[:, 0]
 
 
-def test_a_look_holds_what_each_choice_gives_alone():
-    one = make(at_once=2)
-    questions, found = [QUESTION, OTHER], [PASSAGES, PASSAGES[::-1]]
-    scores = teacher.look(one, questions, found)
-    for i, (question, passages) in enumerate(zip(questions, found, strict=True)):
-        prompt = one.prompt(question, passages, question.answers[0])
+def test_a_look_holds_what_each_choice_gives_alone(reader):
+    found = [PASSAGES, PASSAGES[::-1]]
+    scores = teacher.look(reader, QUESTIONS, found)
+    for i, (question, passages) in enumerate(zip(QUESTIONS, found, strict=True)):
+        prompt = reader.prompt(question, passages, question.answers[0])
         owner = torch.tensor(prompt.owner)
-        for r, row_type in enumerate(teacher.ROWS):
+        first = prompt.answer_start
+        places = {
+            "last_prompt": [first - 1],
+            "predicting": list(range(first - 1, len(prompt.ids) - 2)),
+            "consuming": list(range(first, len(prompt.ids) - 1)),
+        }
+        for r, row_type in enumerate(ROWS):
             for norm in (False, True):
-                tokens = by_hand(one, prompt, teacher.row_weights(prompt, row_type), norm)
-                for pool, pooling in enumerate(teacher.POOLINGS):
-                    expected = torch.stack(
-                        [passage_scores(layer, owner, 2, pooling) for layer in tokens]
-                    )
-                    assert np.allclose(
-                        scores["attention"][i, r, int(norm), :, pool], expected, atol=1e-6
-                    )
+                tokens = by_hand(reader, prompt, places[row_type], norm)
+                for pool, pooling in enumerate(POOLINGS):
+                    expected = [passage_scores(layer, owner, 2, pooling) for layer in tokens]
+                    made = scores["attention"][i, r, int(norm), :, pool]
+                    assert np.allclose(made, torch.stack(expected), atol=1e-5, rtol=1e-4)
                 if not norm:
-                    assert scores["outside"][i, r] == pytest.approx(
-                        float(tokens[:, owner < 0].sum() / tokens.sum()), abs=1e-5
-                    )
+                    share = float(tokens[:, owner < 0].sum() / tokens.sum())
+                    assert scores["outside"][i, r] == pytest.approx(share, abs=1e-5)
+    assert scores["trimmed"].tolist() == [0, 0]
 
 
-def test_a_look_runs_the_model_once_a_batch(monkeypatch):
-    one, passes = make(at_once=2), []
-    attention = one.attention
-    monkeypatch.setattr(one, "attention", lambda *given: passes.append(1) or attention(*given))
-    teacher.look(one, [QUESTION, OTHER, QUESTION], [PASSAGES] * 3)
+def test_a_look_runs_the_model_once_a_batch(reader, monkeypatch):
+    passes, attention = [], reader.attention
+    monkeypatch.setattr(reader, "attention", lambda *given: passes.append(1) or attention(*given))
+    teacher.look(reader, [*QUESTIONS, QUESTIONS[0]], [PASSAGES] * 3)
     assert len(passes) == 2
 
 
-@pytest.mark.parametrize("style", ["question", "cloze"])
-def test_calibration_reads_the_passages_once_and_gives_both_scores(style):
-    one, read = make(), []
-    one.style = style
-    one.model.get_input_embeddings().register_forward_hook(
-        lambda module, args, out: read.append(args[0].shape[1])
+def log_likelihoods(reader, question, passages):
+    """Of the answer's tokens and the end token, from the model's whole output."""
+    prompt = reader.prompt(question, passages, question.answers[0])
+    ids, mask = reader.batch([prompt])
+    with torch.no_grad():
+        logs = reader.model(input_ids=ids, attention_mask=mask).logits[0].log_softmax(-1)
+    return np.array(
+        [float(logs[i - 1, ids[0, i]]) for i in range(prompt.answer_start, len(prompt.ids))]
     )
-    asked, blank = teacher.calibrated_scores(one, QUESTION, PASSAGES, AttentionSettings())
-    whole = one.prompt(QUESTION, PASSAGES)
-    assert sum(read) < 1.5 * len(whole.ids)
-    for scores, text in ((asked, None), (blank, "N/A")):
-        question = QUESTION if text is None else Question("n", text, ("",), (0,), cloze=text)
-        prompt = one.prompt(question, PASSAGES)
-        tokens = by_hand(one, prompt, [len(prompt.ids) - 1], True).mean(0)
-        assert torch.allclose(
-            scores, passage_scores(tokens, torch.tensor(prompt.owner), 2), atol=1e-5
-        )
 
 
-def test_what_a_reader_saw_before_is_not_computed_again(monkeypatch, tmp_path):
-    one = make()
-    passages = [*PASSAGES, Passage("9", "Ulm", "Ulm is a town.")]
-    corpus = Corpus("c", passages, {"distill": [QUESTION, OTHER, QUESTION]})
-    first, then = np.array([[0, 1], [1, 0], [0, 1]]), np.array([[0, 1], [2, 0], [0, 1]])
-    for name, candidates in (("first", first), ("anew", then)):
+def test_answers_are_scored_given_each_passage_alone_and_without_it(reader):
+    logs = teacher.look(reader, QUESTIONS, [PASSAGES] * 2)["answer_logs"]
+    left_out = teacher.left_out_losses(reader, QUESTIONS, [PASSAGES] * 2)
+    for i, question in enumerate(QUESTIONS):
+        for place, passage in enumerate(PASSAGES):
+            expected = log_likelihoods(reader, question, [passage])
+            row = logs[i, place]
+            assert np.allclose(row[: len(expected)], expected, atol=1e-4)
+            assert np.isnan(row[len(expected) :]).all()
+            others = log_likelihoods(reader, question, [PASSAGES[1 - place]])
+            assert left_out[i, place] == pytest.approx(-others.mean(), abs=1e-4)
+    assert np.isnan(logs[1]).any()  # answers of unequal length
+
+
+def test_the_makers_write_what_the_functions_give(reader, tmp_path):
+    write_passages(tmp_path / "passages.arrow", PASSAGES)
+    for part in ("distill", "dev", "test"):
+        write_jsonl(tmp_path / f"{part}.jsonl", map(asdict, [*QUESTIONS, QUESTIONS[0]]))
+    (tmp_path / "style.json").write_text(json.dumps({"off-the-shelf": "question"}))
+    found = np.array([[0, 1], [1, 0], [0, 1]])
+    write_arrays(tmp_path / "candidates.safetensors", {"distill": found})
+    inputs = dict.fromkeys(("passages", "questions", "candidates", "style"), tmp_path)
+    settings = {
+        **{"reader": reader.settings.model_dump(), "which": "off-the-shelf"},
+        **{"questions": 2, "k": 2},
+    }
+    for name, make in (("teacher", teacher.make_teacher), ("loop", teacher.make_loop)):
         (tmp_path / name).mkdir()
-        make_teacher(one, corpus, candidates, 3, 2, tmp_path / name)
-    asked = []
-    look = teacher.look
-    monkeypatch.setattr(
-        teacher,
-        "look",
-        lambda reader, questions, found: asked.append(questions) or look(reader, questions, found),
-    )
-    for name, candidates in (("again", then), ("same", first)):
-        (tmp_path / name).mkdir()
-        make_teacher(
-            one,
-            corpus,
-            candidates,
-            3,
-            2,
-            tmp_path / name,
-            known=(first, teacher.load(tmp_path / "first")),
-        )
-    assert asked == [
-        [OTHER]
-    ]  # the only question with other candidates, and none where all are the same
-    for name, expected in (("again", "anew"), ("same", "first")):
-        made, whole = teacher.load(tmp_path / name), teacher.load(tmp_path / expected)
-        for part in whole:
-            assert np.allclose(made[part], whole[part], atol=1e-5, equal_nan=True), part
-
-
-def test_answers_of_another_length_are_made_room_for():
-    nan = np.nan
-    old = {"answer_logs": np.array([[[-1.0]], [[-2.0]]]), "attention": np.zeros((2, 1))}
-    new = {"answer_logs": np.array([[[-3.0, -4.0]]]), "attention": np.ones((1, 1))}
-    made = teacher.replaced(old, new, np.array([1]))
-    assert np.array_equal(made["answer_logs"], [[[-1.0, nan]], [[-3.0, -4.0]]], equal_nan=True)
-    assert made["attention"].tolist() == [[0], [1]]
-    assert old["attention"].tolist() == [[0], [0]]
+        make(tmp_path / name, inputs, settings)
+    passages = [PASSAGES, PASSAGES[::-1]]
+    seen = load_file(tmp_path / "teacher" / "scores.safetensors")
+    for name, expected in teacher.look(reader, QUESTIONS, passages).items():
+        assert np.array_equal(seen[name], expected, equal_nan=True)
+    trimmed = json.loads((tmp_path / "teacher" / "trimmed.json").read_text())
+    assert trimmed == {"trimmed": 0, "prompts": 2}
+    loop = load_file(tmp_path / "loop" / "scores.safetensors")["loop"]
+    assert np.array_equal(loop, teacher.left_out_losses(reader, QUESTIONS, passages))

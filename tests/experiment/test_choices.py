@@ -5,26 +5,25 @@ import pandas as pd
 import pytest
 
 from ragkit.experiment import choices
-from ragkit.profile import VARIATIONS, Profile, WorldSet, varied
+from ragkit.indicators.measures import SPACES, Tokens, indicator
+from ragkit.profile import VARIATIONS, Profile, varied
+from ragkit.settings import AttentionSettings, WorldSet
 
 
 class Stub:
     """An analysis of two questions with drawn numbers."""
 
     def __init__(self):
-        from ragkit.indicators.measures import Tokens
-
-        rng = np.random.default_rng(0)
-        self.questions = ["a", "b"]
-        n = 60
-        self.table = {
-            which: Tokens(
-                ids=np.arange(n), owner=np.zeros(n, int), question=np.repeat([0, 1], n // 2), from_end=np.arange(n),
-                contribution=rng.random((n, 3, 2, 4)).astype(np.float32), mass=np.zeros((2, 3, 6), np.float32),
-            )
-            for which in ("fine-tuned", "off-the-shelf")
-        }  # fmt: skip
-        self.close = {space: rng.random(n) for space in choices.SPACES}
+        rng, n = np.random.default_rng(0), 60
+        self.questions, places = ["a", "b"], np.arange(n)
+        self.table = {}
+        for which in ("fine-tuned", "off-the-shelf"):
+            contribution = rng.random((n, 3, 2, 4)).astype(np.float32)
+            given = {"ids": places, "owner": 0 * places, "question": np.repeat([0, 1], n // 2)}
+            given |= {"from_end": places, "ends": places, "contribution": contribution}
+            self.table[which] = Tokens(**given, mass=np.zeros((2, 3, 6), np.float32))
+        self.close = {space: rng.random(n) for space in SPACES}
+        self.close["retriever"][[3, 40]] = np.nan  # tokens without a vector in one space
         self.exact = rng.random(n) < 0.1
 
     def tokens(self, which):
@@ -34,54 +33,41 @@ class Stub:
         return self.close[space], self.exact
 
 
-def test_a_specification_is_the_indicator_under_its_choices():
-    from ragkit.indicators.measures import indicator
-    from ragkit.profile import AttentionSettings
+def expected(stub, space):
+    """The indicator of notebook 06 under one combination of choices."""
+    settings, tokens = AttentionSettings(rows="consuming", norm=False, layers="middle"), stub.tokens
+    weights = tokens("fine-tuned").attention(settings)
+    question = tokens("fine-tuned").question
+    return indicator(weights, stub.close[space], question, stub.exact, 0.2)
 
+
+@pytest.mark.parametrize("space", SPACES)
+def test_a_specification_is_the_indicator_under_its_choices(space):
     stub = Stub()
     every = choices.per_question(stub, "fine-tuned", "answer")
     assert len(every) == 4 * 3 * 2 * 4 * 4 * 2
-    weights = stub.tokens("fine-tuned").attention(
-        AttentionSettings(rows="consuming", norm=False, layers="middle")
-    )
-    table = indicator(
-        weights, stub.close["retriever"], stub.tokens("fine-tuned").question, stub.exact, 0.2
-    )
+    table = expected(stub, space)
     for kept, suffix in (("with exact", ""), ("no exact", " (no exact)")):
         for measure, column in (("Spearman", "Spearman"), ("attention, closest 20%", "attention")):
-            assert every[
-                measure, "consuming", "no norm", "middle", "retriever", kept
-            ] == pytest.approx(table[column + suffix].to_numpy(), abs=1e-6)
+            made = every[measure, "consuming", "no norm", "middle", space, kept]
+            assert made == pytest.approx(table[column + suffix].to_numpy(), abs=1e-6)
 
 
 def test_the_choice_that_decides_comes_first():
     table = pd.DataFrame(
-        {
-            "rows": ["a", "a", "b", "b"],
-            "norm": ["x", "y", "x", "y"],
-            "low": [0.1, 0.2, -0.2, -0.1],
-            "high": [0.3, 0.4, 0.1, 0.1],
-        }
+        {"rows": list("aabb"), "norm": list("xyxy"), "low": [0.1, 0.2, -0.2, -0.1]}
     )
-    assert choices.verdict(table["low"], table["high"]).tolist() == [
-        "higher",
-        "higher",
-        "unclear",
-        "unclear",
-    ]
     found = choices.hinges(table, ("norm", "rows"))
     assert found["choice"].tolist() == ["rows", "norm"]
     assert found["range"].tolist() == [1, 0]
+    assert found["shares"].tolist() == ["a 100%, b 0%", "x 50%, y 50%"]
 
 
 @pytest.mark.parametrize("name", VARIATIONS)
 def test_a_variation_takes_one_choice_otherwise(name):
     profile = Profile(name="p", sets=(WorldSet(source="world", name="a", world="almanac", seed=1),))
     other = varied(profile, name)
-    changed = [
-        section
-        for section in type(profile).model_fields
-        if getattr(profile, section) != getattr(other, section)
-    ]
+    sections = type(profile).model_fields
+    changed = [one for one in sections if getattr(profile, one) != getattr(other, one)]
     assert changed == list(VARIATIONS[name])
     Profile.model_validate(other.model_dump())

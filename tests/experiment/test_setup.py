@@ -1,5 +1,6 @@
 """Setting up: one list of dependencies, the Makefile's commands, working copies, the wheel."""
 
+import importlib.util
 import os
 import re
 import shutil
@@ -15,24 +16,17 @@ import yaml
 
 from ragkit import __main__
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
 
 
 def make(*arguments, **environment):
     """What make would run, without running it, in a checkout that is not set up yet."""
-    given = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("CONDA_DEFAULT_ENV", "MAKEFLAGS", "MAKELEVEL")
-    }
+    left = ("CONDA_DEFAULT_ENV", "MAKEFLAGS", "MAKELEVEL")
+    given = {name: value for name, value in os.environ.items() if name not in left}
+    command, environment = ["make", "-B", "-n", *arguments], given | environment
     ended = subprocess.run(
-        ["make", "-B", "-n", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-        env=given | environment,
+        command, cwd=ROOT, capture_output=True, text=True, check=True, env=environment
     )
     return ended.stdout
 
@@ -41,6 +35,7 @@ def make(*arguments, **environment):
     ("target", "words"),
     [
         ("reproduce", "python -m ragkit reproduce --profile 'tiny'"),
+        ("plan", "python -m ragkit plan --profile 'tiny'"),
         ("test", "python -m pytest tests"),
         ("slow", "python -m pytest tests -m slow"),
         ("lint", "ruff check ragkit tests"),
@@ -48,13 +43,29 @@ def make(*arguments, **environment):
         ("doctor", "python -m ragkit doctor"),
         ("lab", "jupyter lab $(.venv/bin/python -m ragkit lab)"),
         ("course", "python -m ragkit course --profile 'tiny'"),
-        ("pretrain", "python -m ragkit.pretrain ragkit/assets/reader"),
+        ("tidy", "python -m ragkit tidy --profile 'tiny'"),
+        ("pretrain", "python -m ragkit.models.pretrain ragkit/assets/reader"),
     ],
 )
 def test_each_command_sets_itself_up_first(target, words):
     said = make(target)
     assert words in said
     assert said.index("pip install --quiet -e '.[dev]'") < said.index(words)
+
+
+def test_what_make_runs_is_there():
+    text = (ROOT / "Makefile").read_text("utf8")
+    for module in re.findall(r"-m (ragkit[\w.]*)", text):
+        assert importlib.util.find_spec(module), module
+    for script in re.findall(r"\$\(RUN\) (tests/\S+\.py)", text):
+        assert (ROOT / script).is_file(), script
+    assert "lint_imports" in make("lint")
+
+
+def test_several_processes_work_as_one():
+    said = make("reproduce", "PROCESSES=2", "SET=k=3 seed=1")
+    assert "torch.distributed.run --nproc_per_node 2 -m ragkit reproduce" in said
+    assert "--set 'k=3' --set 'seed=1'" in said
 
 
 def test_a_profile_is_passed_on_and_conda_is_respected():
@@ -65,26 +76,22 @@ def test_a_profile_is_passed_on_and_conda_is_respected():
     assert ".venv/bin/python" in make("reproduce", CONDA_DEFAULT_ENV="base")
 
 
+def told(*command):
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return ended.stdout
+
+
 def test_help_lists_every_target():
-    targets = set(
-        re.search(r"\.PHONY: (.*)", (ROOT / "Makefile").read_text("utf8")).group(1).split()
-    )
-    shown = subprocess.run(
-        ["make", "--no-print-directory", "help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
+    makefile = (ROOT / "Makefile").read_text("utf8")
+    targets = set(re.search(r"\.PHONY: (.*)", makefile).group(1).split())
+    shown = told("make", "--no-print-directory", "help")
     assert {line.split()[0] for line in shown.splitlines()} == targets
 
 
 def test_clean_touches_only_what_make_and_runs_made():
     (line,) = (line for line in make("clean").splitlines() if line.startswith("rm -rf"))
-    tracked = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    assert not {path.split("/")[0] for path in tracked} & set(line.split()[2:])
+    tracked = {path.split("/")[0] for path in told("git", "ls-files").splitlines()}
+    assert not tracked & set(line.split()[2:])
 
 
 def test_environment_yml_takes_everything_from_pyproject():
@@ -109,17 +116,13 @@ def test_ci_runs_the_three_commands_in_order():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
-def test_working_copies_find_the_runs_and_never_touch_the_originals(tmp_path, capsys):
+def test_working_copies_find_the_runs_and_never_touch_the_originals(tmp_path):
     before = {path.name: path.read_bytes() for path in __main__.NOTEBOOKS.glob("*.ipynb")}
-    __main__.copy_for_lab(tmp_path)
-    folder = Path(capsys.readouterr().out.strip())
+    folder = __main__.copy_for_lab(tmp_path)
     assert folder == tmp_path / "lab"
     for copy in folder.glob("*.ipynb"):
-        (cell,) = (
-            c
-            for c in nbformat.read(copy, as_version=4).cells
-            if "parameters" in c.metadata.get("tags", [])
-        )
+        cells = nbformat.read(copy, as_version=4).cells
+        (cell,) = (one for one in cells if "parameters" in one.metadata.get("tags", []))
         values: dict[str, str] = {}
         exec(cell.source, values)
         assert (folder / values["RUNS"]).resolve() == tmp_path.resolve()
@@ -128,31 +131,18 @@ def test_working_copies_find_the_runs_and_never_touch_the_originals(tmp_path, ca
     __main__.copy_for_lab(tmp_path)
     assert edited.read_text() == "mine"
     assert before == {path.name: path.read_bytes() for path in __main__.NOTEBOOKS.glob("*.ipynb")}
-    ignored = subprocess.run(
-        ["git", "check-ignore", "runs/lab/00_start_here.ipynb"],
-        cwd=ROOT,
-        check=False,
-        capture_output=True,
-    )
-    assert ignored.returncode == 0
+    assert told("git", "check-ignore", "runs/lab/00_start_here.ipynb")
 
 
 def test_a_wheel_holds_the_assets_and_builds_without_warnings(tmp_path):
-    shutil.copytree(
-        ROOT / "ragkit", tmp_path / "ragkit", ignore=shutil.ignore_patterns("__pycache__")
-    )
+    ignored = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "ragkit", tmp_path / "ragkit", ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
-    build = [
-        sys.executable,
-        "-c",
-        "from setuptools import build_meta; print(build_meta.build_wheel('.'))",
-    ]
-    ended = subprocess.run(build, cwd=tmp_path, capture_output=True, text=True, check=True)
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    command = [sys.executable, "-c", build]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "Warning" not in ended.stdout + ended.stderr
     (wheel,) = tmp_path.glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
-    tracked = subprocess.run(
-        ["git", "ls-files", "ragkit"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert set(tracked) <= packed
+    assert set(told("git", "ls-files", "ragkit").split()) <= packed

@@ -13,7 +13,7 @@ from ragkit.data.questions import Corpus
 from ragkit.data.worlds import build_world
 from ragkit.models import answers
 from ragkit.models.answers import make_answers, make_premises, make_style, premise_cases
-from ragkit.profile import ReaderSettings, WorldSet
+from ragkit.settings import ReaderSettings, WorldSet
 
 SET = {"source": "world", "name": "a", "world": "almanac", "seed": 5, "entities": 24}
 SETTINGS = {"reader": ReaderSettings().model_dump(), "answered": 6, "k": 3, "seed": 0}

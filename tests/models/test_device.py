@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from ragkit.errors import MachineError
+from ragkit.errors import ProfileError
 from ragkit.models import device
-from ragkit.profile import MachineSettings
+from ragkit.settings import MachineSettings
 
 
 def test_one_process_takes_everything_with_weight_one():
@@ -53,7 +53,7 @@ def test_what_comes_next_is_made_ahead_on_a_gpu(monkeypatch, kind):
 def test_a_machine_without_a_gpu_is_said():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(MachineError, match=r"machine.device is 'cuda', but torch finds no GPU"):
+    with pytest.raises(ProfileError, match=r"machine.device is 'cuda', but torch finds no GPU"):
         device.start(MachineSettings(device="cuda"), 1)
 
 

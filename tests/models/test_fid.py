@@ -18,7 +18,7 @@ from ragkit.errors import ReaderError
 from ragkit.models.fid import FidReader, load_reader
 from ragkit.models.reader import PART
 from ragkit.models.step1 import fine_tune
-from ragkit.profile import ReaderSettings
+from ragkit.settings import ReaderSettings
 
 PASSAGES = [
     Passage("0", "Orla Venn", "Orla Venn was born in Ulm. The family moved away in 1810."),

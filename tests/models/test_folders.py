@@ -22,7 +22,7 @@ from ragkit.data.questions import Question
 from ragkit.errors import RagkitError, ReaderError
 from ragkit.models.fid import load_reader
 from ragkit.models.reader import PART
-from ragkit.profile import ReaderSettings
+from ragkit.settings import ReaderSettings
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 LETTERS = " ".join(string.ascii_letters + string.digits + string.punctuation)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from ragkit.data.passages import Passage
-from ragkit.errors import SearchError, VectorsError
+from ragkit.errors import RetrieverError
 from ragkit.models import index
 from ragkit.models.index import (
     Vectors,
@@ -19,7 +19,7 @@ from ragkit.models.index import (
     recall,
     search,
 )
-from ragkit.profile import IndexSettings
+from ragkit.settings import IndexSettings
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def test_a_killed_encoding_goes_on(tmp_path):
     array = np.random.default_rng(0).standard_normal((35, 6)).astype(np.float32)
     with pytest.raises(KeyboardInterrupt):
         encode(passages(35), Encoder(array, dies_at=3), settings, tmp_path)
-    with pytest.raises(VectorsError, match="half made"):
+    with pytest.raises(RetrieverError, match="half made"):
         Vectors(tmp_path)
     again = Encoder(array)
     encode(passages(35), again, settings, tmp_path)
@@ -86,11 +86,11 @@ def test_a_killed_encoding_goes_on(tmp_path):
 
 @pytest.mark.parametrize("cut", [0, 5, 60, -1])
 def test_damaged_and_missing_vectors_are_named(tmp_path, cut):
-    with pytest.raises(VectorsError, match="Encode the passages first"):
+    with pytest.raises(RetrieverError, match="Encode the passages first"):
         Vectors(tmp_path)
     path = written(tmp_path, np.ones((9, 4), np.float32)).path
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(VectorsError, match=r"vectors\.npy is damaged"):
+    with pytest.raises(RetrieverError, match=r"vectors\.npy is damaged"):
         Vectors(tmp_path)
 
 
@@ -100,17 +100,14 @@ def test_damaged_and_missing_vectors_are_named(tmp_path, cut):
 )
 def test_vectors_that_are_not_finite_are_not_written(tmp_path, value, dtype, words):
     made = Encoder(np.full((3, 4), value, np.float32))
-    with (
-        pytest.raises(VectorsError, match=words),
-        np.errstate(over="ignore"),
-    ):
+    with pytest.raises(RetrieverError, match=words), np.errstate(over="ignore"):
         encode(passages(3), made, IndexSettings(dtype=dtype), tmp_path)
 
 
 def test_places_beyond_the_vectors_are_refused(tmp_path):
     made = written(tmp_path, np.ones((7, 4), np.float32))
     for places in ([7], [-1, 2]):
-        with pytest.raises(VectorsError, match="holds 7 vectors"):
+        with pytest.raises(RetrieverError, match="holds 7 vectors"):
             made.take(np.array(places))
 
 
@@ -161,7 +158,7 @@ def test_odd_queries_get_a_sentence(tmp_path):
         (np.ones((1, 3), np.float32), 5, "different retrievers"),
         (np.full((1, 4), np.nan, np.float32), 5, "not finite"),
     ):
-        with pytest.raises(SearchError, match=words):
+        with pytest.raises(RetrieverError, match=words):
             opened.search(queries, k)
     assert [part.shape for part in opened.search(np.ones((0, 4), np.float32), 5)] == [(0, 5)] * 2
     assert opened.search(np.ones((2, 4)), 5)[0].shape == (2, 5)
@@ -170,7 +167,7 @@ def test_odd_queries_get_a_sentence(tmp_path):
 def test_bm25_finds_the_words():
     texts = ["a river in the north", "the mayor of a port", "a port on the river"]
     assert bm25(["which mayor", "which river and port"], texts, 1).tolist() == [[1], [2]]
-    with pytest.raises(SearchError, match="Lower k"):
+    with pytest.raises(RetrieverError, match="Lower k"):
         bm25(["river"], texts, 4)
 
 
@@ -249,7 +246,7 @@ def test_exact_search_needs_no_index(corpus, tmp_path):
 )
 def test_factories_that_no_index_can_have_are_named(corpus, tmp_path, factory, words):
     settings = IndexSettings(factory=factory, trained_on=9000 if "x4" in factory else 10_000)
-    with pytest.raises(SearchError, match=words):
+    with pytest.raises(RetrieverError, match=words):
         build(corpus[0], settings, tmp_path, 0)
     assert not list(tmp_path.iterdir())
 
@@ -257,20 +254,20 @@ def test_factories_that_no_index_can_have_are_named(corpus, tmp_path, factory, w
 def test_too_few_finds_are_never_silent(corpus, tmp_path):
     build(corpus[0], CELLS, tmp_path, 0)
     few = open_index(corpus[2], tmp_path, CELLS.model_copy(update={"probes": 1}))
-    with pytest.raises(SearchError, match=r"found only \d+ of 2000 .*index\.probes \(now 1\)"):
+    with pytest.raises(RetrieverError, match=r"found only \d+ of 2000 .*index\.probes \(now 1\)"):
         few.search(corpus[1], 2000)
-    with pytest.raises(SearchError, match="not finite"):
+    with pytest.raises(RetrieverError, match="not finite"):
         few.search(np.full((1, 16), np.nan, np.float32), 5)
 
 
 @pytest.mark.parametrize("cut", [0, 3, 1000, 150_000, -1])
 def test_a_damaged_or_missing_index_is_refused(corpus, tmp_path, cut):
-    with pytest.raises(SearchError, match="missing or damaged"):
+    with pytest.raises(RetrieverError, match="missing or damaged"):
         open_index(corpus[2], tmp_path, CELLS)
     build(corpus[0], CELLS, tmp_path, 0)
     path = tmp_path / index.FILE
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(SearchError, match="missing or damaged"):
+    with pytest.raises(RetrieverError, match="missing or damaged"):
         open_index(corpus[2], tmp_path, CELLS)
 
 
@@ -278,7 +275,7 @@ def test_an_index_of_other_vectors_is_refused(corpus, tmp_path):
     (tmp_path / "index").mkdir()
     build(corpus[0], CELLS, tmp_path / "index", 0)
     written(tmp_path / "fewer", corpus[0].take(np.arange(10_000)))
-    with pytest.raises(SearchError, match=r"holds 10500 vectors .* 10000 of 16"):
+    with pytest.raises(RetrieverError, match=r"holds 10500 vectors .* 10000 of 16"):
         open_index(tmp_path / "fewer", tmp_path / "index", CELLS)
 
 

@@ -16,7 +16,7 @@ from ragkit.models import reader
 from ragkit.models.fid import load_reader
 from ragkit.models.pretrain import reader_config
 from ragkit.models.reader import PART, Reader, embedded_reader
-from ragkit.profile import ReaderSettings
+from ragkit.settings import ReaderSettings
 
 PASSAGES = [
     Passage("0", "Orla Venn", "Orla Venn was born in Ulm. The family moved away in 1810."),

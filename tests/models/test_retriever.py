@@ -15,7 +15,7 @@ from ragkit.data.passages import Passage
 from ragkit.data.vocabulary import build_tokenizer
 from ragkit.errors import RagkitError, RetrieverError
 from ragkit.models.retriever import Retriever, crop, train_by_cropping
-from ragkit.profile import RetrieverSettings
+from ragkit.settings import RetrieverSettings
 
 PASSAGES = [
     Passage("0", "Orla Venn", "Orla Venn was born in Ulm. The family moved away in 1810."),

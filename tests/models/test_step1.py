@@ -18,7 +18,7 @@ from ragkit.models import step1
 from ragkit.models.fid import load_reader
 from ragkit.models.lessons import SAME_KIND_SHARE, Lesson, Lessons, training_world
 from ragkit.models.step1 import fine_tune
-from ragkit.profile import ReaderSettings, WorldSet
+from ragkit.settings import ReaderSettings, WorldSet
 
 PASSAGES = [
     Passage("0", "Orla Venn", "Orla Venn was born in Ulm."),

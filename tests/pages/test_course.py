@@ -5,12 +5,12 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbformat import v4
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from ragkit.errors import CourseError
 from ragkit.pages import course
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NOTEBOOKS = {
     path.stem: nbformat.read(path, as_version=4)
     for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -18,98 +18,132 @@ NOTEBOOKS = {
 EXERCISES = {
     e.id: e for stem, notebook in NOTEBOOKS.items() for e in course.exercises_of(stem, notebook)
 }
-TASK = "### Exercise 1 · Add *(easy, 5 minutes)*\nAdd.\n\n<details><summary>Hint</summary>\n\n+\n\n</details>"
+TASK = (
+    "### Exercise 1 · Add *(easy, 5 minutes)*\nAdd.\n\n"
+    "<details><summary>Hint</summary>\n\n+\n\n</details>"
+)
 ANSWER = "total = None\n### BEGIN SOLUTION\ntotal = numbers[0] + numbers[1]\n### END SOLUTION"
 CHECK = "assert total == 5, 'The sum of 2 and 3 is wanted.'"
+BEFORE = "numbers = [2, 3]"
+WRONG = "total = numbers[0] * numbers[1]"
+FUNCTION = "def add(a, b):\n    ### BEGIN SOLUTION\n    return a + b\n    ### END SOLUTION"
+CALLED = "assert add(2, 3) == 5, 'The sum of 2 and 3 is wanted.'"
 
 
-def toy(
-    task=TASK,
-    answer=ANSWER,
-    check=CHECK,
-    wrong=("total = numbers[0] * numbers[1]",),
-    before="numbers = [2, 3]",
-):
+def cells(number=1, task=TASK, answer=ANSWER, check=CHECK, wrong=(WRONG,), before=BEFORE):
+    """An exercise behind a cell of code."""
+    grade = {"grade_id": f"77-{number}-check", "grade": True, "points": 1}
+    solve = {"grade_id": f"77-{number}", "solution": True}
+    return [
+        new_code_cell(before),
+        new_markdown_cell(task.replace("Exercise 1", f"Exercise {number}")),
+        new_code_cell(answer, metadata={"nbgrader": solve, "wrong": list(wrong)}),
+        new_code_cell(check, metadata={"nbgrader": grade}),
+    ]
+
+
+def toy(**changes):
     """A notebook with one exercise."""
-    grade, solve = (
-        {"grade_id": "77-1-check", "grade": True, "points": 1},
-        {"grade_id": "77-1", "solution": True},
-    )
-    return v4.new_notebook(
-        cells=[
-            v4.new_code_cell(
-                'PROFILE = "tiny"\nRUNS = "../runs"', metadata={"tags": ["parameters"]}
-            ),
-            v4.new_code_cell(before),
-            v4.new_markdown_cell(task),
-            v4.new_code_cell(answer, metadata={"nbgrader": solve, "wrong": list(wrong)}),
-            v4.new_code_cell(check, metadata={"nbgrader": grade}),
-        ]
-    )
+    return new_notebook(cells=cells(**changes))
 
 
-def verify(notebook, folder):
-    course.verify("77_toy", notebook, folder, ROOT)
+def function(*wrong):
+    return {"answer": FUNCTION, "check": CALLED, "wrong": wrong}
 
 
-def test_a_sound_exercise_passes(tmp_path):
-    verify(toy(), tmp_path)
+SOUND = [{}, function("return a * b", "return None")]
+FAULTS = [
+    ({"check": "print(total)"}, r": its check passes on the stub"),
+    (
+        {"check": "assert total, 'Nothing yet.'"},
+        r": its check passes on the wrong answer 'total = numbers\[0\] \* numbers\[1\]'",
+    ),
+    ({"answer": ANSWER.replace("+", "-")}, r", its check on the solution: AssertionError: The sum"),
+    (
+        {"answer": ANSWER.replace("total = None", "del total")},
+        r": its check ends in NameError: .* on the stub\. Let an assert",
+    ),
+    ({"answer": ANSWER.replace("numbers[1]", "numbers[2]")}, r", its solution: IndexError"),
+    (
+        {"wrong": [WRONG, "total = numbers[2]"]},
+        r": the wrong answer 'total = numbers\[2\]' does not even run: IndexError",
+    ),
+    (
+        {"wrong": ["raise AssertionError('not by the check')"]},
+        r": the wrong answer .* does not even run: AssertionError",
+    ),
+    (
+        {"answer": f"{ANSWER}\nprint(total.bit_length())", "wrong": ["total = 'five'"]},
+        r": the wrong answer .* does not even run: AttributeError",
+    ),
+    (
+        function("return a * b", "return a / 0"),
+        r": its check ends in ZeroDivisionError: .* on the wrong answer 'return a / 0'",
+    ),
+    (
+        function("assert a > b, 'not by the check'"),
+        r": its check ends in AssertionError: not by the check on the wrong answer",
+    ),
+    (
+        function("raise NotImplementedError"),
+        r": its check ends in NotImplementedError: .* on the w",
+    ),
+    ({"check": "assert total == 5"}, r": its check ends in AssertionError:  on the stub"),
+]
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory):
+    """All of these exercises tried in one kernel, and what was said of each cell."""
+    every, said, real = [*SOUND, *(fault for fault, _ in FAULTS)], [], course.hold_against
+
+    def collect(cell):
+        try:
+            real(cell)
+        except CourseError as error:
+            said.append(str(error))
+
+    notebook = new_notebook(cells=[c for i, one in enumerate(every) for c in cells(i, **one)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(course, "hold_against", collect)
+        course.verify("77_toy", notebook, tmp_path_factory.mktemp("trial"))
+    return said
+
+
+def test_a_sound_exercise_passes(tried):
+    assert not any(re.match(r"Notebook 77_toy, exercise [01] ", said) for said in tried)
+
+
+@pytest.mark.parametrize("number", range(len(FAULTS)))
+def test_what_does_not_hold_is_named(tried, number):
+    where = f"Notebook 77_toy, exercise {number + len(SOUND)} \\(Add\\)"
+    assert any(re.match(where + FAULTS[number][1], said) for said in tried), tried
+
+
+def test_the_first_fault_ends_it(tmp_path):
+    with pytest.raises(CourseError, match="Notebook 77_toy, cell 1: ZeroDivisionError"):
+        course.verify("77_toy", toy(before="numbers = 1 / 0"), tmp_path)
+
+
+def test_a_killed_kernel_is_named(tmp_path):
+    with pytest.raises(CourseError, match=r"77_toy: its Python process was killed"):
+        course.verify("77_toy", toy(before="import os\nos._exit(9)"), tmp_path)
 
 
 @pytest.mark.parametrize(
     ("notebook", "words"),
     [
-        (toy(check="print(total)"), r"exercise 1 \(Add\): its check passes on the stub"),
-        (
-            toy(check="assert total, 'Nothing yet.'"),
-            r"its check passes on the wrong answer 'total = numbers\[0\] \* numbers\[1\]'",
-        ),
-        (
-            toy(answer=ANSWER.replace("+", "-")),
-            r"exercise 1 \(Add\), its check on the solution: AssertionError: The sum",
-        ),
-        (
-            toy(answer=ANSWER.removeprefix("total = None\n")),
-            r"on the stub its check ends in NameError: .* Let an assert",
-        ),
-        (
-            toy(answer=ANSWER.replace("numbers[1]", "numbers[2]")),
-            r"exercise 1 \(Add\), its solution: IndexError",
-        ),
-        (toy(before="numbers = 1 / 0"), r"cell 2: ZeroDivisionError"),
-        (toy(before="import os\nos._exit(9)"), r"its Python process was killed"),
-    ],
-    ids=[
-        "passes on the stub",
-        "passes on a wrong answer",
-        "wrong solution",
-        "no sentence",
-        "solution raises",
-        "other cell raises",
-        "killed",
-    ],
-)
-def test_what_does_not_hold_is_named(tmp_path, notebook, words):
-    with pytest.raises(
-        CourseError, match=f"Notebook 77_toy, .*{words}" if "killed" not in words else words
-    ):
-        verify(notebook, tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("notebook", "words"),
-    [
-        (toy(task=TASK.replace("easy", "trivial")), "the heading .* should read"),
-        (toy(task=TASK.split("\n\n<details>")[0]), "no hint"),
-        (toy(answer="total = 5"), "one solution between"),
-        (toy(answer=f"{ANSWER}\n{ANSWER}"), "one solution between"),
-        (toy(wrong=()), "no likely answers under 'wrong'"),
+        (toy(task=TASK.replace("easy", "trivial")), "Add .* should read"),
+        (toy(task=TASK.split("\n\n<details>")[0]), "lacks a hint"),
+        (toy(answer="total = 5"), "lacks one solution between"),
+        (toy(answer=f"{ANSWER}\n{ANSWER}"), "lacks one solution between"),
+        (toy(wrong=[]), "lacks likely answers under 'wrong'"),
     ],
 )
 def test_an_exercise_out_of_shape_is_named(notebook, words):
     with pytest.raises(CourseError, match=words):
         course.exercises_of("77_toy", notebook)
-    with pytest.raises(CourseError, match="grade_id 78-1"):
+    with pytest.raises(CourseError, match=r"lacks .*78-1"):
         course.exercises_of("78_toy", toy())
     cut = toy()
     cut.cells.pop()
@@ -120,45 +154,46 @@ def test_an_exercise_out_of_shape_is_named(notebook, words):
 @pytest.mark.parametrize("stem", NOTEBOOKS)
 def test_students_get_everything_but_the_solutions(stem):
     source = NOTEBOOKS[stem]
-    student, solution = (
-        course.handed_out(course.with_parameters(source, "smoke", "../.."), kind)
-        for kind in course.KINDS
-    )
+    student, solution = (course.copy_of(source, "smoke", "../..", kind) for kind in course.KINDS)
     nbformat.validate(student)
     answers = {e.answer.id for e in EXERCISES.values() if e.notebook == stem}
     for cell, full, own in zip(source.cells, solution.cells, student.cells, strict=True):
         if "parameters" in cell.metadata.get("tags", []):
             assert full.source == own.source == 'PROFILE = "smoke"\nRUNS = "../.."'
+        elif course.SOURCE.search(cell.source):
+            assert own.source.endswith(cell.source.partition(".")[2])
         else:
             assert full.source == cell.source
             assert (own.source == cell.source) == (cell.id not in answers)
         compile(own.source, own.id, "exec") if own.cell_type == "code" else None
-    text = nbformat.writes(student)
-    assert text.count("YOUR CODE HERE") == len(answers)
-    assert "SOLUTION" not in text
-    assert '"wrong"' not in text + nbformat.writes(solution)
-    assert source == nbformat.read(
-        ROOT / "notebooks" / f"{stem}.ipynb", as_version=4
-    )  # the copies left it as it was
+    texts = {kind: nbformat.writes(course.copy_of(source, "", "", kind)) for kind in course.KINDS}
+    assert texts["student"].count("YOUR CODE HERE") == len(answers) + bool(answers)
+    assert "BEGIN SOLUTION" not in texts["student"]
+    for kind, text in texts.items():
+        assert '"wrong"' not in text
+        assert "Solved here" not in text  # each copy says what it is itself
+        assert not answers or course.KINDS[kind] in "\n".join(
+            cell.source for cell in course.copy_of(source, "", "", kind).cells
+        )
+    kept = nbformat.read(ROOT / "notebooks" / f"{stem}.ipynb", as_version=4)
+    assert source == kept  # the copies left it as it was
 
 
 def test_the_stub_stands_as_far_right_as_the_solution():
-    source = "def f():\n    one = 1\n    ### BEGIN SOLUTION\n    if one:\n        return 2\n    ### END SOLUTION\n\n\nf()"
-    assert (
-        course.with_answer(source, course.STUB)
-        == "def f():\n    one = 1\n    # YOUR CODE HERE\n    raise NotImplementedError()\n\n\nf()"
-    )
+    body = "    one = 1\n{}\n\n\nf()"
+    solved = "    ### BEGIN SOLUTION\n    if one:\n        return 2\n    ### END SOLUTION"
+    stub = "    # YOUR CODE HERE\n    raise NotImplementedError()"
+    made = course.with_answer("def f():\n" + body.format(solved), course.STUB)
+    assert made == "def f():\n" + body.format(stub)
 
 
 def test_nbgrader_makes_the_same_stubs():
-    preprocessors = pytest.importorskip(
-        "nbgrader.preprocessors",
-        reason="nbgrader is no dependency; pip install nbgrader==0.9.6 to compare with it",
-    )
+    preprocessors = pytest.importorskip("nbgrader.preprocessors", reason="no dependency")
     for notebook in NOTEBOOKS.values():
-        ours, solved = (course.handed_out(notebook, kind) for kind in course.KINDS)
+        ours, solved = (course.copy_of(notebook, "", "", kind) for kind in course.KINDS)
         theirs, _ = preprocessors.ClearSolutions().preprocess(solved, {})
-        assert [cell.source for cell in ours.cells] == [cell.source for cell in theirs.cells]
+        pairs = zip(ours.cells, theirs.cells, strict=True)
+        assert all(a.source == b.source for a, b in pairs if a.cell_type == "code")
 
 
 def test_each_lesson_of_the_plan_lasts_90_minutes_and_names_what_there_is():
@@ -171,19 +206,15 @@ def test_each_lesson_of_the_plan_lasts_90_minutes_and_names_what_there_is():
     ]
     assert sum(int(row[1]) for row in rows) == 2 * 90
     clock = 0
-    for start, minutes, _, place, exercise in rows:
-        assert (
-            start == f"{clock % 90 // 60}:{clock % 90 % 60:02}"
-        )  # the second lesson begins where the first one ends, at 0:00
+    for start, minutes, what, place, exercise in rows:
+        # the second lesson begins where the first one ends, at 0:00
+        assert start == f"{clock % 90 // 60}:{clock % 90 % 60:02}"
         clock += int(minutes)
-        headings = [
-            line
-            for cell in NOTEBOOKS[next(s for s in NOTEBOOKS if s[:2] == place[:2])].cells
-            for line in cell.source.splitlines()
-        ]
-        assert all(f"## {section}" in headings for section in re.findall(r"\*(.+?)\*", place)), (
-            place
-        )
+        assert what.startswith("Slack") == (clock % 90 == 0)
+        stem = next(stem for stem in NOTEBOOKS if stem[:2] == place[:2])
+        headings = [line for cell in NOTEBOOKS[stem].cells for line in cell.source.splitlines()]
+        for section in re.findall(r"\*(.+?)\*", place):
+            assert f"## {section}" in headings, place
         assert not exercise or EXERCISES[exercise].minutes <= int(minutes)
     assert set(re.findall(r"\b\d\d-\d\b", plan)) <= set(EXERCISES)
 
@@ -192,10 +223,10 @@ def test_a_rebuilt_copy_never_loses_somebodys_work(tmp_path):
     (tmp_path / "student").mkdir()
     path = tmp_path / "student" / "00.ipynb"
     for text in ("built", "built", "mine", "mine too"):
-        course.put(path, "built")
+        course.replace_kept(path, "built")
         assert path.read_text() == "built"
         path.write_text(text)
-    course.put(path, "built anew")
+    course.replace_kept(path, "built anew")
     assert path.read_text() == "built anew"
     assert sorted(p.read_text() for p in (tmp_path / "older").iterdir()) == ["mine", "mine too"]
 

@@ -1,4 +1,4 @@
-"""A reader of one's own judged: numbers by hand, everything that can be undefined, the page, and the command line."""
+"""A reader of one's own judged: numbers by hand, what can be undefined, the page, the command."""
 
 import gzip
 import json
@@ -7,6 +7,7 @@ import re
 import sys
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -16,45 +17,44 @@ import pytest
 import spacy
 import torch
 from scipy import stats
-from test_fid import make as fid
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
-from ragkit import __main__, judge
+from ragkit import __main__
 from ragkit.attention.record import record
 from ragkit.data import questions as corpus
 from ragkit.data.passages import Passage, read_tsv
 from ragkit.data.questions import Question
 from ragkit.data.vocabulary import build_tokenizer
 from ragkit.errors import DataError, JudgeError
-from ragkit.indicators import metrics
-from ragkit.indicators.measures import look_at_tokens
+from ragkit.indicators.closeness import embeddings
 from ragkit.indicators.metrics import Interval
+from ragkit.indicators.tokens import look_at_tokens
 from ragkit.pages import judge as judging
 from ragkit.pages import judge_page
 from ragkit.pages.asked import read_asked
-from ragkit.pages.judge import ABOVE, BELOW, ENOUGH, UNSURE, Look
+from ragkit.pages.judge import ABOVE, BELOW, ENOUGH, UNSURE, Check, Look, judge
 
 NASTY = "<script src='https://example.com/x.js'>alert(1)</script>"
-SVG_NAMES = {
-    "http://www.w3.org/2000/svg",
-    "http://www.w3.org/1999/xlink",
-}  # names, which no browser opens
+SVG_NAMES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # no browser opens them
 TEXTS = [
     "Orla Venn was born in Ulm. The family moved away in 1810.",
     "Old Tarholm lies on the river Lyda.",
     "Maro Elm was born in the old town of Tarholm.",
 ]
 NOUNS = ["orla", "venn", "town", "family", "river", "maro", "elm"]
+PLACES = [f"where was orla venn {verb}" for verb in ("born", "married", "buried")]
 
 
-def row(question="where was orla venn born", answer="Ulm", texts=TEXTS, **more):
-    return {
-        "question": question,
-        "answer": answer,
-        "passages": [{"title": text.split(" ")[0], "text": text} for text in texts],
-        **more,
-    }
+def row(question=PLACES[0], answer="Ulm", texts=TEXTS, **more):
+    passages = [{"title": text.split(" ")[0], "text": text} for text in texts]
+    return {"question": question, "answer": answer, "passages": passages, **more}
 
 
 def lines(path, rows):
@@ -67,8 +67,10 @@ def llama(folder, change=lambda model: None, positions=256):
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=32, max_position_embeddings=positions,
-        initializer_range=0.3, attention_bias=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=32, max_position_embeddings=positions, initializer_range=0.3,
+        attention_bias=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     with torch.no_grad():
@@ -95,7 +97,7 @@ def nouns(tmp_path_factory):
 
 
 def test_one_question_by_hand(reader, nouns):
-    """Attention from the recorder, everything after it written out: lift, cosine, the closest tenth, Spearman by SciPy."""
+    """Attention from the recorder, then written out: lift, cosine, closest tenth, Spearman."""
     asked = row()
     judged = judge(reader, [asked], nouns)
     one = judging.load(reader)
@@ -106,9 +108,7 @@ def test_one_question_by_hand(reader, nouns):
     inside = np.array(prompt.owner) >= 0
     attention = (seen.alpha[:, 0, :, 0] * seen.norms[:, 0]).mean((0, 1)).double().numpy()[inside]
     table = one.model.get_input_embeddings().weight.detach().double().numpy()
-    units = table / np.maximum(
-        np.linalg.norm(table, axis=1, keepdims=True), 1e-12
-    )  # that of the padding is zero
+    units = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
     tokens = np.array(prompt.ids)[inside]
     lift = attention / attention.mean()
     got = judged.numbers.set_index(["goal", "space", "number"])["mean"]
@@ -120,87 +120,68 @@ def test_one_question_by_hand(reader, nouns):
         dealt = units.copy()
         dealt[present] = units[np.random.default_rng(0).permutation(present)]
         for space, vectors in (("measured", units), ("permuted", dealt)):
-            close = (
-                (vectors[tokens] @ vectors[wanted].T).max(1).round(12)
-            )  # a token's repeats tie, and so do the wanted tokens themselves
+            # a token's repeats tie, and so do the wanted tokens themselves
+            close = (vectors[tokens] @ vectors[wanted].T).max(1).round(12)
             for ending, kept in (("", np.ones(len(tokens), bool)), (" (no exact)", ~exact)):
                 near = np.argsort(-close[kept], kind="stable")[: round(0.1 * kept.sum())]
                 near = close[kept] >= close[kept][near].min()
-                assert got[goal, space, "attention" + ending] == pytest.approx(
-                    lift[kept][near].mean(), rel=1e-4
-                )
-                assert got[goal, space, "Spearman" + ending] == pytest.approx(
-                    stats.spearmanr(lift[kept], close[kept]).statistic, abs=1e-6
-                )
+                top = got[goal, space, "attention" + ending]
+                assert top == pytest.approx(lift[kept][near].mean(), rel=1e-4)
+                by_scipy = stats.spearmanr(lift[kept], close[kept]).statistic
+                assert got[goal, space, "Spearman" + ending] == pytest.approx(by_scipy, abs=1e-6)
         assert got[goal, "overlap", "attention"] == pytest.approx(lift[exact].mean(), rel=1e-4)
+        lead = got[goal, "measured", "attention"] - got[goal, "permuted", "attention"]
+        assert np.nan_to_num(got[goal, "measured", "lead"]) == pytest.approx(lead)  # or left out
     alpha = seen.alpha[:, 0, :, 0].mean((0, 1)).numpy()
     assert judged.mass["passages"] == pytest.approx(alpha[inside].sum(), abs=1e-5)
     assert judged.mass["first token"] == pytest.approx(alpha[0], abs=1e-5)
     assert sum(judged.mass.values()) == pytest.approx(1, abs=1e-5)
     assert judged.verdict == UNSURE
     assert all("too few to tell" in one.told for one in judged.checks)
-    shown = judged.examples[0]
-    assert shown.lifts == pytest.approx(lift.tolist(), rel=1e-4)
-    assert (
-        "".join(token.removeprefix("##") for token in shown.tokens)
-        == "".join(TEXTS).replace(" ", "").lower()
-    )
+    (shown,) = judge_page.examples(judged.look)
+    assert shown["nouns"] == ["orla", "venn"]
+    spelt = re.sub(r"<[^>]*>|\s", "", shown["shown"].data)
+    assert spelt == "".join(f"{i}.{t.split(' ')[0]}{t.lower()}" for i, t in enumerate(TEXTS, 1)).replace(" ", "")  # fmt: skip  # noqa: E501
 
 
 def test_questions_with_other_numbers_of_passages_do_not_touch_each_other(reader, nouns, tmp_path):
-    rows = [
-        row(),
-        row(
-            texts=TEXTS[:2], question="on which river lies old tarholm", answer=["Lyda", "the Lyda"]
-        ),
-        row(texts=TEXTS[::-1]),
-    ]
+    lyda = row("on which river lies old tarholm", ["Lyda", "the Lyda"], TEXTS[:2])
+    rows = [row(), lyda, row(PLACES[1], texts=TEXTS[::-1])]
     together = judge(reader, lines(tmp_path / "q.jsonl", rows), nouns)
     assert together.questions == 3
-    assert together.passages == pytest.approx(8 / 3)
+    assert together.how["Passages a question, on average"] == "2.7"
     alone = pd.concat([judge(reader, [one], nouns).per_question for one in rows], ignore_index=True)
+    numbers = together.per_question.drop(columns="question")
     pd.testing.assert_frame_equal(
-        together.per_question.drop(columns="question"), alone.drop(columns="question"), atol=1e-4
+        numbers.filter(regex="(attention|Spearman)( \\(no exact\\))?$"),
+        alone.filter(regex="(attention|Spearman)( \\(no exact\\))?$"),
+        atol=1e-4,
     )
     assert together.per_question["question"].tolist() == ["q.jsonl:1", "q.jsonl:2", "q.jsonl:3"]
 
 
 def test_dprs_ctxs_and_triviaqas_answers_are_read():
-    ctxs = row()["passages"]
-    (question, passages), *_ = read_asked(
-        [
-            {
-                "question": " q ",
-                "answers": {"value": "b", "aliases": ["b", "c"]},
-                "ctxs": ctxs,
-                "gold": [1],
-            }
-        ]
-    )
+    answers = {"value": "b", "aliases": ["b", "c"]}
+    asked = {"question": " q ", "answers": answers, "ctxs": row()["passages"], "gold": [1]}
+    ((question, passages),) = read_asked([asked])
     assert (question.text, question.answers, question.gold) == ("q", ("b", "c"), (1,))
     assert [p.text for p in passages] == TEXTS
-    assert (
-        read_asked([{**row(), "passages": [{"text": "a"}, {"text": "b", "title": None}]}])[0][1][
-            1
-        ].title
-        == ""
-    )
+    untitled = {**row(), "passages": [{"text": "a"}, {"text": "b", "title": None}]}
+    assert read_asked([untitled])[0][1][1].title == ""
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"question": " "}, "'question' is missing or empty"),
-        ({"question": None}, "'question' is missing or empty"),
         ({"answer": []}, "no answers"),
-        ({"answer": {"value": " ", "aliases": None}}, "no answers"),
         ({"passages": "text"}, "a list of 2 to 20"),
         ({"passages": [{"text": "one"}]}, "a list of 2 to 20"),
         ({"passages": [{"text": "one"}] * 21}, "a list of 2 to 20"),
-        (
-            {"passages": [{"text": "one"}, {"title": "two"}]},
-            r"passage 1 \(counted from 0\) has no 'text'",
-        ),
+        ({"passages": [{"text": "a"}, {"title": "b"}]}, r"passage 1 \(counted from 0\) has no"),
+        ({"passages": [{"text": "a"}, "b"]}, r"passage 1 \(counted from 0\) has no"),
+        ({"passages": [{"text": "a", "title": float("nan")}] * 2}, "a 'title' that is no text"),
+        ({"passages": [{"text": "a", "title": ["b"]}] * 2}, "a 'title' that is no text"),
         ({"gold": [3]}, "places of passages, 0 to 2"),
         ({"gold": [True]}, "places of passages"),
     ],
@@ -215,9 +196,6 @@ def test_a_slip_in_the_questions_is_named_with_its_line(change, words, tmp_path)
 def test_files_that_hold_no_questions(tmp_path):
     with pytest.raises(DataError, match="There is no file"):
         read_asked(tmp_path / "none.jsonl")
-    (tmp_path / "q.jsonl").write_text("\n{\n")
-    with pytest.raises(DataError, match="line 2: not valid JSON"):
-        read_asked(tmp_path / "q.jsonl")
     with pytest.raises(DataError, match="no questions"):
         read_asked([])
     with pytest.raises(DataError, match="expected an object"):
@@ -226,51 +204,42 @@ def test_files_that_hold_no_questions(tmp_path):
 
 def counted(judged, *words):
     """The count of the one thing whose name holds the words."""
-    (count,) = (
-        count for what, count in judged.counts.items() if all(word in what for word in words)
-    )
+    (count,) = (n for what, n in judged.counts.items() if all(word in what for word in words))
     return count
 
 
 def number(judged, goal, name, space="measured"):
-    table = judged.numbers
-    return table[
-        (table["goal"] == goal) & (table["number"] == name) & (table["space"] == space)
-    ].iloc[0]
+    chosen = judged.numbers[["goal", "number", "space"]] == [goal, name, space]
+    return judged.numbers[chosen.all(axis=1)].iloc[0]
 
 
 def test_odd_answers_and_questions_are_counted(reader, nouns):
-    rows = [
-        row(),
-        row(answer="zzz"),
-        row(answer="u"),
-        row(answer="?!"),
-        row(question="where is it"),
-        row(answer="\u0301"),
-    ]
+    odd = [("orla", "zzz"), ("venn", "u"), ("river", "?!"), ("it", "Ulm"), ("town", "\u0301")]
+    rows = [row(), *(row(f"where is {what}", answer) for what, answer in odd)]
     judged = judge(reader, rows, nouns)
     assert judged.questions == 5
     assert counted(judged, "no token for the answer") == 1
     assert counted(judged, "in no passage") == 3  # signs too stand nowhere in that order
     assert counted(judged, "one character") == 1
-    assert counted(judged, "punctuation") == 1
+    assert counted(judged, "only signs") == 1
     assert counted(judged, "without a noun") == 1
-    assert (
-        number(judged, "answer", "Spearman")["n"] == number(judged, "nouns", "Spearman")["n"] == 4
-    )
-    assert judged.per_question["nouns Spearman"].isna().tolist() == [
-        False,
-        False,
-        False,
-        False,
-        True,
-    ]
+    for goal in ("answer", "nouns"):
+        assert number(judged, goal, "Spearman")["n"] == 4
+    assert judged.per_question["nouns Spearman"].isna().tolist() == [False] * 4 + [True]
     assert not any("left out of the Spearman" in what for what in judged.counts)
-    assert "Nothing." in judge_page.body(replace(judged, counts={}))
+
+
+def test_a_repeated_question_is_one_question(reader, nouns):
+    """Forty copies would give an interval of no width; neither case nor signs make another."""
+    rows = [row()] * 39 + [row(f"{PLACES[0].upper()}?"), row(PLACES[1])]
+    judged = judge(reader, rows, nouns)
+    assert judged.questions == 2
+    assert counted(judged, "asked before") == 39
+    assert judged.verdict == UNSURE
 
 
 def flat(model):
-    """All queries are zero and all values alike: every token gets the same attention and the same contribution."""
+    """Queries are zero and values alike: every token has the same attention and contribution."""
     for layer in model.model.layers:
         for part in (layer.self_attn.q_proj, layer.self_attn.v_proj):
             part.weight.zero_()
@@ -286,25 +255,19 @@ def silent(model):
 
 @pytest.mark.parametrize("change", [flat, silent])
 def test_constant_attention_is_counted_and_left_out(change, nouns, tmp_path):
-    judged = judge(llama(tmp_path, change), [row(), row()], nouns)
+    judged = judge(llama(tmp_path, change), [row(), row(PLACES[1])], nouns)
     for goal in ("answer", "nouns"):
-        assert (
-            counted(judged, "left out of the Spearman", judging.GOALS[goal], "same attention") == 2
-        )
+        assert counted(judged, "left out of the Spearman", judging.GOALS[goal]) == 2
         assert number(judged, goal, "Spearman")["n"] == 0
         assert np.isnan(number(judged, goal, "Spearman")["mean"])
     assert judged.verdict == UNSURE
     judge_page.write_html(judged, tmp_path / "page.html")
-    assert (
-        "nan"
-        not in re.sub(r"<[^>]*>", "", (tmp_path / "page.html").read_text("utf8"))
-        .lower()
-        .split("the numbers")[1]
-    )
+    text = re.sub(r"<[^>]*>", "", (tmp_path / "page.html").read_text("utf8")).lower()
+    assert not re.search(r"\bnan\b", text.split("the numbers")[1])
 
 
 def test_constant_closeness_is_counted_and_left_out(reader, nouns):
-    judged = judge(reader, [row(texts=["river river river"] * 2), row()], nouns)
+    judged = judge(reader, [row(texts=["river river river"] * 2), row(PLACES[1])], nouns)
     assert counted(judged, "Spearman", "Indicator 1", "equally close") == 1
     assert counted(judged, "Spearman", "Indicator 2", "equally close") == 1
     assert number(judged, "answer", "Spearman")["n"] == 1
@@ -312,79 +275,90 @@ def test_constant_closeness_is_counted_and_left_out(reader, nouns):
 
 
 def test_a_question_of_two_passage_tokens(reader, nouns):
-    assert (
-        counted(
-            judge(reader, [row(texts=["river", "town"]), row()], nouns),
-            "Indicator 1",
-            "fewer than three",
-        )
-        == 1
-    )
+    judged = judge(reader, [row(texts=["river", "town"]), row(PLACES[1])], nouns)
+    assert counted(judged, "Indicator 1", "fewer than three") == 1
+
+
+def test_a_control_that_cannot_differ_is_counted_and_left_out(reader, nouns):
+    """Where the answer fills the closest tenth, it does so whatever the vectors are."""
+    texts = ["Ulm Ulm Ulm the town", "Ulm by the river Ulm"]
+    judged = judge(reader, [row(texts=texts), row(PLACES[1])], nouns)
+    assert counted(judged, "over its control", "Indicator 1") >= 1
+    assert np.isnan(judged.per_question["answer lead"][0])
+    assert np.isfinite(judged.per_question["answer attention"]).all()
 
 
 def test_a_space_with_another_tokenizer(reader, nouns, tmp_path):
-    """The space knows the letters a to m only: tokens without any of them have no embedding there."""
-    letters = Tokenizer(
-        models.WordLevel(
-            {
-                "[UNK]": 0,
-                "[END]": 1,
-                **{letter: place for place, letter in enumerate("abcdefghijklm", 2)},
-            },
-            unk_token="[UNK]",
-        )
-    )
+    """The space knows the letters a to m only: tokens without any of them have no embedding."""
+    known = {"[UNK]": 0, "[END]": 1} | {letter: i for i, letter in enumerate("abcdefghijklm", 2)}
+    letters = Tokenizer(models.WordLevel(known, unk_token="[UNK]"))
     letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    PreTrainedTokenizerFast(
-        tokenizer_object=letters, unk_token="[UNK]", eos_token="[END]"
-    ).save_pretrained(tmp_path)
-    LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=15,
-            hidden_size=8,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=8,
-        )
-    ).save_pretrained(tmp_path)
-    judged = judge(reader, [row(), row(answer="or")], nouns, space_reader=str(tmp_path))
-    assert judged.space == str(tmp_path)
+    special = {"unk_token": "[UNK]", "eos_token": "[END]"}
+    PreTrainedTokenizerFast(tokenizer_object=letters, **special).save_pretrained(tmp_path)
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=15, intermediate_size=8, **sizes)
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    judged = judge(reader, [row(), row(PLACES[1], "or")], nouns, space_reader=str(tmp_path))
+    assert str(tmp_path) in judged.how.values()
     assert counted(judged, "without an embedding", "Indicator 1") > 0
     assert number(judged, "nouns", "Spearman")["n"] == 2
-    none = judge(reader, [row(answer="zz"), row()], nouns, space_reader=str(tmp_path))
-    assert counted(none, "Spearman", "Indicator 1", "no embedding") == 1
+    none = judge(reader, [row(answer="zz"), row(PLACES[1])], nouns, space_reader=str(tmp_path))
+    assert counted(none, "Spearman", "Indicator 1", "an embedding") == 1
 
 
 def test_an_encoder_decoder(nouns, tmp_path):
     """Fusion-in-decoder: its cross-attention, with all blocks' tokens."""
-    fid().save(tmp_path)
-    judged = judge(str(tmp_path), [row(), row(texts=TEXTS[:2])], nouns)
-    assert (
-        number(judged, "answer", "Spearman")["n"] == number(judged, "nouns", "attention")["n"] == 2
-    )
+    tokenizer, sizes = build_tokenizer(), {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4}
+    special = {
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    config = T5Config(vocab_size=len(tokenizer), num_layers=2, dropout_rate=0.0, **sizes, **special)
+    T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    judged = judge(str(tmp_path), [row(), row(PLACES[1], texts=TEXTS[:2])], nouns)
+    assert number(judged, "answer", "Spearman")["n"] == 2
+    assert number(judged, "nouns", "attention")["n"] == 2
     assert sum(judged.mass.values()) == pytest.approx(1, abs=1e-5)
 
 
 def test_prompts_that_do_not_fit(nouns, tmp_path):
     short = llama(tmp_path, positions=60)
-    judged = judge(
-        short, [row(), row(question="where was orla venn born " * 20), row(texts=TEXTS[:2])], nouns
-    )
+    endless = row("where was orla venn born " * 20)
+    judged = judge(short, [row(), endless, row(PLACES[1], texts=TEXTS[:2])], nouns)
     assert judged.questions == 2
     assert counted(judged, "longer than the reader's context") == 1
     assert counted(judged, "cut to the reader's context of 60 tokens") >= 1
     with pytest.raises(JudgeError, match="none of the questions: 1 questions left out: longer"):
-        judge(short, [row(question="where was orla venn born " * 20)], nouns)
+        judge(short, [endless], nouns)
 
 
-def test_without_a_noun_finder_the_rest_is_computed(reader, caplog):
-    judged = judge(reader, [row()] * 3, "no_such_pipeline")
+def test_without_a_noun_finder_the_rest_is_computed(reader, nouns, caplog, tmp_path):
+    judged = judge(reader, [row(question) for question in PLACES], "no_such_pipeline")
     assert set(judged.numbers["goal"]) == {"answer"}
     assert judged.checks[0].verdict == UNSURE
     assert re.match(r"Not computed\. .*no_such_pipeline.*--nouns", judged.checks[0].told)
     assert "nouns.model" not in judged.checks[0].told  # that is for profiles
     assert "Indicator 2 is not computed" in caplog.text
-    assert "Not computed" in judge_page.body(judged)
+    judge_page.write_html(judged, tmp_path / "page.html")
+    assert "Not computed" in (tmp_path / "page.html").read_text("utf8")
+    outer = judge(reader, [row()], str(Path(nouns).parent))  # a package's folder holds it
+    assert "config.cfg" in outer.checks[0].told
+    assert nouns in outer.checks[0].told
+
+
+def test_a_chat_reader_and_what_the_verdict_cannot_know(reader, caplog, tmp_path):
+    """An instruct model is asked by the plain prompt: said in the log and on the page."""
+    for name, template in (("plain", None), ("chat", "{{ messages }}")):
+        one, page = judging.load(reader), tmp_path / f"{name}.html"
+        one.tokenizer.chat_template = template
+        one.save(tmp_path / name)
+        caplog.clear()
+        judge_page.write_html(judge(str(tmp_path / name), [row()], "none"), page)
+        assert (judging.CHAT in caplog.text) == (name == "chat")
+        assert ("The reader has a chat template" in page.read_text("utf8")) == (name == "chat")
+        assert "poisoned" in page.read_text("utf8")
 
 
 def test_a_tokenizer_without_an_end_is_refused(reader, tmp_path):
@@ -413,7 +387,7 @@ def test_which_side_of_the_line(value, verdict):
 
 
 def test_one_reason_below_is_enough():
-    checks = [judging.Check("", verdict, "") for verdict in (ABOVE, UNSURE, BELOW)]
+    checks = [Check("", verdict, "") for verdict in (ABOVE, UNSURE, BELOW)]
     assert judging.verdict_of(checks) == BELOW
     assert judging.verdict_of(checks[:2]) == UNSURE
     assert judging.verdict_of(checks[:1]) == ABOVE
@@ -423,91 +397,51 @@ def test_one_reason_below_is_enough():
 def look(reader):
     """ENOUGH questions as a reader saw them, with attention still to be set."""
     one = judging.load(reader)
-    asked = read_asked(
-        [row(texts=texts) for texts in (TEXTS, TEXTS[::-1], TEXTS[1:]) for _ in range(ENOUGH // 3)]
-    )
+    orders = (TEXTS, TEXTS[::-1], TEXTS[1:])
+    asked = read_asked([row(texts=texts) for texts in orders for _ in range(ENOUGH // 3)])
     tokens = look_at_tokens(one, *zip(*asked, strict=True))
-    return Look(
-        one,
-        asked,
-        tokens,
-        np.ones(len(tokens.ids)),
-        one.model.get_input_embeddings().weight.detach(),
-        one.tokenizer,
-    )
+    table = one.model.get_input_embeddings().weight
+    embed = partial(embeddings, one.tokenizer, table=table, owner=one.tokenizer)
+    return Look(asked, tokens, np.ones(len(tokens.ids)), None, embed, one.tokenizer)
 
 
 def test_attention_that_follows_closeness_lies_above_and_the_contrary_below(look):
     wanted = {
-        goal: [look.reader.tokenizer(text, add_special_tokens=False).input_ids] * len(look.asked)
+        goal: [look.tokenizer(text, add_special_tokens=False).input_ids] * len(look.asked)
         for goal, text in (("answer", "ulm"), ("nouns", "venn"))
     }
-    close = look.closeness(wanted["nouns"]) + look.closeness(wanted["answer"])
+    close = sum(
+        judging.measures.closeness_to(look.tokens, ids, look.embed) for ids in wanted.values()
+    )
     for attention, verdict in (
         (close - close.min() + 0.1, ABOVE),
         (close.max() - close + 0.1, BELOW),
     ):
         seen = replace(look, attention=attention)
         measured = {
-            goal: judging.measure(seen, goal, ids, Counter()) for goal, ids in wanted.items()
+            goal: judging.measure(seen, goal, ids, Counter())[0]["measured"]
+            for goal, ids in wanted.items()
         }
         assert judging.verdict_of(judging.checks_of(measured, "")) == verdict
 
 
-def test_vectors_are_dealt_out_among_the_tokens_that_have_one(look):
-    """The same tokens are left out, a wanted token stays closest to itself, and each question gets its own deal."""
-    table = look.table.clone()
-    table[int(look.tokens.ids[1])] = torch.nan
-    goal = [int(look.tokens.ids[0])]
-    seen = replace(look, table=table)
-    close, dealt = (
-        seen.closeness([goal] * len(look.asked)),
-        seen.closeness([goal] * len(look.asked), np.random.default_rng(0)),
-    )
-    assert (np.isnan(close) == np.isnan(dealt)).all()
-    assert np.isnan(close).any()
-    assert dealt[look.tokens.ids == goal[0]] == pytest.approx(1)
-    assert not np.array_equal(dealt[look.of(0)], dealt[look.of(1)], equal_nan=True)
-    assert np.array_equal(close[look.of(0)], close[look.of(1)], equal_nan=True)
-
-
-def test_what_is_equal_ties_to_the_last_bit(look):
-    """All of the wanted tokens, and the repeats of any other: else ranks among them are rounding noise."""
-    goal = np.unique(look.tokens.ids)[::3].tolist()
-    close = look.closeness([goal] * len(look.asked))
-    assert len(np.unique(close[np.isin(look.tokens.ids, goal)])) == 1
-    assert all(
-        len(np.unique(close[look.tokens.ids == token])) == 1 for token in np.unique(look.tokens.ids)
-    )
-
-
 def test_the_direct_check_by_hand(look):
-    """Ulm stands in one of three passages, in the first or the last; the questions without it say nothing."""
+    """Ulm stands in one of three passages, the first or the last; questions without say nothing."""
     on_first = replace(look, attention=np.where(look.tokens.owner == 0, 5.0, 0.1))
     found = judging.direct_check(on_first)
     assert "In 0.500 of the questions, against 0.333 by chance" in found.told
     assert found.verdict == UNSURE  # two thirds of ENOUGH questions
-    nowhere = replace(
-        look, asked=[(replace(q, answers=("zzz",)), passages) for q, passages in look.asked]
-    )
-    assert "No question has its answer" in judging.direct_check(nowhere).told
-    gold = replace(
-        on_first, asked=[(replace(q, gold=(0,)), passages) for q, passages in look.asked]
-    )
-    assert judging.direct_check(gold).verdict == ABOVE
+    nowhere = [(replace(question, answers=("zzz",)), found) for question, found in look.asked]
+    assert "No question has" in judging.direct_check(replace(look, asked=nowhere)).told
+    gold = [(replace(question, gold=(0,)), found) for question, found in look.asked]
+    assert judging.direct_check(replace(on_first, asked=gold)).verdict == ABOVE
 
 
 def test_the_page_is_escaped_and_loads_nothing(nouns, tmp_path):
     folder = tmp_path / "<b>$reader"
     folder.mkdir()
-    rows = [
-        row(
-            question=f"where was orla venn {NASTY}",
-            answer=NASTY,
-            texts=[f"{text} {NASTY} " for text in TEXTS],
-        )
-        for _ in range(3)
-    ]
+    texts = [f"{text} {NASTY} " for text in TEXTS]
+    rows = [row(f"{question} {NASTY}", NASTY, texts) for question in PLACES]
     for one in rows:
         one["passages"][0]["title"] = NASTY
     judge_page.write_html(judge(llama(folder), rows, nouns), tmp_path / "page.html")
@@ -518,23 +452,16 @@ def test_the_page_is_escaped_and_loads_nothing(nouns, tmp_path):
     assert "default-src 'none'" in text
     tags = []
     parser = HTMLParser()
-    parser.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+    parser.handle_starttag = lambda tag, attributes: tags.extend(attributes)
     parser.feed(text)
-    loads = {
-        value
-        for _, attributes in tags
-        for name, value in attributes.items()
-        if name in ("src", "href", "xlink:href", "action", "data", "srcset")
-    }
-    assert all(value.startswith("#") for value in loads)
+    loading = ("src", "href", "xlink:href", "action", "data", "srcset")
+    assert all(value.startswith("#") for name, value in tags if name in loading)
     assert set(re.findall(r"url\(.", text)) <= {"url(#"}
-    assert {
-        value for _, attributes in tags for value in attributes.values() if value and "://" in value
-    } <= SVG_NAMES
+    assert {value for _, value in tags if value and "://" in value} <= SVG_NAMES
 
 
 def test_tokens_are_spelt_as_words():
-    """Byte-level and SentencePiece vocabularies mark where a word begins, WordPiece where it goes on."""
+    """Byte-level and SentencePiece vocabularies mark where a word begins, WordPiece the rest."""
 
     class Stand:
         def __init__(self, *tokens):
@@ -546,14 +473,10 @@ def test_tokens_are_spelt_as_words():
         def decode(self, ids):
             return self.tokens[ids[0]].replace("Ġ", " ").replace("▁", "")
 
-    assert judging.spelt(Stand("Or", "la", "ĠV", "enn"), [0, 1, 2, 3]) == [
-        "##Or",
-        "##la",
-        "V",
-        "##enn",
-    ]
-    assert judging.spelt(Stand("▁Or", "la"), [0, 1]) == ["Or", "##la"]
-    assert judging.spelt(Stand("or", "##la"), [0, 1]) == ["or", "##la"]
+    spelt = judge_page.spelt
+    assert spelt(Stand("Or", "la", "ĠV", "enn"), [0, 1, 2, 3]) == ["##Or", "##la", "V", "##enn"]
+    assert spelt(Stand("▁Or", "la"), [0, 1]) == ["Or", "##la"]
+    assert spelt(Stand("or", "##la"), [0, 1]) == ["or", "##la"]
 
 
 # The command line
@@ -564,26 +487,19 @@ def command(monkeypatch, *arguments):
     return __main__.main()
 
 
-def test_the_command_writes_the_page_and_says_why(reader, nouns, tmp_path, monkeypatch, caplog):
+def test_the_command_tells_what_it_does_and_writes_the_page(
+    reader, nouns, tmp_path, monkeypatch, caplog
+):
     caplog.set_level("INFO")
-    questions = lines(tmp_path / "q.jsonl", [row(), row(texts=TEXTS[:2])])
-    assert (
-        command(
-            monkeypatch,
-            reader,
-            questions,
-            "--nouns",
-            nouns,
-            "--space",
-            reader,
-            "--out",
-            tmp_path / "page.html",
-        )
-        == 0
-    )
+    questions = lines(tmp_path / "q.jsonl", [row(), row(PLACES[1], texts=TEXTS[:2])])
+    page = tmp_path / "page.html"
+    given = (reader, questions, "--nouns", nouns, "--space", reader, "--out", page)
+    assert command(monkeypatch, *given) == 0
     assert f"verdict: {UNSURE} (2 questions" in caplog.text
     assert "Indicator 2, Spearman. The line: the paper's" in caplog.text
-    assert "Is this reader fit to teach a retriever?" in (tmp_path / "page.html").read_text("utf8")
+    for sign in ("loading ", "cutting  2 questions", "reading  2 prompts", "measuring Indicator 2"):
+        assert sign in caplog.text
+    assert "Is this reader fit to teach a retriever?" in page.read_text("utf8")
 
 
 @pytest.mark.parametrize(
@@ -591,10 +507,7 @@ def test_the_command_writes_the_page_and_says_why(reader, nouns, tmp_path, monke
     [
         (["READER", "none.jsonl"], "There is no file none.jsonl"),
         (["/no-such-folder/reader", "QUESTIONS"], "cannot be loaded"),
-        (
-            ["READER", "QUESTIONS", "--out", "no-such-folder/page.html"],
-            "cannot be written to no-such-folder",
-        ),
+        (["READER", "QUESTIONS", "--out", "no-such-folder/page.html"], "to no-such-folder"),
         (["READER", "QUESTIONS", "--out", "."], "it is a folder"),
         (["READER", "QUESTIONS", "--space", "/no-such-folder/space"], "cannot be loaded"),
     ],
@@ -609,29 +522,25 @@ def test_a_slip_on_the_command_line_gets_a_sentence(
 
 
 def test_a_page_that_cannot_be_written(reader, tmp_path):
-    with pytest.raises(JudgeError, match="Choose another place with --out"):
-        judge_page.write_html(judge(reader, [row()], "none"), tmp_path / "none" / "page.html")
+    judged = judge(reader, [row()], "none")
+    with pytest.raises(JudgeError, match="Choose another with --out"):
+        judge_page.write_html(judged, tmp_path / "none" / "page.html")
 
 
 # Real text
 
 
-@pytest.mark.skipif(
-    "RAGKIT_REAL_DATA" not in os.environ,
-    reason="RAGKIT_REAL_DATA is not set: no real data to run on",
-)
+@pytest.mark.skipif("RAGKIT_REAL_DATA" not in os.environ, reason="RAGKIT_REAL_DATA is not set")
 def test_a_trained_llama_on_real_text(nouns, tmp_path):
     """The 260 k Llama on NQ questions, each with its gold passage and the next question's."""
     data = Path(os.environ["RAGKIT_REAL_DATA"])
     passages = list(read_tsv(data / "wiki/psgs_w100.sample.tsv.gz"))
     with gzip.open(data / "nq/nq-open-gold.jsonl.gz", "rt", encoding="utf8") as file:
-        (tmp_path / "nq.jsonl").write_text(
-            "".join(line for line, _ in zip(file, range(41), strict=False)), "utf8"
-        )
+        first = "".join(line for line, _ in zip(file, range(41), strict=False))
+    (tmp_path / "nq.jsonl").write_text(first, "utf8")
     questions = corpus.read_questions(tmp_path / "nq.jsonl", passages)
-    gold = [
-        {"title": passages[q.gold[0]].title, "text": passages[q.gold[0]].text} for q in questions
-    ]
+    gold = [passages[q.gold[0]] for q in questions]
+    gold = [{"title": one.title, "text": one.text} for one in gold]
     rows = [
         {"question": q.text, "answer": list(q.answers), "passages": gold[i : i + 2], "gold": [0]}
         for i, q in enumerate(questions[:-1])
@@ -640,14 +549,7 @@ def test_a_trained_llama_on_real_text(nouns, tmp_path):
     assert judged.questions == 40
     assert number(judged, "answer", "Spearman")["n"] == 40
     assert np.isfinite(judged.numbers["mean"]).all()
-    assert judged.checks[1].verdict in (ABOVE, BELOW, UNSURE)
-    assert "too few" not in judged.checks[1].told
     assert counted(judged, "cut to the reader's context of 512") > 0
-    control = number(judged, "answer", "Spearman (no exact)", "permuted")
-    assert abs(control["mean"]) < 0.1
-    assert all(
-        metrics.holds_answer(" ".join(p["text"] for p in one["passages"]), one["answer"])
-        for one in rows[:1]
-    )
+    assert abs(number(judged, "answer", "Spearman (no exact)", "permuted")["mean"]) < 0.1
     judge_page.write_html(judged, tmp_path / "page.html")
     assert judged.verdict in (tmp_path / "page.html").read_text("utf8")

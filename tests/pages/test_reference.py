@@ -1,38 +1,54 @@
 """The reference: how a run becomes it, and how a run is held against it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
+from ragkit.errors import StoreError
 from ragkit.pages import reference
+from ragkit.profile import load_profile
 
-PROFILE = {
-    "name": "tiny",
-    "judge": True,
-    "k": 5,
-    "sets": [{"name": "almanac", "seed": 1}, {"name": "trivia", "seed": 2}],
-}
-GAINS = "set,system,mean,low,high\nalmanac,oracle,0.2,0.15,0.25\nalmanac,uniform,-0.1,-0.2,0.0\ntrivia,oracle,0.3,0.2,0.4\n"
-LEDGER = "claim,statement,verdict\nC1,It helps.,partly\nC2,It fails.,undecided\n"
-MAIN = (
-    "set,system,reader,EM,HR@5\nalmanac,BM25,fine-tuned,0.3,0.6\nalmanac,initial,fine-tuned,,0.7\n"
+SETS = [{"name": "almanac", "seed": 1}, {"name": "trivia", "seed": 2}]
+PROFILE = {"name": "tiny", "judge": True, "k": 5, "sets": SETS}
+GAINS = (
+    "set,system,mean,low,high\nalmanac,oracle,0.2,0.15,0.25\n"
+    "almanac,uniform,-0.1,-0.2,0.0\ntrivia,oracle,0.3,0.2,0.4\n"
 )
+LEDGER = "claim,statement,verdict,why\nC1,It helps.,partly,w\nC2,It fails.,undecided,\n"
+MAIN = (
+    "set,system,reader,EM,F1,HR@1,HR@5,HR@20,MRR\n"
+    "almanac,BM25,fine-tuned,0.3,,,0.6,,\nalmanac,initial,fine-tuned,,,,0.7,,\n"
+)
+
+
+def made(commit="0123456789abcdef", dirty=False, **versions):
+    machine = {"cores": 2, "memory_gib": 4}
+    seen = {"commit": commit, "dirty": dirty, "versions": versions, "when": "now"}
+    return {**seen, "machine": machine}
+
+
+def stage(status="reused", **own):
+    made_by = own.pop("made", None) or made(torch="2")
+    base = {"key": "k", "kind": "passages", "set": "a", "peak_mib": 1, "units": {"passages": 10}}
+    return {**base, "status": status, "seconds": 2.0, "made": made_by, **own}
+
+
+def manifest_of(profile, **own):
+    base = {"started": "now", "seconds_of_this_call": 1.0, "trimmed_prompts": {}, "plan": None}
+    return {"profile": profile, **base, "stages": {"a": stage()}, "notebooks": {}, **own}
 
 
 def stand(folder, profile=PROFILE, gains=GAINS, ledger=LEDGER, main=MAIN):
     """A run's tables, as they lie both in a run and in the reference."""
     figures = folder / "figures"
     figures.mkdir(parents=True)
-    for file, text in (
-        (reference.GAINS, gains),
-        (reference.LEDGER, ledger),
-        (reference.MAIN, main),
-    ):
+    named = {reference.GAINS: gains, reference.LEDGER: ledger, reference.MAIN: main}
+    for file, text in named.items():
         if text is not None:
             (figures / file).write_text(text)
-    manifest = json.dumps({"profile": profile, "git": "0123456789abcdef"})
-    (folder / "manifest.json").write_text(manifest)
-    (figures / "manifest.json").write_text(manifest)
+    for place in (folder, figures):
+        (place / "manifest.json").write_text(json.dumps(manifest_of(profile)))
     return folder
 
 
@@ -43,57 +59,49 @@ def published(tmp_path):
 
 def test_the_same_run_differs_nowhere(tmp_path, published):
     compared = reference.compare(stand(tmp_path / "run"), published)
-    assert (
-        compared.summary
-        == "Compared with the reference (profile tiny, commit 0123456): of 3 gains (by their 95 % intervals) and 2 verdicts, none differs."
+    assert compared.summary == (
+        "Compared with the reference (profile tiny, commit 0123456): "
+        "of 3 gains and 2 verdicts, none differs (gains by their intervals)."
     )
     assert compared.differences == []
     assert compared.notes == ["all 3 values that the main tables share are the same"]
 
 
 def test_gains_whose_intervals_lie_apart_and_other_verdicts_are_named(tmp_path, published):
-    gains = GAINS.replace("0.2,0.15,0.25", "0.1,0.05,0.149").replace(
-        "0.3,0.2,0.4", "0.45,0.4,0.5"
-    )  # the second one only touches
-    run = stand(
-        tmp_path / "run",
-        gains=gains,
-        ledger=LEDGER.replace("undecided", "reproduced"),
-        main=MAIN.replace("0.7", "0.65"),
-    )
-    compared = reference.compare(run, published)
+    gains = GAINS.replace("0.2,0.15,0.25", "0.1,0.05,0.149")
+    gains = gains.replace("0.3,0.2,0.4", "0.45,0.4,0.5")  # this one only touches
+    ledger, main = LEDGER.replace("undecided", "reproduced"), MAIN.replace("0.7", "0.65")
+    compared = reference.compare(stand(tmp_path / "run", PROFILE, gains, ledger, main), published)
     assert compared.differences == [
-        "almanac, oracle: gain in HR@5 +0.100 [+0.050, +0.149] here, +0.200 [+0.150, +0.250] in the reference",
+        "almanac, oracle: gain in HR@5 +0.100 [+0.050, +0.149] here, "
+        "+0.200 [+0.150, +0.250] in the reference",
         "C2: verdict 'reproduced' here, 'undecided' in the reference",
     ]
-    assert "2 differ." in compared.summary
-    assert compared.notes == [
-        "the main tables (no intervals) lie at most 0.050 apart: HR@5 of almanac, initial, fine-tuned"
-    ]
+    assert "2 differ (gains" in compared.summary
+    told = "the main tables (no intervals) lie at most 0.050 apart: HR@5 of almanac, initial"
+    assert compared.notes == [f"{told}, fine-tuned"]
     assert len(compared.lines()) == 4
 
 
-def test_a_profile_too_small_to_judge_is_not_compared(tmp_path, published):
-    run = stand(
-        tmp_path / "run",
-        {**PROFILE, "name": "smoke", "judge": False},
-        ledger=LEDGER.replace("partly", "not comparable"),
-    )
-    compared = reference.compare(run, published)
-    assert compared.lines() == [
-        "Not compared with the reference (profile tiny): profile smoke is too small to judge."
-    ]
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"name": "smoke", "judge": False}, "profile smoke is too small to judge."),
+        ({"sets": [{"name": "nq"}]}, "it has other question sets (almanac, trivia) than this run."),
+    ],
+)
+def test_what_cannot_be_compared_is_said(tmp_path, published, changed, said):
+    compared = reference.compare(stand(tmp_path / "run", PROFILE | changed), published)
+    named = "Not compared with the reference (profile tiny, commit 0123456)"
+    assert compared.lines() == [f"{named}: {said}"]
 
 
 def test_other_seeds_sets_and_settings_are_said(tmp_path, published):
-    profile = {
-        **PROFILE,
-        "k": 10,
-        "sets": [{"name": "almanac", "seed": 7}, {"name": "mine", "seed": 2}],
-    }
-    compared = reference.compare(
-        stand(tmp_path / "run", profile, gains=GAINS.replace("trivia", "mine")), published
+    sets = [{"name": "almanac", "seed": 7}, {"name": "mine", "seed": 2}]
+    run = stand(
+        tmp_path / "run", PROFILE | {"k": 10, "sets": sets}, GAINS.replace("trivia", "mine")
     )
+    compared = reference.compare(run, published)
     notes = " ".join(compared.notes)
     assert "k 10 here, 5 there" in notes
     assert "sets.almanac.seed 7 here, 1 there" in notes
@@ -103,35 +111,22 @@ def test_other_seeds_sets_and_settings_are_said(tmp_path, published):
     assert "of 2 gains" in compared.summary
 
 
-def test_sets_with_nothing_in_common_are_not_compared(tmp_path, published):
-    compared = reference.compare(
-        stand(tmp_path / "run", {**PROFILE, "sets": [{"name": "nq", "seed": 0}]}), published
-    )
-    assert compared.lines() == [
-        "Not compared with the reference (profile tiny): it has other question sets (almanac, trivia) than this run."
-    ]
-
-
 def test_no_reference_is_a_sentence(tmp_path):
     run, figures = stand(tmp_path / "run"), tmp_path / "figures"
     assert "There is no reference to compare with" in reference.compare(run, figures).summary
     figures.mkdir()
-    for text in ("", "[]", "{}", '{"profile": {}, "git": "0"}'):
+    for text in ("", "[]", "{}", '{"profile": {}, "stages": {}, "notebooks": {}}'):
         (figures / "manifest.json").write_text(text)
         assert "There is no reference to compare with" in reference.compare(run, figures).summary
 
 
 @pytest.mark.parametrize("damaged", ["", "a,b\n1,2\n", None])
 def test_a_partial_reference_is_compared_as_far_as_it_goes(tmp_path, damaged):
-    compared = reference.compare(
-        stand(tmp_path / "run"),
-        stand(tmp_path / "published", gains=damaged, main=damaged) / "figures",
-    )
+    partial = stand(tmp_path / "published", gains=damaged, main=damaged) / "figures"
+    compared = reference.compare(stand(tmp_path / "run"), partial)
     assert "of 2 verdicts, none differs" in compared.summary
-    assert [note.split(" could not be compared")[0] for note in compared.notes] == [
-        "gains (by their 95 % intervals)",
-        "the main tables",
-    ]
+    lacking = [note.split(":")[0] for note in compared.notes]
+    assert lacking == ["gains not compared", "main tables not compared"]
 
 
 def test_what_is_said_is_escaped():
@@ -139,23 +134,67 @@ def test_what_is_said_is_escaped():
     assert not any(mark in shown for mark in ("<b>", "<i>", "<u>"))
 
 
-def test_a_run_becomes_the_reference(tmp_path):
-    run, figures, readme = tmp_path / "run", tmp_path / "figures", tmp_path / "README.md"
-    (run / "figures").mkdir(parents=True)
-    (run / "figures" / "04_gains.svg").write_text("<svg/>")
-    (run / "figures" / "09_ledger.csv").write_text(
-        "claim,statement,rule,measured,verdict,why,paper\nC1,It helps.,r,almanac: 0.1,partly,w,\nC3,More.,r,,not yet measured,,\n"
-    )
-    (run / "manifest.json").write_text("{}")
-    figures.mkdir()
-    (figures / "old.svg").write_text("<svg/>")
+@pytest.fixture
+def finished(tmp_path):
+    """A finished run that may be published, the reference before it, and a README."""
+    profile = load_profile("smoke")
+    run = stand(tmp_path / "run", profile.model_dump(mode="json"))
+    (run / "figures" / "manifest.json").unlink()
+    for end in ("svg", "png", "csv", "txt"):
+        (run / "figures" / f"04_gains.{end}").write_text("x")
+    figures, readme = tmp_path / "figures", tmp_path / "README.md"
+    (figures / "real").mkdir(parents=True)
+    for old in ("old.svg", "real/kept.svg"):
+        (figures / old).write_text("<svg/>")
     readme.write_text("before\n<!-- ledger -->\nstale\n<!-- /ledger -->\nafter\n")
-    reference.publish(run, figures, readme)
-    assert {p.name for p in figures.iterdir()} == {"04_gains.svg", "09_ledger.csv", "manifest.json"}
+    return SimpleNamespace(profile=profile, folder=run, figures=run / "figures"), figures, readme
+
+
+def test_a_run_becomes_the_reference(finished):
+    lab, figures, readme = finished
+    reference.publish(lab, figures, readme)
+    there = {path.name for path in figures.iterdir()}
+    drawn = {f"04_gains.{end}" for end in ("svg", "png", "csv", "txt")}
+    assert there == drawn | {reference.LEDGER, reference.MAIN, "manifest.json", "real"}
+    assert (figures / "real" / "kept.svg").is_file()
     lines = readme.read_text().splitlines()
     assert (lines[0], lines[-1]) == ("before", "after")
     assert "| C1 | It helps. | **partly** | w |" in lines
-    assert "| C3 | More. | **not yet measured** |  |" in lines
+    assert "| C2 | It fails. | **undecided** |  |" in lines
+    assert "Measured with profile smoke, commit 0123456." in lines
     assert "stale" not in lines
-    reference.publish(run, figures, readme)  # again: the same page
+    reference.publish(lab, figures, readme)  # again: the same page
     assert readme.read_text().splitlines() == lines
+    assert {path.name for path in figures.parent.iterdir()} == {"run", "figures", "README.md"}
+
+
+def test_work_that_no_commit_holds_is_said():
+    manifest = manifest_of(PROFILE, stages={"a": stage(), "b": stage(made=made("beef", True))})
+    said = "profile tiny, commits 0123456, beef, with changes that no commit holds"
+    assert reference.measured_by(manifest) == said
+
+
+def spoil_profile(lab, readme):
+    lab.profile = load_profile("smoke", ["k=3"])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (spoil_profile, "other settings than profile smoke has now"),
+        (lambda lab, readme: (lab.folder / "manifest.json").unlink(), "smoke is not finished"),
+        (lambda lab, readme: (lab.figures / "09_ledger.csv").unlink(), "09_ledger.csv is missing"),
+        (lambda lab, readme: (lab.figures / "04_gains.png").unlink(), "04_gains.png is missing"),
+        (lambda lab, readme: (lab.figures / "04_gains.txt").write_text(""), "txt is empty"),
+        (lambda lab, readme: readme.write_text("no marks"), "README.md must hold"),
+    ],
+)
+def test_nothing_is_touched_where_something_is_lacking(finished, spoil, said):
+    lab, figures, readme = finished
+    spoil(lab, readme)
+    before = readme.read_text()
+    with pytest.raises(StoreError, match=said):
+        reference.publish(lab, figures, readme)
+    assert readme.read_text() == before
+    assert {path.name for path in figures.iterdir()} == {"old.svg", "real"}
+    assert not list(figures.parent.glob("figures.*"))

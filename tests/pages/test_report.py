@@ -1,93 +1,150 @@
 """The report's parts: what is shown is escaped, named and led to."""
 
 import json
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import nbformat
 import pandas as pd
 import pytest
-from test_reference import stand
+from nbformat import v4
+from test_reference import made, manifest_of, stage, stand
 
-from ragkit.experiment import claims
-from ragkit.pages import html as views
-from ragkit.pages import plots, report
+from ragkit.pages import html, plots, report, sliders
 from ragkit.profile import load_profile
 
 NASTY = "<script>alert(1)</script>"
+CARD = {"claim": "C1", "statement": NASTY, "rule": NASTY, "measured": f"{NASTY}; two"}
+CARD |= {"verdict": "not comparable", "why": NASTY, "paper": NASTY}
+AWAY = re.compile(r"""(?:src|href|srcset|action)\s*=\s*["']?\s*(?:\w+:)?//|url\(\s*["']?\w*:?//""")
 
 
 @pytest.fixture
-def run(tmp_path):
-    """A finished run without stages, whose texts are hostile."""
-    profile = load_profile("smoke").model_dump(mode="json")
-    run = stand(tmp_path / "run", profile, ledger=None)
-    ledger = claims.table(claims.decide({}, judge=False), {}).assign(
-        statement=NASTY, rule=NASTY, measured=f"{NASTY}; two", why=NASTY, paper=NASTY
-    )
-    ledger.to_csv(run / "figures" / "09_ledger.csv", index=False)
-    manifest = {
-        "profile": profile, "git": NASTY, "versions": {"torch": NASTY}, "python": "3", "machine": {"cores": 2, "memory_gib": 4},
-        "peak_memory_mib_of_a_notebook": 1, "seconds_of_this_call": 100.0, "trimmed_prompts": {}, "notebooks": {"04_made": NASTY},
-        "stages": {"corpus/a": {"key": "k", "seconds": 2.0, "this_call": "ran"}, f"corpus/{NASTY}": {"key": "k", "seconds": 3.0, "this_call": "reused"}},
-    }  # fmt: skip
+def lab(tmp_path, monkeypatch):
+    """A finished run without sliders, whose texts are hostile."""
+    profile = load_profile("smoke")
+    run = stand(tmp_path / "run", profile.model_dump(mode="json"), ledger=None)
+    figures = run / "figures"
+    pd.DataFrame([CARD]).to_csv(figures / "09_ledger.csv", index=False)
+    stages = {"passages/a": stage("ran: new"), f"passages/{NASTY}": stage(made=made(NASTY, True))}
+    plan = [{"kind": "passages", "stages": 2, "predicted": 2.0, "measured": 4.0, "ratio": 0.5}]
+    notebooks = {"04_made": stage(NASTY, seconds=1.0, units={})}
+    own = {"stages": stages, "notebooks": notebooks, "plan": plan}
+    manifest = manifest_of(profile.model_dump(mode="json"), **own)
     (run / "manifest.json").write_text(json.dumps(manifest))
     (run / "notebooks").mkdir()
-    head = nbformat.v4.new_markdown_cell(
-        "# 04\n\n**You will learn** whether *it*\nworks.\n**Minutes on `tiny`:** two."
-    )
-    nbformat.write(nbformat.v4.new_notebook(cells=[head]), run / "notebooks" / "04_made.ipynb")
+    learn = "**You will learn** whether *it*\nworks.\n**Minutes on `tiny`:** two."
+    head = v4.new_markdown_cell(f"# 04\n\n{learn}\n\n<details><summary>Hint</summary>h</details>")
     figure, _ = plots.heat_map(pd.DataFrame({"1": [0.4, 0.6]}, index=["a", "b"]))
-    plots.show(
-        figure, f"A map. Then {NASTY}.", run / "figures", "03_map", pd.DataFrame({"a": [NASTY]})
-    )
-    return run
+    shown = plots.show(figure, f"A map. Then {NASTY}.", figures, "03_map", pd.DataFrame([CARD]))
+    outputs = [v4.new_output("display_data", data={"text/html": shown.data})]
+    code = v4.new_code_cell("### BEGIN SOLUTION\n1\n### END SOLUTION", outputs=outputs)
+    nbformat.write(v4.new_notebook(cells=[head, code]), run / "notebooks" / "04_made.ipynb")
+    monkeypatch.setattr(sliders, "body", lambda lab: "<script>ours()</script>")
+    return SimpleNamespace(profile=profile, folder=run, figures=figures, sets={})
 
 
-def test_every_page_is_written_and_escaped(run, tmp_path):
-    index, compared = report.write(run, tmp_path / "nothing")
-    pages = {path.name: path.read_text() for path in index.parent.glob("*.html")}
-    assert set(pages) == {
-        "index.html",
-        "04_made.html",
-        "gallery.html",
-        "sliders.html",
-        "manifest.html",
-        "paper_scale.html",
-    }
+@pytest.fixture
+def pages(lab, tmp_path):
+    index, _ = report.write(lab, tmp_path / "nothing")
+    return {path.name: path.read_text() for path in index.parent.glob("*.html")}
+
+
+def test_every_page_is_written_and_escaped(pages):
+    made = {"index", "04_made", "gallery", "sliders", "manifest", "paper_scale"}
+    assert set(pages) == {f"{name}.html" for name in made}
     for name, text in pages.items():
         assert NASTY not in text, name
-        assert ("script-src" in text) == (name == "sliders.html")
-    assert compared.summary in pages["index.html"]
+        assert ("script-src" in text) == ("<script" in text) == (name == "sliders.html")
+        assert not AWAY.search(text), name
+        assert "base-uri 'none'; form-action 'none'" in text
+        assert 'name="viewport"' in text
 
 
-def test_the_overview_leads_on(run, tmp_path):
-    text = report.write(run, tmp_path)[0].read_text()
-    assert text.count('<a href="04_made.html">Measured in notebook 04</a>') == 2  # C1, C2
+def test_the_overview_leads_on(pages):
+    text = pages["index.html"]
+    assert text.count('<a href="04_made.html">Measured in notebook 04</a>') == 1
     assert "Whether it works." in text
     assert "too small to judge" in text
+    assert "There is no reference" in text
     assert 'aria-current="page">Overview' in text
 
 
-def test_the_manifest_says_what_ran_in_this_call(run, tmp_path):
-    report.write(run, tmp_path)
-    assert (
-        "2 stages, 5 seconds to make, 1 ran in this call"
-        in (run / "report" / "manifest.html").read_text()
-    )
+def test_the_manifest_says_what_ran_and_what_made_it(pages):
+    text = pages["manifest.html"]
+    assert "2 stages, 4 seconds to make, 1 ran in this call; 5 passages a second" in text
+    assert "Not all was made by the same commit: 0123456789abcdef (2)" in text
+    assert "1 were made by code with changes that the commit does not hold." in text
+    assert "by the same torch" not in text
+    assert "Predicted over measured: 0.50 for all of it, within" in text
 
 
-def test_a_figure_has_a_short_caption_and_its_files(run, tmp_path):
-    report.write(run, tmp_path)
-    text = (run / "report" / "gallery.html").read_text()
-    assert "<figcaption>A map.</figcaption>" in text
-    assert {path.name for path in (run / "report" / "figures").iterdir()} == {
-        "03_map.csv",
-        "03_map.svg",
-        "03_map.png",
-    }
-    assert 'href="figures/03_map.csv"' in text
+def test_a_figure_has_a_short_caption_and_its_files(lab, pages):
+    for page in ("gallery.html", "04_made.html"):
+        assert "<figcaption>A map.</figcaption>" in pages[page]
+    files = {f"03_map.{end}" for end in ("csv", "svg", "png")}
+    assert {path.name for path in (lab.folder / "report" / "figures").iterdir()} == files
+    assert 'href="figures/03_map.csv"' in pages["gallery.html"]
 
 
-@pytest.mark.parametrize("verdict", claims.VERDICTS)
+def test_solutions_and_hints_are_folded(pages):
+    assert pages["04_made.html"].count("<details><summary>Solution</summary>") == 1
+    assert "<details><summary>Hint</summary>h</details>" in pages["04_made.html"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"text/plain": "<b>x</b>"},
+        {"text/markdown": "<b>x</b>"},
+        {"text/html": "<p onclick='x()'>x</p>"},
+        {"text/html": "<img src='http://x/x.png'><link href='//x'><a href='https://x'>x</a>"},
+        {"text/html": "<a href='java&#10;script:x()'>x</a><svg><script>x()</script></svg>"},
+        {"text/html": "<div style='background:url(//x);position:fixed'>x</div><base href='x'>"},
+        {"text/markdown": "![x](http://x/x.png) [x](javascript:x)"},
+    ],
+)
+def test_no_output_runs_or_loads_anything(data):
+    shown = report.output_html(v4.new_output("display_data", data=data))
+    banned = ("<b>", "onclick", "<link", "<base", "<script", "href=", "src=", "url(", "fixed")
+    assert not [word for word in banned if word in shown]
+
+
+def test_plain_output_is_text():
+    shown = report.output_html(v4.new_output("stream", text=f"{NASTY}\x1b[31mred"))
+    assert shown == "<pre>&lt;script&gt;alert(1)&lt;/script&gt;red</pre>"
+
+
+def test_what_our_own_code_draws_is_kept():
+    figure, _ = plots.heat_map(pd.DataFrame({"1": [0.4, 0.6]}, index=["a", "b"]))
+    svg = pd.io.common.StringIO()
+    figure.savefig(svg, format="svg")
+    shown = html.clean(html.figure(svg.getvalue(), "A map."))
+    for mark in ("<path", "<use", "<text", "viewBox", "clip-path", "data:image/png"):
+        assert shown.count(mark) == svg.getvalue().count(mark), mark
+    table = html.table(pd.DataFrame({"<b>": ["<i>", None], "x": [1.23456, 2]})).data
+    assert "&lt;b&gt;" in table
+    assert "&lt;i&gt;" in table
+    assert "1.235" in table
+    assert report.output_html(v4.new_output("display_data", data={"text/html": table})) == table
+    marked = html.marked_tokens(["<s>", "a", "##b"], [1, 0.5, 0.2], [-1, 0, 0], ["<b>t"]).data
+    assert "<b>t" not in marked
+    assert "</span><span" in marked  # `b` is joined to `a`
+    assert "rgba(0,90,160,1.00)" in marked  # what is no passage's does not count
+    assert "rgba(0,90,160,1.00)" in html.clean(marked)
+
+
+@pytest.mark.parametrize("verdict", ["reproduced", "partly", "mixed", "not yet measured"])
 def test_a_card_names_its_verdict(verdict):
-    table = claims.table(claims.decide({}, judge=False), {}).head(1).assign(verdict=verdict)
-    assert f">{verdict}</span>" in views.ledger(table).data
+    table = pd.DataFrame([CARD | {"verdict": verdict, "measured": "almanac: a | b"}])
+    shown = html.ledger(table).data
+    assert f">{verdict}</span>" in shown
+    assert "<li>a</li><li>b</li>" in shown
+
+
+def test_the_pages_load_no_models():
+    modules = ", ".join(f"ragkit.pages.{name}" for name in ("plots", "report", "reference"))
+    check = "assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", f"import sys, {modules}; {check}"], check=True)

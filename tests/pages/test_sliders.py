@@ -1,4 +1,4 @@
-"""The sliders' page holds ragkit's own numbers, its formulas give what ragkit gives, and no text can break out of it."""
+"""The sliders' page holds ragkit's own numbers, its formulas give ragkit's, no text breaks out."""
 
 import html
 import itertools
@@ -6,203 +6,96 @@ import json
 import re
 import shutil
 import subprocess
+from types import SimpleNamespace
 from urllib.parse import urlencode
 
 import numpy as np
 import pandas as pd
 import pytest
-from safetensors.numpy import save_file
 
 from ragkit.data.passages import Passage
-from ragkit.data.questions import Corpus, Question
-from ragkit.distillation import targets as distill
-from ragkit.distillation import teacher
-from ragkit.models import vectors
-from ragkit.models.retriever import Retriever, train_by_cropping
+from ragkit.data.questions import Question
+from ragkit.distillation import targets
 from ragkit.pages import report, sliders
-from ragkit.profile import AttentionSettings, Profile
+from ragkit.profile import load_profile
+from ragkit.settings import POOLINGS, ROWS, AttentionSettings
 
 K, LAYERS, N = 4, 3, 30
 NASTY = "</script><script>document.title='broken'</script><!-- & \u2028"
-PROFILE = Profile.model_validate(
-    {
-        "name": "made",
-        "k": K,
-        "sets": [{"source": "world", "name": "set", "world": "almanac", "seed": 1}],
-        "retriever": {"crop_steps": 1},
-    }
-)
-
-
-def record(stage, made_from):
-    (stage / "stage.json").write_text(
-        json.dumps({"key": "now", "record": made_from, "seconds": 0, "files": {}})
-    )
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder, rng = tmp_path_factory.mktemp("run"), np.random.default_rng(0)
-    passages = [
-        Passage(str(i), f"{NASTY} title {i}", f"the river {i} runs through the town {NASTY}")
-        for i in range(12)
-    ]
-    questions = [
-        Question(str(i), f"which river is {i} {NASTY}", (NASTY,), (i % 12,)) for i in range(N)
-    ]
-    stages = folder / "stages"
-    for part in (
-        "corpus/set",
-        "retriever/set",
-        "vectors/set",
-        "candidates/set",
-        "teacher/set/fine-tuned",
-        "teacher/set/off-the-shelf",
-    ):
-        (stages / part).mkdir(parents=True)
-    Corpus("set", passages, dict.fromkeys(("distill", "dev", "test"), questions)).save(
-        stages / "corpus/set"
-    )
-    retriever = train_by_cropping(passages, PROFILE.retriever, 0)
-    retriever.save(stages / "retriever/set/model")
-    candidates = np.stack([rng.permutation(12)[:K] for _ in range(N)])
-    vectors.write_shard(stages / "vectors/set", 0, retriever.encode([p.text for p in passages]))
-    save_file({"distill": candidates}, stages / "candidates/set/candidates.safetensors")
-    for reader in ("fine-tuned", "off-the-shelf"):
-        scores = rng.gamma(
-            0.5, size=(N, len(teacher.ROWS), 2, LAYERS, len(teacher.POOLINGS), K)
-        ).astype(np.float32)
-        teacher.save({"attention": scores}, stages / "teacher/set" / reader)
-        record(
-            stages / "teacher/set" / reader,
-            {"upstream": {"candidates/set": "now"}, "profile": {"k": K}},
-        )
-    record(stages / "candidates/set", {})
-    return folder
-
-
-def expected(run, reader, rows, norm, layer, pooling, temperature):
-    """What ragkit gives for one choice: p_ATTN of the sampled questions, their gold marks, their retriever's distribution."""
-    chosen = sliders.sample(N, 1)
-    stored = teacher.load(run / "stages/teacher/set" / reader)["attention"][chosen]
-    picked = stored if layer == "mean" else stored[:, :, :, layer - 1 : layer]
-    settings = AttentionSettings(rows=rows, norm=norm == "on", pooling=pooling)
-    standard = distill.standardise(teacher.attention_scores({"attention": picked}, settings))
-    used = (
-        distill.temperature_for(standard, PROFILE.distill.entropy)
-        if temperature == "auto"
-        else temperature
-    )
-    corpus = Corpus.load("set", run / "stages/corpus/set")
-    candidates = sliders.load_file(run / "stages/candidates/set/candidates.safetensors")["distill"][
-        chosen
-    ]
-    gold = distill.oracle_scores(
-        candidates.tolist(), [corpus.questions["distill"][i].gold for i in chosen]
-    )
-    some = (gold.sum(1) > 0) & (gold.sum(1) < K)
-    p = distill.softmax(standard, used)
-    return p, used, float(gold[np.arange(len(p)), standard.argmax(1)][some].mean())
-
-
-CHOICES = [
+CHOICES = [  # reader, rows, norm, layer, pooling, temperature
     ("fine-tuned", "last_prompt", "on", "mean", "sum", "auto"),
     ("off-the-shelf", "consuming", "off", 2, "mean", "auto"),
     ("off-the-shelf", "predicting", "on", 3, "sum", 0.25),
 ]
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome"))), None)
+needs_node = pytest.mark.skipif(not shutil.which("node"), reason="no node to run the formulas")
+needs_browser = pytest.mark.skipif(not BROWSER, reason="no Chromium to open the page in")
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """What the page asks of a lab, made of hostile texts and random scores."""
+    rng = np.random.default_rng(0)
+    passages = [Passage(str(i), f"{NASTY} title {i}", f"the river {i} {NASTY}") for i in range(12)]
+    asked = [Question(str(i), f"which {i} {NASTY}", (NASTY,), (i % 12,)) for i in range(N)]
+    candidates = np.stack([rng.permutation(12)[:K] for _ in range(N)])
+    shape, vectors = (N, len(ROWS), 2, LAYERS, len(POOLINGS), K), rng.normal(size=(12, 8))
+    scores = {name: rng.gamma(0.5, size=shape) for name in ("off-the-shelf", "fine-tuned")}
+    queries = {question.text: rng.normal(size=8) for question in asked}
+
+    def golds(questions, found):
+        return [question.gold for question in questions]
+
+    return SimpleNamespace(
+        profile=load_profile("smoke", [f"k={K}"]),
+        sets={"set": None},
+        figures=tmp_path_factory.mktemp("figures"),
+        readers=lambda: list(scores),
+        teacher=lambda name, which: {"attention": scores[which].astype(np.float32)},
+        asked=lambda name: (asked, candidates),
+        corpus=lambda name: SimpleNamespace(passages=passages, golds=golds),
+        retriever=lambda name: SimpleNamespace(
+            encode=lambda texts: np.stack([queries[text] for text in texts])
+        ),
+        vectors=lambda name: SimpleNamespace(take=lambda places: vectors[places]),
+    )
 
 
 def array(held):
     return np.array(held["values"]).reshape(held["shape"])
 
 
-def test_the_page_holds_the_stored_scores(run):
-    held = sliders.data(run, PROFILE)["sets"][0]
+def expected(lab, reader, rows, norm, layer, pooling, temperature):
+    """What ragkit gives for a choice: p_ATTN, its temperature, how often its top is gold."""
     chosen = sliders.sample(N, 1)
-    assert sorted(chosen) == list(range(N))
+    stored = lab.teacher("set", reader)["attention"][chosen]
+    picked = stored if layer == "mean" else stored[:, :, :, layer - 1 : layer]
+    settings = AttentionSettings(rows=rows, norm=norm == "on", pooling=pooling)
+    standard = targets.standardise(targets.attention_scores({"attention": picked}, settings))
+    if temperature == "auto":
+        temperature = targets.temperature_for(standard, lab.profile.distill.entropy)
+    asked, candidates = lab.asked("set")
+    gold = targets.oracle_scores(candidates[chosen].tolist(), [asked[i].gold for i in chosen])
+    some = (gold.sum(1) > 0) & (gold.sum(1) < K)
+    p = targets.softmax(standard, temperature)
+    return p, temperature, gold[np.arange(len(p)), standard.argmax(1)][some].mean()
+
+
+def test_the_page_holds_the_stored_scores(lab):
+    held, chosen = sliders.data(lab)["sets"][0], sliders.sample(N, 1)
+    asked, candidates = lab.asked("set")
     for reader in held["readers"]:
-        stored = teacher.load(run / "stages/teacher/set" / reader["name"])["attention"]
-        assert np.allclose(array(reader["attention"]), stored[chosen], rtol=1e-4)
+        stored = lab.teacher("set", reader["name"])["attention"][chosen]
+        assert np.allclose(array(reader["attention"]), stored, rtol=1e-4)
     assert len(held["examples"]) == sliders.EXAMPLES
-    corpus = Corpus.load("set", run / "stages/corpus/set")
-    retriever = Retriever.load(str(run / "stages/retriever/set/model"), PROFILE.retriever)
-    for place, (example, gold, retr) in enumerate(
-        zip(held["examples"], array(held["gold"]), array(held["retr"]), strict=False)
-    ):
-        question = corpus.questions["distill"][chosen[place]]
+    gold, retr = array(held["gold"]), array(held["retr"])
+    for place, example in enumerate(held["examples"]):
+        question, found = asked[chosen[place]], candidates[chosen[place]]
         assert example["question"] == question.text
-        numbers = [
-            corpus.passages.index(Passage(str(i), *p))
-            for p in example["passages"]
-            for i in range(12)
-            if p[0].endswith(f" title {i}")
-        ]
-        assert gold.tolist() == [float(i in question.gold) for i in numbers]
-        texts = [question.text, *(corpus.passages[i].text for i in numbers)]
-        query, *vectors = retriever.encode(texts)
-        assert np.allclose(retr, np.stack(vectors) @ query, atol=1e-3)
-
-
-def by_layer(set_name):
-    """Notebook 08's table with a number of its own for every choice; no Spearman under the last choice."""
-    choices = itertools.product(
-        ("fine-tuned",),
-        ("Indicator 1", "Indicator 2"),
-        teacher.ROWS,
-        ("off", "on"),
-        (*range(1, LAYERS + 1), "mean"),
-    )
-    rows = [(*choice, set_name, number / 7, -number / 11) for number, choice in enumerate(choices)]
-    table = pd.DataFrame(
-        rows, columns=["reader", "goal", "rows", "norm", "layer", "set", "attention", "Spearman"]
-    )
-    table.loc[table.index[-1], "Spearman"] = np.nan
-    return table.sample(frac=1, random_state=0)  # the order of its lines means nothing
-
-
-@pytest.mark.skipif(not shutil.which("node"), reason="no node to run the page's formulas")
-def test_the_indicators_of_every_choice(run, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    assert all(
-        reader["indicators"] == [] for reader in sliders.data(run, PROFILE)["sets"][0]["readers"]
-    )
-    (tmp_path / "run" / "figures").mkdir()
-    table = by_layer("set")
-    pd.concat([table, by_layer("another")]).to_csv(
-        tmp_path / "run" / "figures" / "08_by_layer.csv", index=False
-    )
-    data = sliders.data(tmp_path / "run", PROFILE)
-    held = {reader["name"]: reader["indicators"] for reader in data["sets"][0]["readers"]}
-    assert held["off-the-shelf"] == []
-    script = re.search(
-        r'<script id="arithmetic">(.*?)</script>',
-        sliders.body(tmp_path / "run", PROFILE),
-        re.DOTALL,
-    )[1]
-    picked = [(2, 1, "mean"), (0, 0, 0), (1, 1, 2)]
-    calls = ", ".join(
-        f"indicated(r, {json.dumps(dict(zip(('rows', 'norm', 'layer'), one, strict=True)))})"
-        for one in picked
-    )
-    said = subprocess.run(
-        ["node", "-"], input=f"{script}; const r = {json.dumps({'indicators': held['fine-tuned']})}; console.log(JSON.stringify([{calls}]))",
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    for (row, norm, layer), found in zip(picked, json.loads(said.stdout), strict=True):
-        assert len(found) == 4
-        for one in found:
-            place = {
-                "rows": teacher.ROWS[row],
-                "norm": ("off", "on")[norm],
-                "layer": layer if layer == "mean" else layer + 1,
-                "goal": one["goal"],
-            }
-            expected = table[
-                np.logical_and.reduce([table[key] == value for key, value in place.items()])
-            ][one["measure"]].item()
-            assert one["value"] == (
-                pytest.approx(expected, abs=1e-4) if np.isfinite(expected) else None
-            )
+        assert [title for title, _ in example["passages"]] == [f"{NASTY} title {i}" for i in found]
+        assert gold[place].tolist() == [float(i in question.gold) for i in found]
+        (query,) = lab.retriever("set").encode([question.text])
+        assert np.allclose(retr[place], lab.vectors("set").take(found) @ query, rtol=1e-4)
 
 
 def test_a_sample_is_spread_and_shrinks_for_deep_readers():
@@ -213,127 +106,101 @@ def test_a_sample_is_spread_and_shrinks_for_deep_readers():
     assert len(sliders.sample(5, 180)) == 5
 
 
-def test_no_text_breaks_out_of_the_page(run):
-    text = sliders.body(run, PROFILE)
-    assert text.count("<script") == 3
-    assert text.count("</script") == 3
+def test_no_text_breaks_out_of_the_page(lab):
+    text = sliders.body(lab)
+    assert text.count("<script") == text.count("</script") == 3
     embedded = re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1]
     assert "<" not in embedded
     assert json.loads(embedded)["sets"][0]["examples"][0]["answers"] == [NASTY]
     assert "innerHTML" not in text
 
 
-def test_scores_of_other_candidates_are_left_out(run, tmp_path):
-    shutil.copytree(run, tmp_path / "run")
-    teachers = tmp_path / "run" / "stages" / "teacher" / "set"
-    record(teachers / "fine-tuned", {"upstream": {"candidates/set": "before"}, "profile": {"k": K}})
-    assert [
-        one["name"] for one in sliders.data(tmp_path / "run", PROFILE)["sets"][0]["readers"]
-    ] == ["off-the-shelf"]
-    record(
-        teachers / "off-the-shelf", {"upstream": {"candidates/set": "now"}, "profile": {"k": K + 1}}
+def said_by_the_page(lab, call):
+    """What the page's own formulas give for a call; its data is `d`."""
+    script = re.search(r'<script id="arithmetic">(.*?)</script>', sliders.body(lab), re.DOTALL)[1]
+    whole = (
+        f"{script}; const d = {json.dumps(sliders.data(lab))}; console.log(JSON.stringify({call}))"
     )
-    assert sliders.data(tmp_path / "run", PROFILE)["sets"] == []
+    done = subprocess.run(["node", "-"], input=whole, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
 
 
-def test_a_run_without_scores_gets_a_sentence(tmp_path):
-    assert "holds no reader" in sliders.body(tmp_path, PROFILE)
-
-
-@pytest.mark.skipif(not shutil.which("node"), reason="no node to run the page's formulas")
+@needs_node
 @pytest.mark.parametrize("choice", CHOICES)
-def test_the_pages_formulas_give_what_ragkit_gives(run, choice):
+def test_the_pages_formulas_give_what_ragkit_gives(lab, choice):
     reader, rows, norm, layer, pooling, temperature = choice
-    script = re.search(
-        r'<script id="arithmetic">(.*?)</script>', sliders.body(run, PROFILE), re.DOTALL
-    )[1]
-    data = sliders.data(run, PROFILE)
-    picked = {
-        "rows": teacher.ROWS.index(rows),
-        "norm": int(norm == "on"),
-        "layer": "mean" if layer == "mean" else layer - 1,
-        "pooling": teacher.POOLINGS.index(pooling),
-    }
-    number = [one["name"] for one in data["sets"][0]["readers"]].index(reader)
-    given = f"d, d.sets[0], d.sets[0].readers[{number}], {json.dumps(picked)}, {json.dumps(temperature)}"
-    call = f"const d = {json.dumps(data)}; console.log(JSON.stringify(teach({given})))"
-    said = subprocess.run(
-        ["node", "-"], input=script + call, capture_output=True, text=True, check=True
-    )
-    seen = json.loads(said.stdout)
-    p, used, top = expected(run, *choice)
+    place = {"rows": ROWS.index(rows), "norm": int(norm == "on")}
+    place |= {"layer": layer if layer == "mean" else layer - 1, "pooling": POOLINGS.index(pooling)}
+    which = f"d.sets[0].readers[{lab.readers().index(reader)}]"
+    call = f"teach(d, d.sets[0], {which}, {json.dumps(place)}, {json.dumps(temperature)})"
+    seen = said_by_the_page(lab, call)
+    p, used, top = expected(lab, *choice)
     assert np.allclose(seen["attn"], p, atol=1e-3)
     assert seen["temperature"] == pytest.approx(used, rel=1e-2)
-    assert seen["entropy"] == pytest.approx(distill.entropy(p), abs=1e-3)
+    assert seen["entropy"] == pytest.approx(targets.entropy(p), abs=1e-3)
     assert seen["top"]["share"] == pytest.approx(top)
-    retr = distill.softmax(array(data["sets"][0]["retr"]), data["theta"])
+    held = sliders.data(lab)
+    retr = targets.softmax(array(held["sets"][0]["retr"]), held["theta"])
     assert np.allclose(seen["retr"], retr, atol=1e-6)
     assert seen["kl"] == pytest.approx(float((p * np.log(p / retr)).sum(1).mean()), rel=1e-2)
 
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
+@needs_node
+def test_the_indicators_of_every_choice(lab, tmp_path):
+    assert all(one["indicators"] == [] for one in sliders.data(lab)["sets"][0]["readers"])
+    goals, layers = ("Indicator 1", "Indicator 2"), (*range(1, LAYERS + 1), "mean")
+    names = ["set", "reader", "goal", "rows", "norm", "layer"]
+    sets = ("set", "another")
+    rows = itertools.product(sets, ["fine-tuned"], goals, ROWS, ("off", "on"), layers)
+    table = pd.DataFrame(rows, columns=names)
+    table["attention"], table["Spearman"] = table.index / 7, -table.index / 11
+    table.loc[table["rows"] == "consuming", "Spearman"] = np.nan
+    shuffled = table.sample(frac=1, random_state=0)  # the order of its lines means nothing
+    shuffled.to_csv(tmp_path / "08_by_layer.csv", index=False)
+    lab = SimpleNamespace(**vars(lab) | {"figures": tmp_path})
+    untold, told = sliders.data(lab)["sets"][0]["readers"]
+    assert (untold["name"], untold["indicators"]) == ("off-the-shelf", [])
+    for row, norm, layer in [(2, 1, "mean"), (0, 0, 0), (1, 1, 2)]:
+        choice = json.dumps({"rows": row, "norm": norm, "layer": layer})
+        found = said_by_the_page(lab, f"indicated(d.sets[0].readers[1], {choice})")
+        assert len(found) == len(told["indicators"]) == 4
+        for one in found:
+            shown = layer if layer == "mean" else layer + 1
+            key = ["set", "fine-tuned", one["goal"], ROWS[row], ("off", "on")[norm], shown]
+            wanted = table.set_index(names).loc[tuple(key), one["measure"]].item()
+            value = pytest.approx(wanted, abs=1e-4) if np.isfinite(wanted) else None
+            assert one["value"] == value
 
 
-def opened(run, folder, address=""):
+def opened(lab, folder, address=""):
     """What a browser makes of the page at an address."""
-    (folder / "sliders.html").write_text(
-        report.page(
-            "Sliders", sliders.body(run, PROFILE), [("Sliders", "sliders.html")], "sliders.html"
-        ),
-        "utf8",
-    )
-    flags = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--no-first-run",
-        "--disable-background-networking",
-        f"--user-data-dir={folder / 'browser'}",
-    ]
-    page = f"file://{folder}/sliders.html{address}"
-    return subprocess.run(
-        [BROWSER, *flags, "--dump-dom", page],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    ).stdout
+    page = report.page("Sliders", sliders.body(lab), [("Sliders", "sliders.html")], "sliders.html")
+    (folder / "sliders.html").write_text(page, "utf8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'browser'}"]
+    address = f"file://{folder}/sliders.html{address}"
+    command = [BROWSER, *flags, "--dump-dom", address]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
-@pytest.mark.skipif(not BROWSER, reason="no Chromium to open the page in")
-def test_the_page_opens_with_a_question_whose_gold_passage_was_found(run, tmp_path):
-    held = sliders.data(run, PROFILE)["sets"][0]
-    with_gold = [bool(row.any()) for row in array(held["gold"])]
-    first = with_gold.index(True)
-    assert first > 0, "the first question has one: this would show nothing"
-    shown = opened(run, tmp_path)
-    assert (
-        html.unescape(re.search(r'<p id="question">(.*?)</p>', shown)[1])
-        == held["examples"][first]["question"]
-    )
+@needs_browser
+def test_the_page_opens_with_a_question_whose_gold_passage_was_found(lab, tmp_path):
+    held = sliders.data(lab)["sets"][0]
+    first = array(held["gold"]).any(1).tolist().index(True)
+    shown = opened(lab, tmp_path)
+    question = re.search(r'<p id="question">(.*?)</p>', shown)[1]
+    assert html.unescape(question) == held["examples"][first]["question"]
     assert '<span class="gold">' in shown
 
 
-@pytest.mark.skipif(not BROWSER, reason="no Chromium to open the page in")
+@needs_browser
 @pytest.mark.parametrize("choice", CHOICES[:2])
-def test_the_page_shows_it_in_a_browser(run, tmp_path, choice):
-    reader, rows, norm, layer, pooling, temperature = choice
-    asked = {
-        "reader": reader,
-        "question": 2,
-        "rows": rows,
-        "norm": norm,
-        "layer": layer,
-        "pooling": pooling,
-        "temperature": temperature,
-    }
-    shown = opened(run, tmp_path, f"#{urlencode(asked)}")
-    p, used, top = expected(run, *choice)
+def test_the_page_shows_it_in_a_browser(lab, tmp_path, choice):
+    names = ("reader", "rows", "norm", "layer", "pooling", "temperature")
+    asked = dict(zip(names, choice, strict=True)) | {"question": 2}
+    shown = opened(lab, tmp_path, f"#{urlencode(asked)}")
+    p, used, top = expected(lab, *choice)
     bars = [float(v) for v in re.findall(r'class="bar attn">.*?<b>([\d.]+)</b>', shown)]
     assert np.allclose(bars, p[1], atol=1.5e-3)
     assert float(re.search(r'id="sum-top">([\d.]+)', shown)[1]) == pytest.approx(top, abs=1e-3)
     assert float(re.search(r"T = ([\d.e+-]+)", shown)[1]) == pytest.approx(used, rel=1e-2)
-    title = re.search(r"<title>(.*?)</title>", shown)[1]
-    assert html.unescape(title) == "Sliders"
+    assert html.unescape(re.search(r"<title>(.*?)</title>", shown)[1]) == "Sliders"

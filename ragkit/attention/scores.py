@@ -1,0 +1,61 @@
+"""From attention rows to token contributions, and from these to passage scores."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .kernels import AttentionError
+from .record import Record
+from .watch import Visit
+
+
+def pool(alpha: Tensor, norms: Tensor, uses: Tensor) -> tuple[Tensor, Tensor]:
+    """Token contributions of one layer `[groups, batch, tokens]`, without and with the value norm.
+
+    The mean over heads and over a group's rows of alpha (times the value norm). `alpha` `[batch,
+    heads, rows, tokens]`, `norms` `[batch, heads, tokens]`; `uses` `[groups, batch, rows]` weighs
+    the rows of a group (1 use, 0 leave out).
+    """
+    share = (uses / uses.sum(-1, keepdim=True)).to(alpha)
+    by_head = torch.einsum("bhrt,gbr->gbht", alpha, share)
+    return by_head.mean(2), (by_head * norms).mean(2)
+
+
+def pooled(run: Callable[[Visit], None], uses: Tensor) -> Tensor:
+    """Token contributions `[norm (off, on), layers, groups, batch, tokens]`, without gradients.
+
+    They are reduced layer by layer while `run` observes; `uses` as in `pool`. Example:
+    `pooled(lambda visit: observe(reader, ids, mask, rows, visit), uses)`.
+    """
+    if not uses.sum(-1).gt(0).all():
+        raise AttentionError("A group of rows is empty for a prompt of the batch: it has no mean.")
+    layers: list[tuple[Tensor, Tensor]] = []
+    with torch.no_grad():
+        run(lambda alpha, norms: layers.append(pool(alpha, norms, uses)))
+    return torch.stack([torch.stack(part) for part in zip(*layers, strict=True)])
+
+
+def contributions(record: Record, rows: Tensor, norm: bool = True) -> Tensor:
+    """Token contributions per layer `[layers, batch, tokens]` from a Record: see `pool`.
+
+    `rows` `[batch, rows]` weighs the recorded rows. Without `norm` it is plain attention.
+    """
+    layers = zip(record.alpha, record.norms, strict=True)
+    return torch.stack([pool(alpha, norms, rows[None])[int(norm)][0] for alpha, norms in layers])
+
+
+def passage_scores(tokens: Tensor, owner: Tensor, k: int, pooling: str = "sum") -> Tensor:
+    """Passage scores `[..., k]` from token contributions `[..., tokens]`.
+
+    `owner` `[tokens]` is a token's passage, or negative; `pooling` is "sum" or "mean". A passage
+    without a token scores 0.
+    """
+    count = tokens.shape[-1]
+    if k < 1 or owner.shape != (count,):
+        raise AttentionError(
+            f"Scores of {k} passages cannot be made from {count} tokens with {len(owner)} owners."
+        )
+    own = (owner[:, None] == torch.arange(k, device=owner.device)).to(tokens)
+    sums = tokens @ own
+    return sums / own.sum(0).clamp(min=1) if pooling == "mean" else sums

@@ -1,0 +1,284 @@
+"""The graph: what an edit makes anew, in stages and notebooks, and by what reason."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ragkit.experiment.graph import Graph, Of
+from ragkit.experiment.lab import Lab
+from ragkit.experiment.stages import stages as stages_of
+from ragkit.experiment.store import difference
+from ragkit.profile import VARIATIONS, load_profile
+
+ROOT = Path(__file__).parent.parent.parent
+NOTEBOOKS = {path.stem[:2] for path in (ROOT / "notebooks").glob("*.ipynb")}
+SCRIPT = """
+import json, sys
+from importlib import metadata
+from pathlib import Path
+profile, changes, installed = json.loads(sys.argv[1])
+known = metadata.version
+metadata.version = lambda name: installed.get(name) or known(name)
+from ragkit.experiment.executed import Notebooks
+from ragkit.experiment.lab import Lab, changed_profile
+import ragkit
+assert Path(ragkit.__file__).parent == Path.cwd() / "ragkit"
+lab = Lab(changed_profile(profile, changes), "runs")
+stages = {one.name: {"kind": one.kind, "key": one.key, "record": one.record} for one in lab.stages}
+notebooks = Notebooks(lab, Path("notebooks"))
+records = {source.stem[:2]: notebooks.record(source) for source in notebooks.sources}
+assert not {"torch", "transformers"} & sys.modules.keys()
+print(json.dumps([stages, records]))
+"""
+
+
+class Copy:
+    """A copy of the package and the notebooks that a test may edit."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        for name in ("ragkit", "notebooks"):
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+
+    def read(self, profile="smoke", changes=(), installed=None):
+        """All stages by name, and the records of all notebooks by number, as a new process does."""
+        asked = json.dumps([profile, list(changes), installed or {}])
+        ended = subprocess.run(
+            [sys.executable, "-c", SCRIPT, asked], cwd=self.folder, capture_output=True, text=True,
+            env=os.environ | {"PYTHONPATH": str(self.folder)}, check=False,
+        )  # fmt: skip
+        assert ended.returncode == 0, ended.stderr[-2000:]
+        return json.loads(ended.stdout)
+
+    def edit(self, file, old, new):
+        """Replaces one piece of a file by another."""
+        path = self.folder / file
+        text = path.read_text("utf8")
+        assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {file}"
+        path.write_text(text.replace(old, new), "utf8")
+
+
+@pytest.fixture(scope="module")
+def before(tmp_path_factory):
+    """Stages and notebooks of the package as it is."""
+    return Copy(tmp_path_factory.mktemp("before")).read()
+
+
+@pytest.fixture
+def copy(tmp_path):
+    return Copy(tmp_path)
+
+
+def kinds_of(stages, names):
+    return {stages[name]["kind"] for name in names}
+
+
+def anew(before, after):
+    """Names of the stages and numbers of the notebooks that differ."""
+    assert before[0].keys() == after[0].keys()
+    stages = {name for name, one in after[0].items() if one["key"] != before[0][name]["key"]}
+    return stages, {n for n, record in after[1].items() if record != before[1][n]}
+
+
+def below(stages, kinds):
+    """Stages of some kinds and all that is made of them, by their records."""
+    found = {}
+    for name, one in stages.items():  # inputs come first
+        made_of = {key for _, key in one["record"]["inputs"].values()}
+        if one["kind"] in kinds or made_of & set(found.values()):
+            found[name] = one["key"]
+    return set(found)
+
+
+def reasons(old, new):
+    """Why each notebook that differs would be run again."""
+    return {difference(old[1][n], new[1][n]) for n in new[1] if old[1][n] != new[1][n]}
+
+
+JUDGED = {"00", "05", "06", "07", "08", "09"}  # notebooks that reach the claims
+
+
+@pytest.mark.parametrize(
+    ("asset", "old", "new"),
+    [
+        ("claims.yaml", "a Spearman correlation above 0.3", "a Spearman correlation above 0.4"),
+        ("paper_values.yaml", "\n{}", '\nC1: {value: "+3.1 points", page: 5}'),
+    ],
+)
+def test_a_rule_and_a_filled_value_rerun_the_notebooks_that_judge(before, copy, asset, old, new):
+    copy.edit(f"ragkit/assets/{asset}", old, new)
+    after = copy.read()
+    stages, notebooks = anew(before, after)
+    assert not stages
+    assert notebooks == JUDGED
+    assert reasons(before, after) == {f"assets/{asset} changed"}
+
+
+def test_an_edited_world_reruns_all_that_comes_from_it(before, copy):
+    copy.edit("ragkit/assets/worlds.yaml", "names:\n", "# a comment in data counts\nnames:\n")
+    after = copy.read()
+    stages, notebooks = anew(before, after)
+    assert stages == after[0].keys()
+    assert notebooks == NOTEBOOKS
+    assert "assets/worlds.yaml changed" in reasons(before, after)
+    record = "passages/trivia"
+    assert difference(before[0][record]["record"], after[0][record]["record"]) == (
+        "assets/worlds.yaml changed"
+    )
+
+
+def test_a_dict_constant_reruns_what_its_module_reaches(before, copy):
+    copy.edit("ragkit/models/reader.py", '"title": -4', '"title": -5')
+    after = copy.read()
+    stages, notebooks = anew(before, after)
+    readers = {"style", "step1", "premises", "answers", "teacher", "loop", "tokens", "contextual",
+               "closeness", "probe"}  # fmt: skip
+    assert stages == below(before[0], readers)
+    assert kinds_of(before[0], stages) == readers | {"step2", "candidates"}  # taught by readers
+    assert "step2/almanac/oracle, seed 0" not in stages
+    assert notebooks == NOTEBOOKS  # the lab opens readers
+
+    def reason(name):
+        return difference(before[0][name]["record"], after[0][name]["record"])
+
+    assert reason("style/almanac") == "ragkit.models.reader changed"
+    taught = reason("step2/almanac/fine-tuned perplexity, seed 0")
+    assert taught == "teacher/almanac/fine-tuned was made anew"
+
+
+def test_a_constant_of_another_module_counts(before, copy):
+    copy.edit("ragkit/indicators/measures.py", '("permuted", "overlap")', '("overlap", "permuted")')
+    after = copy.read()
+    stages, notebooks = anew(before, after)
+    assert kinds_of(before[0], stages) == {"tokens", "contextual", "closeness", "probe"}
+    assert reasons(before, after) == {"ragkit.indicators.measures changed"}
+    assert notebooks >= {"05", "06"}
+    assert "02" not in notebooks
+
+
+def test_docstrings_and_comments_rerun_nothing(before, copy):
+    for file in sorted((copy.folder / "ragkit").rglob("*.py")):
+        text = file.read_text("utf8")
+        file.write_text(text.replace('"""', '"""Reworded. ', 1) + "\n# a closing comment\n", "utf8")
+    assert copy.read() == before
+
+
+def test_a_library_reruns_everything_and_is_named(before, copy):
+    after = copy.read(installed={"torch": "9.9"})
+    stages, notebooks = anew(before, after)
+    assert (stages, notebooks) == (set(after[0]), NOTEBOOKS)
+    old = after[0]["passages/almanac"]["record"], before[0]["passages/almanac"]["record"]
+    assert difference(old[1], old[0]).startswith("versions.torch 2")
+    assert all(one.startswith("versions.torch") for one in reasons(before, after))
+
+
+def test_a_profile_key_there_and_back_again(before, copy):
+    there = copy.read(changes=["distill.entropy=0.6"])
+    stages, notebooks = anew(before, there)
+    assert kinds_of(before[0], stages) == {"step2", "answers", "candidates", "teacher"}
+    assert notebooks == NOTEBOOKS
+    assert reasons(before, there) == {"profile.distill.entropy 0.5 -> 0.6"}
+    assert copy.read(changes=["distill.entropy=0.5"]) == before  # another name, the same keys
+
+
+def keys(profile):
+    return {stage.name: stage.key for stage in stages_of(Graph(profile))}
+
+
+def test_settings_that_change_no_result_change_no_key():
+    smoke = load_profile("smoke")
+    free = load_profile("smoke", ["reader.at_once=3", "retriever.at_once=5",
+                                  "reader.gradient_checkpointing=true"])  # fmt: skip
+    assert keys(smoke) == keys(free)
+    assert set(keys(load_profile("smoke", ["threads=2"])).values()).isdisjoint(keys(smoke).values())
+
+
+def test_two_profiles_share_what_they_have_in_common():
+    one, two = keys(load_profile("smoke")), keys(load_profile("smoke", ["sets.1.seed=99"]))
+    shared = {name for name in one if one[name] == two.get(name)}
+    assert shared == {name for name in one if "/almanac" in name}
+
+
+@pytest.mark.parametrize("profile", ["smoke", "tiny", "full", "small", "paper"])
+def test_inputs_come_first_names_are_unique_and_makers_exist(profile):
+    stages = stages_of(Graph(load_profile(profile)))
+    seen = set()
+    for stage in stages:
+        assert {one.key for one in stage.inputs.values()} <= seen, stage.name
+        seen.add(stage.key)
+        assert sum(stage.units.values()) >= 0
+        json.dumps(stage.settings)
+    assert len({stage.name for stage in stages}) == len(seen) == len(stages)
+    for module, function in {tuple(stage.maker.split(":")) for stage in stages}:
+        source = Path(importlib.util.find_spec(module).origin).read_text("utf8")
+        assert f"\ndef {function}(" in source
+
+
+def test_variations_and_seeds_share_what_they_do_not_touch():
+    graph = Graph(load_profile("smoke", ["choices.variations=[]"]))
+    own = {stage.key for stage in stages_of(graph)}
+
+    def kinds(other):
+        """Kinds of which a stage is shared, and of which one is another."""
+        made = stages_of(other)
+        return [{one.kind for one in made if (one.key in own) is same} for same in (True, False)]
+
+    search = {"passages", "questions", "retriever", "vectors", "index", "bm25", "nouns"}
+    shared, changed = kinds(graph.again(7))
+    assert shared >= search | {"candidates", "style", "contextual", "teacher", "step2", "answers"}
+    assert changed >= {"step1", "teacher", "tokens", "step2", "answers"}
+    assert not changed & (search | {"style"})
+    assert "step1" not in shared
+    for variation in VARIATIONS:
+        shared, changed = kinds(graph.varied(variation))
+        assert shared >= search
+        assert "step2" in changed
+        assert not changed & (search - {"vectors", "index"})  # refreshed where both sides learn
+
+
+def test_each_run_of_step_1_is_judged_by_its_own_reader():
+    graph = Graph(load_profile("smoke"))
+    for system in ("closed book", "initial", "BM25", "fine-tuned attention"):
+        of = Of("almanac", "fine-tuned", system)
+        one, two = (g.stage("answers", of) for g in (graph, graph.again(1)))
+        assert one.key != two.key
+        assert two.inputs["step1"] is graph.again(1).stage("step1", Of("almanac"))
+    untaught = Of("almanac", "off-the-shelf", "closed book")
+    assert graph.stage("answers", untaught).key == graph.again(1).stage("answers", untaught).key
+
+
+def test_an_index_refresh_looks_again_with_the_retriever_as_it_is():
+    step2 = [one for one in stages_of(Graph(load_profile("smoke"))) if one.kind == "step2"]
+    refreshed = [one for one in step2 if one.inputs["retriever"].kind == "step2"]
+    assert len(refreshed) == 4  # two sets, two regimes
+    last = refreshed[-1]
+    first = last.inputs["retriever"]
+    assert last.inputs["candidates"].inputs["retriever"] is first
+    assert last.inputs["look"].inputs["candidates"] is last.inputs["candidates"]
+    assert last.inputs["vectors"] is first.inputs["vectors"]  # only queries learn: no new encoding
+    assert last.settings["distill"]["epochs"] + first.settings["distill"]["epochs"] == 2
+    whole = Graph(load_profile("smoke", ["index_refreshes=1"]))  # and answers come from the last
+    answers = whole.stage("answers", Of("almanac", "fine-tuned", "answer string"))
+    assert answers.inputs["ranking"].inputs["retriever"].kind == "step2"
+
+
+def test_a_notebook_opens_what_reads_only_without_torch():
+    ended = subprocess.run(
+        [sys.executable, "-c", "import sys; from ragkit.experiment.lab import Lab; Lab; "
+         "print(sorted({'torch', 'transformers', 'datasets', 'spacy'} & sys.modules.keys()))"],
+        capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert ended.stdout.strip() == "[]"
+
+
+def test_a_lab_makes_nothing_by_being_opened(tmp_path):
+    lab = Lab("smoke", tmp_path)
+    assert len(lab.stages) > 100
+    assert not list(lab.folder.glob("stages/*"))

@@ -1,0 +1,319 @@
+"""What the makers write, against what is worked out anew from the prompts and the models' files."""
+
+import copy
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+from scipy.spatial.distance import cdist
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from ragkit.attention import record
+from ragkit.data.files import write_jsonl
+from ragkit.data.passages import Passage, write_passages
+from ragkit.data.questions import Question
+from ragkit.errors import IndicatorError
+from ragkit.indicators import closeness, measures, tokens
+from ragkit.indicators.measures import CONTROLS, SPACES, Tokens
+from ragkit.models.fid import load_reader
+from ragkit.models.reader import PART
+from ragkit.models.retriever import train_by_cropping
+from ragkit.models.step1 import reader_folder
+from ragkit.settings import AttentionSettings, ReaderSettings, RetrieverSettings
+
+PASSAGES = [
+    Passage("0", "Orla Venn", "Orla Venn was born in Ulm. The family moved away in 1810."),
+    Passage("1", "Old Tarholm", "Old Tarholm lies on the river Lyda."),
+    Passage("2", "Ulm", "Ulm is a town."),
+]
+QUESTIONS = [
+    Question("a", "where was orla venn born", ("Ulm",), (0,), cloze="Orla Venn was born in"),
+    Question("b", "where does the river lyda lie", ("Old Tarholm",), (1,), cloze="Lyda is in"),
+]
+RANKING = np.array([[0, 2, 1], [1, 0, 2]])
+FOUND = [[PASSAGES[i] for i in row[:2]] for row in RANKING]
+WANTED = {"answer": (" Ulm", " Old Tarholm"), "nouns": (" orla venn", " river lyda")}
+NOUNS = [[(10, 14), (15, 19)], [(15, 20), (21, 25)]]
+READER = ReaderSettings()
+SETTINGS = {
+    "reader": READER.model_dump(mode="json"),
+    "retriever": RetrieverSettings().model_dump(mode="json"),
+    "which": "off-the-shelf",
+    "questions": 2,
+    "k": 2,
+    "seed": 0,
+    "attention": AttentionSettings().model_dump(mode="json"),
+    "share": 0.1,
+}
+
+
+@pytest.fixture(scope="module")
+def reader():
+    return load_reader("embedded", READER)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory, reader):
+    """A folder a role, as finished stages leave them; the taught reader is a shaken one."""
+    home = tmp_path_factory.mktemp("stages")
+    roles = {
+        role: home / role
+        for role in ("passages", "questions", "candidates", "nouns", "style", "retriever", "step1")
+    }
+    for folder in roles.values():
+        folder.mkdir()
+    write_passages(roles["passages"] / "passages.arrow", PASSAGES)
+    for part in ("distill", "dev", "test"):
+        write_jsonl(roles["questions"] / f"{part}.jsonl", map(asdict, QUESTIONS))
+    ranking = {"dev": RANKING, "test": RANKING}
+    save_file(ranking, roles["candidates"] / "candidates.safetensors")
+    (roles["nouns"] / "spans.json").write_text(json.dumps({"dev": NOUNS, "test": NOUNS}))
+    styles = {"off-the-shelf": "cloze", "weaker prompt": "question"}
+    (roles["style"] / "style.json").write_text(json.dumps(styles))
+    retriever = train_by_cropping(PASSAGES, RetrieverSettings(crop_steps=1, crop_batch=2), 0)
+    retriever.save(roles["retriever"] / "model")
+    taught = copy.deepcopy(reader)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in taught.model.parameters():
+            weight += 0.1 * weight.std() * torch.randn_like(weight) if weight.numel() > 1 else 0
+    place = reader_folder(roles["step1"], "fine-tuned")
+    place.mkdir(exist_ok=True)
+    taught.save(place)
+    return roles
+
+
+def without(inputs, *roles):
+    return {role: folder for role, folder in inputs.items() if role not in roles}
+
+
+def test_tokens_hold_what_the_recorder_gives(reader):
+    seen = tokens.look_at_tokens(reader, QUESTIONS, FOUND)
+    for number, (question, passages) in enumerate(zip(QUESTIONS, FOUND, strict=True)):
+        prompt = reader.prompt(question, passages, question.answers[0])
+        ids, mask = reader.batch([prompt])
+        mine, owner = seen.question == number, np.array(prompt.owner)
+        assert seen.ids[mine].tolist() == np.array(prompt.ids)[owner >= 0].tolist()
+        assert seen.owner[mine].tolist() == owner[owner >= 0].tolist()
+        places = prompt.answer_start - np.flatnonzero(owner >= 0)
+        assert seen.from_end[mine].tolist() == places.tolist()
+        rows = range(prompt.answer_start - 1, len(prompt.ids) - 2)  # predicting
+        look = record(reader.model, ids, mask, torch.tensor([list(rows)]))
+        every = (look.alpha[:, 0].mean(2) * look.norms[:, 0]).mean((0, 1)).numpy()
+        ours = seen.attention(AttentionSettings(rows="predicting"))[mine]
+        assert np.allclose(ours, every[owner >= 0], atol=1e-6)
+        plain = look.alpha[:, 0].mean((0, 1, 2)).numpy()
+        titles = plain[1:][owner[1:] == PART["title"]].sum()
+        assert seen.mass[number, 1, measures.PLACES.index("titles")] == pytest.approx(titles, 1e-4)
+    assert np.allclose(seen.mass.sum(-1), 1, atol=1e-5)
+
+
+def test_a_tokens_end_is_its_last_character(reader):
+    """Also in a prompt that is cut; where a passage alone has other tokens, no place is told."""
+    for one in (reader, load_reader("embedded", ReaderSettings(context=40))):
+        seen = tokens.look_at_tokens(one, QUESTIONS, FOUND)
+        for number, passages in enumerate(FOUND):
+            for place, passage in enumerate(passages):
+                mine = (seen.question == number) & (seen.owner == place)
+                begins = [0, *(seen.ends[mine][:-1] + 1)]
+                for token, first, last in zip(seen.ids[mine], begins, seen.ends[mine], strict=True):
+                    piece = one.tokenizer.decode([int(token)]).strip().removeprefix("##")
+                    assert passage.text[first : last + 1].strip().lower() == piece.lower()
+    assert (seen.question == 0).sum() < len(reader.prompt(QUESTIONS[0], FOUND[0]).ids) - 20
+    ids = seen.ids[(seen.question == 0) & (seen.owner == 0)]
+    assert tokens.last_characters(reader, "Another text.", ids).tolist() == [-1] * len(ids)
+
+
+def test_the_answers_tokens_are_those_of_the_prompt(reader):
+    answers = closeness.wanted_ids(reader, QUESTIONS, None)["answer"]
+    for question, passages, ids in zip(QUESTIONS, FOUND, answers, strict=True):
+        prompt = reader.prompt(question, passages, question.answers[0])
+        owned = [
+            i for i, who in zip(prompt.ids, prompt.owner, strict=True) if who == PART["answer"]
+        ]
+        assert [*ids, reader.end] == owned
+        assert reader.tokenizer.decode(ids).strip().lower() == question.answers[0].lower()
+
+
+@pytest.mark.parametrize("style", ["question", "cloze"])
+def test_nouns_become_tokens_by_their_characters(reader, style):
+    """A reader asked by clozes has no question in its prompt: the question prompt counts."""
+    one = copy.copy(reader)
+    one.style = style
+    words = closeness.within_spans(one, QUESTIONS[0], NOUNS[0])
+    text = one.tokenizer.decode([token for token, _ in words])
+    assert text.replace(" ", "") == QUESTIONS[0].text.replace(" ", "")
+    nouns = one.tokenizer.decode([token for token, inside in words if inside])
+    assert nouns.replace(" ", "") == "orlavenn"
+    assert not any(inside for _, inside in closeness.within_spans(one, QUESTIONS[0], []))
+    assert one.style == style
+
+
+@pytest.mark.skipif(
+    "RAGKIT_REAL_DATA" not in os.environ, reason="RAGKIT_REAL_DATA is not set: no Llama"
+)
+def test_nouns_are_found_where_a_text_is_cut_otherwise_at_its_beginning():
+    """The small Llama's SentencePiece vocabulary has other tokens there than in the middle."""
+    llama = str(Path(os.environ["RAGKIT_REAL_DATA"]) / "models" / "stories260k")
+    one = load_reader(llama, ReaderSettings(model=llama, context=512))
+    text = "who wrote the old song about a river"
+    spans = [(text.index(word), text.index(word) + len(word)) for word in ("song", "river")]
+    question = Question("q", text, ("Ulm",), (0,))
+    prompt = one.prompt(question, PASSAGES, "Ulm")
+    owned = {
+        part: [i for i, who in zip(prompt.ids, prompt.owner, strict=True) if who == PART[part]]
+        for part in ("question", "answer")
+    }
+    words = closeness.within_spans(one, question, spans)
+    assert [token for token, _ in words] == owned["question"]
+    assert [*closeness.wanted_ids(one, [question], None)["answer"][0], one.end] == owned["answer"]
+    spelt = one.tokenizer.convert_ids_to_tokens([token for token, inside in words if inside])
+    assert "".join(spelt).replace("▁", "") == "songriver"
+    close = closeness.contextual_closeness(one, [question], [PASSAGES], [spans])
+    assert np.isfinite(close["nouns"]).all()
+
+
+def test_a_token_of_another_tokenizer_is_the_mean_of_its_pieces(reader):
+    letters = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    space = PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="[UNK]")
+    spelt = {1: "a", 2: "bab", 3: "z"}
+    other = SimpleNamespace(get_vocab=dict, decode=lambda ids: spelt[ids[0]])
+    table = torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 1.0]])
+    vectors = closeness.embeddings(other, np.array([2, 1, 3, 2]), table, space)
+    expected = [[1 / 3, 2 / 3], [1, 0], [np.nan, np.nan], [1 / 3, 2 / 3]]
+    assert np.allclose(vectors, expected, equal_nan=True)  # 'z' has no piece there
+    own = closeness.embeddings(space, np.array([2, 0]), table, space)
+    assert own.tolist() == [[0, 1], [9, 9]]
+
+
+def test_contextual_closeness_is_that_of_the_last_hidden_states(reader):
+    close = closeness.contextual_closeness(reader, QUESTIONS, FOUND, NOUNS)
+    seen = tokens.look_at_tokens(reader, QUESTIONS, FOUND)
+    assert close["ids"].tolist() == seen.ids.tolist()
+    for number, (question, passages) in enumerate(zip(QUESTIONS, FOUND, strict=True)):
+        prompt = reader.prompt(question, passages, question.answers[0])
+        owner = np.array(prompt.owner)
+        out = reader.model(torch.tensor([prompt.ids]), output_hidden_states=True)
+        states = out.hidden_states[-1][0].detach().double().numpy()
+        asked = owner == PART["question"]
+        asked[asked] = [noun for _, noun in closeness.within_spans(reader, question, NOUNS[number])]
+        words = {"answer": owner == PART["answer"], "nouns": asked}
+        words["answer"][-1] = False  # the end token
+        for goal, wanted in words.items():
+            nearest = 1 - cdist(states[owner >= 0], states[wanted], "cosine").min(1)
+            assert np.allclose(close[goal][seen.question == number], nearest, atol=1e-5)
+    assert "nouns" not in closeness.contextual_closeness(reader, QUESTIONS, FOUND, None)
+
+
+def make(folder, inputs, **changes):
+    """Runs the makers of one reader; returns its tokens and its closeness."""
+    settings = SETTINGS | changes
+    for maker, role in (
+        (tokens.make_tokens, "tokens"),
+        (closeness.make_contextual, "contextual"),
+        (closeness.make_closeness, "closeness"),
+    ):
+        (folder / role).mkdir()
+        maker(folder / role, inputs, settings)
+        inputs = inputs | {role: folder / role}
+    return Tokens.load(folder / "tokens"), load_file(folder / "closeness" / "closeness.safetensors")
+
+
+@pytest.mark.parametrize("which", ["off-the-shelf", "fine-tuned"])
+def test_closeness_is_measured_in_every_space(tmp_path, inputs, reader, which):
+    mine = inputs if which == "fine-tuned" else without(inputs, "step1")
+    seen, made = make(tmp_path, mine, which=which)
+    spaces = (*SPACES, *CONTROLS, "exact")
+    assert set(made) == {f"{goal}/{space}" for goal in ("answer", "nouns") for space in spaces}
+    weights = load_file(inputs["retriever"] / "model" / "model.safetensors")
+    own = reader
+    if which == "fine-tuned":
+        own = load_reader(reader_folder(inputs["step1"], which), READER)
+    tables = {
+        "input": reader.model.get_input_embeddings().weight,
+        "own": own.model.get_input_embeddings().weight,
+        "retriever": torch.tensor(next(v for n, v in weights.items() if "word_embeddings" in n)),
+    }
+    for goal, texts in WANTED.items():
+        wanted = [reader.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        for number in range(2):
+            ids, here = seen.ids[seen.question == number], seen.question == number
+            assert made[f"{goal}/exact"][here].tolist() == np.isin(ids, wanted[number]).tolist()
+            assert made[f"{goal}/exact"][here].any()
+            for space, table in tables.items():
+                vectors = table.detach().double().numpy()
+                nearest = 1 - cdist(vectors[ids], vectors[wanted[number]], "cosine").min(1)
+                assert np.allclose(made[f"{goal}/{space}"][here], nearest, atol=1e-9)
+        assert (made[f"{goal}/overlap"] == made[f"{goal}/exact"]).all()
+        exact = made[f"{goal}/exact"] == 1
+        assert np.allclose(made[f"{goal}/permuted"][exact], 1)
+        assert not np.allclose(made[f"{goal}/permuted"], made[f"{goal}/input"])
+        assert made[f"{goal}/input"].dtype == np.float64
+    assert np.array_equal(made["answer/own"], made["answer/input"]) == (which == "off-the-shelf")
+    words = measures.load_words(tmp_path / "tokens")
+    spelt = reader.tokenizer.convert_ids_to_tokens(seen.ids.tolist())
+    assert [words[i] for i in seen.ids.tolist()] == spelt
+    assert set(words) == set(seen.ids.tolist())
+
+
+def test_without_nouns_there_is_only_the_answer(tmp_path, inputs):
+    _, made = make(tmp_path, without(inputs, "nouns", "step1"))
+    assert {name.split("/")[0] for name in made} == {"answer"}
+    with pytest.raises(IndicatorError, match="noun finder"):
+        measures.load_closeness(tmp_path / "closeness", "nouns", "input")
+
+
+def test_a_reader_that_sees_other_tokens_has_no_contextual_closeness(tmp_path, inputs):
+    """Of as many tokens, one is another: their number does not tell."""
+    mine = without(inputs, "step1")
+    make(tmp_path, mine)
+    arrays = load_file(tmp_path / "contextual" / "contextual.safetensors")
+    arrays["ids"][3] += 1
+    (tmp_path / "other").mkdir()
+    save_file(arrays, tmp_path / "other" / "contextual.safetensors")
+    roles = {"tokens": tmp_path / "tokens", "contextual": tmp_path / "other"}
+    closeness.make_closeness(tmp_path / "other", mine | roles, SETTINGS)
+    with pytest.raises(IndicatorError, match="'contextual'"):
+        measures.load_closeness(tmp_path / "other", "answer", "contextual")
+    assert len(measures.load_closeness(tmp_path / "other", "answer", "input")[0])
+
+
+def test_an_encoder_decoder_has_no_contextual_closeness(tmp_path, inputs, monkeypatch):
+    config = SimpleNamespace(is_encoder_decoder=True)
+    two_sided = SimpleNamespace(model=SimpleNamespace(config=config))
+    with monkeypatch.context() as changed:
+        changed.setattr(closeness, "untaught", lambda settings: two_sided)
+        closeness.make_contextual(tmp_path, inputs, SETTINGS)
+    mine = without(inputs, "step1")
+    tokens.make_tokens(tmp_path, mine, SETTINGS)
+    roles = {"tokens": tmp_path, "contextual": tmp_path}
+    closeness.make_closeness(tmp_path, mine | roles, SETTINGS)
+    made = load_file(tmp_path / "closeness.safetensors")
+    assert {name.split("/")[1] for name in made} == {"exact", *SPACES, *CONTROLS} - {"contextual"}
+
+
+def test_a_probe_holds_the_means_of_the_indicators(tmp_path, inputs, reader):
+    closeness.make_probe(tmp_path, inputs, SETTINGS | {"which": "fine-tuned"})
+    probe = json.loads((tmp_path / "indicators.json").read_text("utf8"))
+    taught = load_reader(reader_folder(inputs["step1"], "fine-tuned"), READER)
+    seen = tokens.look_at_tokens(taught, QUESTIONS, FOUND)
+    table = reader.model.get_input_embeddings().weight.detach().double().numpy()
+    for goal, texts in WANTED.items():
+        ids = [reader.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+        close = measures.closeness_to(seen, ids, lambda chosen: table[chosen])
+        exact = measures.exact(seen, ids)
+        attention = seen.attention(AttentionSettings())
+        rows = measures.indicator(attention, close, seen.question, exact, 0.1)
+        assert probe[f"{goal} lift"] == pytest.approx(rows["attention"].mean())
+        assert probe[f"{goal} Spearman"] == pytest.approx(rows["Spearman"].mean())
+    closeness.make_probe(tmp_path, without(inputs, "nouns", "step1"), SETTINGS)
+    measured = json.loads((tmp_path / "indicators.json").read_text("utf8"))
+    assert set(measured) == {"answer lift", "answer Spearman"}

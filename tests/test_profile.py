@@ -1,0 +1,122 @@
+"""Profiles: what is wrong is named."""
+
+import pytest
+
+from ragkit.errors import ProfileError
+from ragkit.profile import SHIPPED, load_profile, save_profile
+
+GOOD = "name: mine\nsets: [{source: world, name: a, world: almanac, seed: 1}]\n"
+
+
+def write(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_profiles_load(name):
+    assert load_profile(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        ("distil: {epochs: 2}\n", ["distil", "distill"]),
+        ("distill: {epoch: 2}\n", ["distill.epoch", "epochs"]),
+        ("distill: {epochs: many}\n", ["distill.epochs"]),
+        ("distill: {epochs: 0}\n", ["distill.epochs", "greater than or equal to 1"]),
+        ("k: 1\n", ["k:", "greater than or equal to 2"]),
+        ("attention: {rows: first}\n", ["attention.rows", "last_prompt"]),
+        ("k: 21\n", ["k:", "less than or equal to 20"]),
+        ("reader: [1\n", ["not valid YAML"]),
+        ("reader: {rate: .inf}\n", ["reader.rate", "finite"]),
+        ("reader: {rate: .nan}\n", ["reader.rate"]),
+        ("distill: {seeds: [1, 2, 1]}\n", ["distill.seeds: 1 stands there twice"]),
+        ("reader: 5\n", ["reader:"]),
+        ("distill: {entropy: 1.0}\n", ["distill.entropy: Input should be less than 1"]),
+        ("distill: {entropy: 0.0}\n", ["distill.entropy: Input should be greater than 0"]),
+        ("indicators: {share: 1.0}\n", ["indicators.share", "less than 1"]),
+        ("index: {kind: ivfpq}\n", ["index.kind: unknown key"]),
+        ("index: {factry: Flat}\n", ["index.factry", "'factory'"]),
+        ("choices: {variations: [reverse kl]}\n", ["no variation 'reverse kl'", "reverse KL"]),
+        ("index_refreshes: 2\n", ["index_refreshes: 2 parts Step 2 into more pieces"]),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path, extra, words):
+    with pytest.raises(ProfileError) as caught:
+        load_profile(write(tmp_path, GOOD + extra))
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_unknown_profile_gets_the_nearest_name():
+    with pytest.raises(ProfileError, match="Did you mean 'tiny'"):
+        load_profile("tinny")
+
+
+def test_two_sets_of_one_name_are_refused(tmp_path):
+    text = GOOD.replace("}]", "}, {source: world, name: a, world: trivia, seed: 1}]")
+    with pytest.raises(ProfileError, match="sets: 'a' stands there twice"):
+        load_profile(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words\n"])
+def test_a_file_without_keys_is_refused(tmp_path, text):
+    with pytest.raises(ProfileError, match="expected keys with values"):
+        load_profile(write(tmp_path, text))
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ProfileError, match="UTF-8"):
+        load_profile(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "a/b", "''"])
+def test_a_name_that_is_no_folder_name_is_refused(tmp_path, name):
+    with pytest.raises(ProfileError, match="  name: "):
+        load_profile(write(tmp_path, GOOD.replace("name: mine", f"name: {name}")))
+
+
+def test_relative_paths_start_from_the_profiles_folder(tmp_path, monkeypatch):
+    (tmp_path / "data" / "bert").mkdir(parents=True)
+    sets = (
+        "name: mine\nsets: [{source: files, name: a, passages: p.tsv, questions: /abs/q.jsonl}]\n"
+    )
+    (tmp_path / "data" / "mine.yaml").write_text(
+        sets + "retriever: {model: bert}\nreader: {model: tiiuae/falcon-rw-1b}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    profile = load_profile("data/mine.yaml")
+    (files,) = profile.sets
+    assert (files.passages, files.questions) == (str(tmp_path / "data" / "p.tsv"), "/abs/q.jsonl")
+    assert profile.retriever.model == str(tmp_path / "data" / "bert")
+    assert profile.reader.model == "tiiuae/falcon-rw-1b"
+
+
+def test_changes_are_made_before_validation(tmp_path):
+    profile = load_profile("smoke", ["sets.0.distill=20", "reader.answer_tokens=null", "k=3"])
+    assert (profile.sets[0].distill, profile.reader.answer_tokens, profile.k) == (20, None, 3)
+    save_profile(profile, tmp_path / "saved.yaml")
+    assert load_profile(str(tmp_path / "saved.yaml")) == profile
+    for change, words in (
+        ("k", "is no change"),
+        ("sets.9.distill=1", "'sets.9.distill=1' is no change"),
+        ("reader.bach=1", "reader.bach: unknown key. The nearest valid key is 'batch'"),
+    ):
+        with pytest.raises(ProfileError, match=words):
+            load_profile("smoke", [change])
+
+
+def test_paths_of_hub_tables_start_from_the_profiles_folder(tmp_path):
+    (tmp_path / "table").mkdir()
+    for passages, found in (("p.tsv", str(tmp_path / "p.tsv")), ("{dataset: a/b}", "a/b")):
+        path = write(
+            tmp_path,
+            "name: mine\nsets: [{source: hub, name: a, questions: {dataset: table}, "
+            f"passages: {passages}}}]\n",
+        )
+        (one,) = load_profile(path).sets
+        assert one.questions.dataset == str(tmp_path / "table")
+        assert getattr(one.passages, "dataset", one.passages) == found
