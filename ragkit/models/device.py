@@ -1,16 +1,15 @@
-"""What a run computes on: one process, or several that work as one (Hugging Face Accelerate).
+"""What a run computes on: one process, or several that work as one (torchrun and Accelerate).
 
-Every process walks through the same stages. Lists of work are dealt out with `spread` and come back
-whole and in order to all; a batch of training is shared out with `share`. Only the main process
-writes files.
+Every process walks through the same stages: `spread` deals out lists of work, `share` the batches
+of a training. Only the main process writes files.
 """
 
 from __future__ import annotations
 
 import logging
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,11 +26,11 @@ from ragkit.settings import MachineSettings
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 log = logging.getLogger(__name__)
+PATIENCE = timedelta(days=14)  # of the others, while the main process works alone
 
 
 def start(machine: MachineSettings, threads: int) -> None:
-    """Takes the profile's device and threads for this process; joins the others of its run,
-    if there are any.
+    """Takes the profile's device and threads; joins the other processes of the run.
 
     Raises ProfileError if there is no such device, or this process already computes on another.
     """
@@ -41,16 +40,15 @@ def start(machine: MachineSettings, threads: int) -> None:
             "Install the CUDA build of torch, or set machine.device to 'cpu'."
         )
     if PartialState._shared_state and device().type != machine.device:
-        raise ProfileError(
-            f"This process already computes on {device().type}: "
-            f"start another for a profile on {machine.device}."
-        )
-    PartialState(cpu=machine.device == "cpu")
+        here = device().type
+        raise ProfileError(f"This process computes on {here}: start another for {machine.device}.")
+    PartialState(cpu=machine.device == "cpu", timeout=PATIENCE)
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
 
 
 def device() -> torch.device:
+    """The device of this process."""
     return PartialState().device
 
 
@@ -80,22 +78,21 @@ def agreed(value: Any) -> Any:
 
 
 def mean_over_processes(value: float) -> float:
+    """The mean of the processes' values, in every process."""
     return value if size() == 1 else float(sum(gather_object([value])) / size())
 
 
 def spread(
     items: Sequence[Item], prepare: Callable[[Item], Any], work: Callable[[Any], Made], desc: str
 ) -> list[Made]:
-    """`work(prepare(item))` for every item, in order, in every process; each does its share of the
-    items.
+    """`work(prepare(item))` of every item, in order, in every process; each does a share of them.
 
-    Results do not depend on the number of processes: the items stay as they are, only who works on
-    them changes. `prepare` (tokenising) runs one item ahead while a GPU computes.
+    The items go round in turn, so that a list sorted by length is shared evenly. Results do not
+    depend on the number of processes: only who works on an item changes.
     """
     mine = items[rank() :: size()]
     hidden = {"disable": True} if len(mine) < 20 or not is_main() else {}
-    bar = tqdm(ahead(mine, prepare), total=len(mine), desc=desc, leave=False, **hidden)
-    made = [work(ready) for ready in bar]
+    made = [work(prepare(item)) for item in tqdm(mine, desc=desc, leave=False, **hidden)]
     if size() == 1:
         return made
     every = dict(gather_object(list(zip(range(rank(), len(items), size()), made, strict=True))))
@@ -105,60 +102,35 @@ def spread(
 def by_length(lengths: Sequence[int], batch: int) -> list[list[int]]:
     """Places of texts in batches of like length, so that little is padded.
 
-    The longest come first, so that memory runs out at once or never.
+    The longest come first: memory runs out at once or never.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     return [order[start : start + batch] for start in range(0, len(order), batch)]
 
 
-def ahead(items: Iterable[Item], prepare: Callable[[Item], Made]) -> Iterator[Made]:
-    """`prepare(item)` of each item, on a GPU made in a thread while the one before is worked on.
-
-    A CPU has nothing to gain: the thread would take its cores from the work.
-    """
-    if device().type == "cpu":
-        yield from map(prepare, items)
-        return
-    with ThreadPoolExecutor(1) as pool:
-        coming = None
-        for item in items:
-            following = pool.submit(prepare, item)
-            if coming is not None:
-                yield coming.result()
-            coming = following
-        if coming is not None:
-            yield coming.result()
-
-
 def share(batch: Any) -> tuple[Any, float]:
-    """This process's part of a training batch (a list or a tensor), and the weight of its mean
-    loss.
+    """This process's part of a training batch (a list or a tensor), and its mean loss's weight.
 
-    Gradients are averaged over the processes, so n of N items weigh n * processes / N. A process
-    without an item takes the first with weight 0: all must compute, or the others wait for ever.
+    Gradients are averaged over processes, so n of N items weigh n * processes / N. Who gets none
+    takes the first with weight 0: all must compute, or the others wait for ever.
     """
     mine = batch[rank() :: size()]
     return (mine, len(mine) * size() / len(batch)) if len(mine) else (batch[:1], 0.0)
 
 
 def accelerator(dtype: str) -> Accelerator:
-    """What prepares a model and its optimizer for training: several processes, and mixed
-    precision.
-    """
+    """What prepares a model and its optimizer for several processes and mixed precision."""
     AcceleratorState._reset_state()  # models may differ in precision; the processes stay connected
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # such as BERT's pooler
-    return Accelerator(
-        cpu=device().type == "cpu",
-        kwargs_handlers=[unused],
-        mixed_precision={"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype],
-    )
+    precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
+    on_cpu = device().type == "cpu"
+    return Accelerator(cpu=on_cpu, kwargs_handlers=[unused], mixed_precision=precision)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes `state` (tensors, numbers, texts, lists, dicts) and torch's generators aside and
-    renames it.
+    """Writes `state` (tensors, numbers, texts, lists, dicts) and torch's generators.
 
-    The main process writes. A kill at any moment leaves the old checkpoint or the new one.
+    The main process writes, aside, and renames: a kill leaves the old checkpoint or the new one.
     """
     if not is_main():
         return
@@ -180,8 +152,7 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     try:
         whole = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        why = str(error).splitlines()[0] if str(error) else type(error).__name__
-        log.warning("The checkpoint %s is damaged (%s); the training starts again.", path, why)
+        log.warning("The checkpoint %s is damaged (%r); the training starts again.", path, error)
         return None
     torch.set_rng_state(whole["generators"]["cpu"])
     if device().type == "cuda" and "cuda" in whole["generators"]:

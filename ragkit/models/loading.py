@@ -11,6 +11,15 @@ import transformers
 
 from ragkit.errors import RagkitError
 
+IN_A_FOLDER = (
+    "its folder does not hold a whole model with safetensors weights and a tokenizer that fit each "
+    "other and this machine. Save or fetch it again, or take another"
+)
+FROM_THE_HUB = (
+    "it is no folder here, and the hub did not give it (no network, a wrong name, or a gated model: "
+    "accept its terms there and run `hf auth login`). Give a local folder in the profile"
+)
+
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
@@ -23,21 +32,7 @@ def loading(name: str) -> Iterator[None]:
     except RagkitError:
         raise
     except Exception as error:  # libraries raise anything over an odd folder
-        if "gated" in str(error).lower():
-            why = (
-                "it is gated: accept its terms at the hub and log in (`hf auth login`), "
-                "or give a local folder in the profile"
-            )
-        elif Path(name).is_dir():
-            why = (
-                "its folder does not hold a whole model with safetensors weights and a tokenizer "
-                "that fit each other and this machine. Save or fetch it again, or take another"
-            )
-        else:
-            why = (
-                "it is no folder here, and the hub did not give it (no network, a wrong name, "
-                "or a gated model). Give a local folder in the profile"
-            )
+        why = IN_A_FOLDER if Path(name).is_dir() else FROM_THE_HUB
         what = (str(error).strip().splitlines() or [""])[0]
         raise RagkitError(
             f"Model {name!r} cannot be loaded: {why}. ({type(error).__name__}: {what})"
@@ -47,9 +42,12 @@ def loading(name: str) -> Iterator[None]:
 
 
 def refuse_missing(name: str, loaded: Mapping[str, Any]) -> None:
-    """Raises RagkitError if weights were missing, by the loading info of `from_pretrained`."""
+    """Raises RagkitError if weights were missing, by the loading info of `from_pretrained`.
+
+    But for BERT's pooler, which nothing here uses.
+    """
     missing = sorted(key for key in loaded["missing_keys"] if not key.startswith("pooler."))
-    if missing:  # but for BERT's pooler, which nothing here uses
+    if missing:
         raise RagkitError(
             f"Model {name!r} lacks {len(missing)} of its weights ({', '.join(missing[:3])}...): "
             "they would be random. Save or fetch it again."

@@ -206,6 +206,8 @@ def make_retriever(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
     The embedded one is trained on the passages and, in a world, on as much prose that holds the
     words of questions: a word it never met would be noise in every vector.
     """
+    if not device.is_main():  # it is small, or only copied
+        return
     chosen, seed = RetrieverSettings(**settings["retriever"]), settings["seed"]
     if chosen.model == "embedded":
         passages = list(Passages(inputs["passages"] / PASSAGES))

@@ -1,0 +1,94 @@
+"""Stages of the models' room, made by as many processes as there are: see `test_processes`.
+
+`python tests/sharding.py OUT`, or the same by torchrun.
+"""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ragkit.data.files import write_jsonl
+from ragkit.data.passages import write_passages
+from ragkit.data.questions import Corpus
+from ragkit.data.worlds import build_world
+from ragkit.models import device
+from ragkit.models.answers import make_answers, make_style
+from ragkit.models.fid import open_reader
+from ragkit.models.index import make_candidates, make_index, make_vectors
+from ragkit.models.retriever import make_retriever
+from ragkit.models.step1 import make_step1
+from ragkit.settings import (
+    IndexSettings,
+    MachineSettings,
+    ReaderSettings,
+    RetrieverSettings,
+    WorldSet,
+)
+
+ONE = WorldSet(
+    source="world", name="a", world="almanac", seed=5, entities=40, distill=45, dev=20, test=20
+)
+READER = ReaderSettings(steps=6, checkpoints=1, batch=4, at_once=2)
+SETTINGS = {
+    "set": ONE.model_dump(),
+    "retriever": RetrieverSettings(crop_steps=10, at_once=4).model_dump(),
+    "index": IndexSettings(shard=50).model_dump(),
+    "reader": READER.model_dump(),
+    "world": "almanac",
+    "which": "off-the-shelf",
+    "answered": 11,
+    "k": 3,
+    "seed": 0,
+    "clozes": True,
+    "closed_book": False,
+}
+MAKERS = {
+    "retriever": make_retriever,
+    "vectors": make_vectors,
+    "index": make_index,
+    "candidates": make_candidates,
+    "style": make_style,
+    "answers": make_answers,
+    "step1": make_step1,
+}
+
+
+def main(out: Path) -> None:
+    device.start(MachineSettings(), 1)
+    inputs = dict.fromkeys(("passages", "questions"), out)
+    if device.is_main():
+        corpus = build_world(ONE)
+        write_passages(out / "passages.arrow", corpus.passages)
+        for part, questions in corpus.questions.items():
+            write_jsonl(out / f"{part}.jsonl", map(asdict, questions))
+    device.wait()
+    for name, make in MAKERS.items():
+        if device.is_main():
+            (out / name).mkdir()
+        device.wait()
+        untaught = {role: place for role, place in inputs.items() if role != "step1"}
+        make(out / name, untaught | {"ranking": inputs.get("candidates", out)}, SETTINGS)
+        device.wait()
+        inputs[name] = out / name
+    corpus = Corpus.load("a", out, out)
+    questions, passages = corpus.questions["dev"], list(corpus.passages[:3])
+    reader = open_reader(inputs, SETTINGS | {"which": "step 3"})
+    prompts = [reader.prompt(q, passages, q.answers[0]) for q in questions]
+    with torch.no_grad():
+        losses = device.spread(prompts, lambda p: [p], lambda p: float(reader.losses(p)), "losses")
+    mean = device.mean_over_processes(float(device.rank()))
+    seen = {"losses": losses, "mean rank": mean, "size": device.size()}
+    seen["started"] = int(os.environ.get("WORLD_SIZE", 1))
+    seen["backend"] = dist.get_backend() if dist.is_initialized() else None
+    if device.is_main():
+        (out / "seen.json").write_text(json.dumps(seen))
+    device.wait()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
