@@ -48,7 +48,7 @@ def make(*arguments, **environment):
         ("doctor", "python -m ragkit doctor"),
         ("lab", "jupyter lab $(.venv/bin/python -m ragkit lab)"),
         ("course", "python -m ragkit course --profile 'tiny'"),
-        ("pretrain", "python -m ragkit.pretrain ragkit/assets/reader"),
+        ("pretrain", "papermill notebooks/appendix/pretraining.ipynb"),
     ],
 )
 def test_each_command_sets_itself_up_first(target, words):
