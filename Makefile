@@ -68,8 +68,9 @@ tidy: $(READY)       ## remove what the run of PROFILE does not need any more
 doctor: $(READY)     ## can this machine run it?
 	$(RUN) -m ragkit doctor
 
-pretrain: $(READY)   ## train the embedded reader again (hours)
-	$(RUN) -m ragkit.models.pretrain ragkit/assets/reader
+pretrain: $(READY)   ## train the embedded reader again (hours); a killed run goes on
+	mkdir -p runs
+	$(RUN) -m papermill notebooks/appendix/pretraining.ipynb runs/pretraining.ipynb -p OUT ragkit/assets/reader
 
 clean:           ## remove runs and the environment
 	rm -rf runs .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .import_linter_cache

@@ -103,25 +103,37 @@ def prompts(sizes, side="right", seed=1):
 @contextlib.contextmanager
 def caught(calls):
     """Appends what reaches the fused kernel, or Gemma 2's own attention function, to `calls`."""
-    places = ("query", "key", "value", "mask", "dropout", "is_causal")
+    places = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
     kernel = torch.nn.functional.scaled_dot_product_attention
     own = modeling_gemma2.eager_attention_forward
 
-    def note(query, key, value, mask=None, dropout=0.0, is_causal=False, scale=None, softcap=None):
-        call = {"query": query, "key": key, "value": value, "mask": mask, "is_causal": is_causal}
-        calls.append({**call, "scale": scale, "softcap": softcap})
-
     def spy(*given, **rest):
-        named = {"mask" if name == "attn_mask" else name: one for name, one in rest.items()}
-        named = {
-            name: one for name, one in named.items() if name not in ("dropout_p", "enable_gqa")
-        }
-        note(**dict(zip(places, given, strict=False)), **named)
+        call = dict(zip(places, given, strict=False)) | rest
+        calls.append(
+            {
+                "query": call["query"],
+                "key": call["key"],
+                "value": call["value"],
+                "mask": call.get("attn_mask"),
+                "is_causal": call.get("is_causal", False),
+                "scale": call.get("scale"),
+                "softcap": None,
+            }
+        )
         return kernel(*given, **rest)
 
     def own_spy(module, query, key, value, attention_mask, **rest):
-        scale, softcap = rest.get("scaling"), rest.get("softcap")
-        note(query, key, value, attention_mask, scale=scale, softcap=softcap)
+        calls.append(
+            {
+                "query": query,
+                "key": key,
+                "value": value,
+                "mask": attention_mask,
+                "is_causal": False,
+                "scale": rest.get("scaling"),
+                "softcap": rest.get("softcap"),
+            }
+        )
         return own(module, query, key, value, attention_mask, **rest)
 
     torch.nn.functional.scaled_dot_product_attention = spy

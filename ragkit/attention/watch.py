@@ -25,9 +25,8 @@ class AllSeen(Exception):
 class Watch(TorchFunctionMode):
     """Listens to the attention calls of a decoder's layers, and checks what it hears.
 
-    `seen` `[batch, tokens]` is True on tokens that are not padding, the past in a cache included;
-    `rows` `[batch, rows]` are query positions. The forward pass ends when the last layer's are
-    seen. `cross`: the second call of each layer is meant, not the first.
+    `seen` `[batch, tokens]` is True on tokens that are not padding; `rows` `[batch, rows]` are
+    query positions. `cross`: the second call of each layer is meant, not the first.
     """
 
     def __init__(
@@ -64,14 +63,16 @@ class Watch(TorchFunctionMode):
         self.calls += 1
         if self.calls != 1 + self.cross:
             return
-        call = self.unpacked(call)
+        call, keys = self.unpacked(call), call.key.shape[2]
+        if keys != self.tokens:
+            raise unfit(self.place, f"has {keys} keys for {self.tokens} tokens")
         alpha = self.over_tokens(call, self.rows)
-        norms = self.padded(kernels.value_norms(call)).masked_fill(~self.seen[:, None], 0.0)
+        norms = kernels.value_norms(call).to(alpha.device).masked_fill(~self.seen[:, None], 0.0)
         self.sound &= alpha.isfinite().all() & norms.isfinite().all()
         self.complete &= ((alpha.sum(-1) - 1).abs() < 1e-3).all()
-        if not self.cross and self.queries > 1:
+        if not self.cross:
             # The rows asked for may be the last, before which everything lies: the first one tells.
-            first = self.seen[:, self.tokens - self.queries :].int().argmax(1, keepdim=True)
+            first = self.seen.int().argmax(1, keepdim=True)
             self.check_causality(alpha, self.rows)
             self.check_causality(self.over_tokens(call, first), first)
         self.visit(alpha, norms)
@@ -91,22 +92,14 @@ class Watch(TorchFunctionMode):
             mask = mask.reshape(batch, -1, 1, mask.shape[-1])
         return replace(call, query=call.query.reshape(batch, -1, 1, size), mask=mask)
 
-    def padded(self, by_key: Tensor) -> Tensor:
-        """`[..., keys]` over all tokens: a sliding-window layer's cache holds the last of them."""
-        missing = self.tokens - by_key.shape[-1]
-        if missing < 0 or (missing > 0 and (self.cross or self.tokens == self.queries)):
-            raise unfit(self.place, f"has {by_key.shape[-1]} keys for {self.tokens} tokens")
-        return nn.functional.pad(by_key, (missing, 0)).to(self.seen.device)
-
     def over_tokens(self, call: Call, rows: Tensor) -> Tensor:
         """Attention of `rows` over all tokens `[batch, heads, rows, tokens]`, zero on padding."""
-        alpha = self.padded(kernels.attention_rows(call, rows.to(call.query.device)))
+        alpha = kernels.attention_rows(call, rows.to(call.query.device)).to(self.seen.device)
         return alpha.masked_fill(~self.seen[:, None, None], 0.0)
 
     def check_causality(self, alpha: Tensor, rows: Tensor) -> None:
         """Notes whether `rows` attend to tokens behind them."""
-        places = self.tokens - self.queries + rows.to(alpha.device)
-        later = torch.arange(self.tokens, device=alpha.device) > places[:, :, None]
+        later = torch.arange(self.tokens, device=alpha.device) > rows.to(alpha.device)[:, :, None]
         self.causal &= alpha.amax(1).masked_fill(~later, 0.0).amax() < NONE
 
     @contextmanager

@@ -123,11 +123,9 @@ def train(lesson: Lesson, settings: DistillSettings, seed: int, folder: Path) ->
         batches += torch.randperm(len(lesson.texts), generator=order).split(settings.batch)
     ends = np.linspace(0, len(batches), LOOKS * settings.epochs + 1).round().astype(int)
 
-    def tokens_of(batch: Tensor) -> dict[str, Any]:
-        return retriever.tokens([lesson.texts[i] for i in device.share(batch)[0]])
-
-    def step(tokens: dict[str, Any], batch: Tensor) -> float:
+    def step(batch: Tensor) -> float:
         chosen, weight = device.share(batch)
+        tokens = retriever.tokens([lesson.texts[i] for i in chosen])
         loss = module(tokens, chosen) * weight
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(retriever.parameters(), 1.0)
@@ -147,8 +145,8 @@ def train(lesson: Lesson, settings: DistillSettings, seed: int, folder: Path) ->
         row: Row = {"epoch": look / LOOKS}
         mine, losses = batches[ends[look - 1] : ends[look]], []
         retriever.train()
-        for batch, tokens in zip(mine, device.ahead(mine, tokens_of), strict=True):
-            losses.append(step(tokens, batch))
+        for batch in mine:
+            losses.append(step(batch))
             if not math.isfinite(losses[-1]):
                 at = f"Step 2: the loss is not a number before epoch {row['epoch']:g}"
                 row["stopped"] = f"{at}. Lower distill.rate."

@@ -236,13 +236,7 @@ def adapted(model: Any, rank: int) -> Callable[[], Any]:
     return lambda: copy.deepcopy(whole).merge_and_unload()
 
 
-<<<<<<< HEAD
 def fine_tune(reader: Reader, draw: Draw, folder: Path, seed: int) -> list[float]:
-=======
-def fine_tune(
-    reader: Reader, draw: Draw, folder: Path, seed: int, report: Report = lambda losses, rate: None
-) -> list[float]:
->>>>>>> f813ebe
     """Teaches the reader to answer questions; returns the loss (nats a token) of each step.
 
     `draw` gives a question with its passages. The reader as it stands after each of `kept_steps`

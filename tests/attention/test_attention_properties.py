@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import attention_matrix, make, prompts
-from transformers import BartConfig, BartForConditionalGeneration, DynamicCache, StaticCache
+from transformers import BartConfig, BartForConditionalGeneration
 
 from ragkit.attention import (
     AttentionError,
@@ -18,7 +18,6 @@ from ragkit.attention import (
     pooled,
     record,
     record_cross,
-    record_generation,
 )
 from ragkit.attention.cost import (
     Shape,
@@ -151,7 +150,7 @@ BAD = {
     "all masked": (lambda i, m: (i, m * 0, torch.tensor([[1]])), "no token"),
     "no tokens": (lambda i, m: (i[:, :0], m[:, :0], torch.tensor([[0]])), "do not fit"),
     "short mask": (lambda i, m: (i, m[:, :3], torch.tensor([[1]])), "do not fit"),
-    "no cache": (lambda i, m: (i[:, 2:], m, torch.tensor([[1]])), "the cache 0"),
+    "long mask": (lambda i, m: (i[:, 2:], m, torch.tensor([[1]])), "do not fit"),
 }
 
 
@@ -229,29 +228,6 @@ def test_a_mask_that_is_not_heeded_is_noticed():
     record_cross(model, states, torch.ones_like(mask), *given)
     with pytest.raises(AttentionError, match="attends to padding"):
         record_cross(model, states, mask, *given)
-
-
-def test_caches_of_another_kind_are_refused():
-    model, (ids, mask) = make("llama"), prompts([4, 6], "left")
-    with pytest.raises(AttentionError, match="16 keys for 6 tokens"):
-        record(
-            model,
-            ids,
-            mask,
-            torch.tensor([[5]] * 2),
-            StaticCache(config=model.config, max_cache_len=16),
-        )
-    assert (
-        record(
-            model, ids, mask, torch.tensor([[5]] * 2), DynamicCache(config=model.config)
-        ).alpha.shape[-1]
-        == 6
-    )
-
-
-def test_generation_from_right_padded_prompts_is_refused():
-    with pytest.raises(AttentionError, match="on the left"):
-        record_generation(MODELS["llama"], *prompts([4, 6], "right"), 2, 0)
 
 
 def test_groups_and_passages_without_tokens():

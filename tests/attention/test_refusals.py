@@ -8,7 +8,7 @@ import transformers
 from tiny_models import CONFIGS, SMALL, make, prompts
 from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
 
-from ragkit.attention import AttentionError, observe, record, record_generation
+from ragkit.attention import AttentionError, observe, record
 from ragkit.attention.kernels import LazyMask
 
 ROBERTAS = {
@@ -75,8 +75,6 @@ def test_the_roberta_family_keeps_its_own_positions(name):
     left, left_mask = prompts([12, 17], "left")
     with pytest.raises(AttentionError, match="pad on the right"):
         record(model, left, left_mask, torch.tensor([[16], [16]]))
-    with pytest.raises(AttentionError, match="positions"):
-        record_generation(model, ids[1:], mask[1:], 2, 0)
 
 
 def test_positions_are_given_only_behind_padding():
@@ -110,23 +108,6 @@ def test_a_reader_that_works_on_its_mask_is_refused():
 def test_another_kernel_is_refused_with_the_file_to_change():
     with pytest.raises(AttentionError, match=r"'eager'.*config\.json"):
         record(make("gpt2", "eager"), *prompts([5]), torch.tensor([[4]]))
-
-
-def test_generation_is_greedy_whatever_the_folder_says():
-    model, (ids, mask) = make("llama"), prompts([11, 14], "left")
-    model.generation_config.eos_token_id = None
-    plain = record_generation(model, ids, mask, 6, 0)[0]
-    model.generation_config.update(repetition_penalty=1.8, num_beams=3, do_sample=True)
-    settings = model.generation_config
-    tokens, seen = record_generation(model, ids, mask, 6, 0)
-    assert torch.equal(tokens, plain)
-    assert model.generation_config is settings
-    model.generation_config.eos_token_id = int(plain[0, 2])
-    tokens, seen = record_generation(model, ids, mask, 6, 0)
-    ended = plain[0].tolist().index(int(plain[0, 2]))
-    assert (tokens[0, ended + 1 :] == 0).all()
-    assert torch.equal(seen.alpha[:, 0, :, ended], seen.alpha[:, 0, :, -1])
-    assert torch.allclose(seen.alpha.sum(-1), torch.ones(()), atol=1e-5)
 
 
 def test_observing_keeps_the_callers_gradients():

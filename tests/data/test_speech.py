@@ -109,16 +109,6 @@ def test_a_passage_is_labelled_as_its_sentences_are(name):
         assert [tag for _, _, tag in parts_of_speech(passage.text)] == alone
 
 
-def test_pretraining_pages_are_labelled():
-    for seed in range(100):
-        rng = random.Random(seed)
-        for page in (
-            prose.register_page(rng, 3, 1.0, 2),
-            prose.passages_page(rng, 4, 2, 1.0, 10, 2),
-        ):
-            assert parts_of_speech("".join(text for text, _ in page))
-
-
 LABELLED = """
 which/DET company/NOUN did/AUX belina/PROPN ashvik/PROPN work/VERB for/ADP
 

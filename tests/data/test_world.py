@@ -76,28 +76,6 @@ def test_held_out_wordings_are_not_in_the_distillation_part():
         assert 3 in {q.wording for q in made.questions["test"]}
 
 
-def training_pages(i: int) -> list[list[prose.Span]]:
-    rng = random.Random(i)
-    return [prose.register_page(rng, 3, 1.0, 2), prose.passages_page(rng, 4, 2, 1.0, 10, 2)]
-
-
-def training_text(n: int) -> list[str]:
-    """Both kinds of pretraining pages, as text."""
-    return ["".join(text for text, _ in page) for i in range(n) for page in training_pages(i)]
-
-
-def test_measured_names_never_stand_in_training_text():
-    """Name words of the measured worlds do not occur in any training page."""
-    frozen = {
-        w for n in WORLDS for p in small(n).passages for w in p.title.lower().split()
-    } - world.plain_words()
-    pages = " ".join(training_text(300)).lower()
-    assert frozen
-    assert not frozen & set(
-        pages.replace(":", " ").replace(".", " ").replace(",", " ").replace("?", " ").split()
-    )
-
-
 @pytest.mark.parametrize("kind", ["first", "last", "town", "river", "company", "press", "medal"])
 def test_every_name_word_is_two_tokens(kind):
     tokenizer = build_tokenizer()
@@ -106,21 +84,6 @@ def test_every_name_word_is_two_tokens(kind):
             pieces = tokenizer.tokenize(word)
             assert len(pieces) == 2, (word, pieces)
             assert word == pieces[0] + pieces[1].removeprefix("##")
-
-
-def test_training_pages_need_no_unknown_token():
-    tokenizer = build_tokenizer()
-    assert not any(tokenizer.unk_token_id in ids for ids in tokenizer(training_text(200)).input_ids)
-
-
-def test_facts_told_again_were_told_before():
-    """Answers told again stand in the page's own passages or entries, but for other aliases."""
-    found = []
-    for page in (page for i in range(100) for page in training_pages(i)):
-        told = "".join(text for text, kind in page if kind == "given").lower()
-        found += [text.lower() in told for text, kind in page if kind == "answer"]
-    assert len(found) > 1000
-    assert 0.9 < sum(found) / len(found) < 1
 
 
 def test_a_question_in_training_text_is_left_open():

@@ -44,7 +44,7 @@ def make(*arguments, **environment):
         ("lab", "jupyter lab $(.venv/bin/python -m ragkit lab)"),
         ("course", "python -m ragkit course --profile 'tiny'"),
         ("tidy", "python -m ragkit tidy --profile 'tiny'"),
-        ("pretrain", "python -m ragkit.models.pretrain ragkit/assets/reader"),
+        ("pretrain", "papermill notebooks/appendix/pretraining.ipynb"),
     ],
 )
 def test_each_command_sets_itself_up_first(target, words):

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 import torch
-from transformers import FalconForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
@@ -14,7 +14,6 @@ from ragkit.data.vocabulary import build_tokenizer
 from ragkit.errors import RagkitError, ReaderError
 from ragkit.models import reader
 from ragkit.models.fid import load_reader
-from ragkit.models.pretrain import reader_config
 from ragkit.models.reader import PART, Reader, embedded_reader
 from ragkit.settings import ReaderSettings
 
@@ -28,7 +27,7 @@ QUESTION = Question("q", "where was orla venn born", ("Ulm",), (0,), cloze="Orla
 def make(**settings):
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    config = reader_config(tokenizer)
+    config = FalconConfig.from_pretrained(embedded_reader())
     config._attn_implementation = "sdpa"
     return Reader(FalconForCausalLM(config), tokenizer, ReaderSettings(**settings))
 
@@ -160,5 +159,5 @@ def test_attention_that_is_not_a_number_is_refused():
     with torch.no_grad():
         one.model.transformer.h[0].self_attention.query_key_value.weight.fill_(float("nan"))
     prompts = [one.prompt(QUESTION, PASSAGES)]
-    with pytest.raises(ReaderError, match="embedded: Attention is not a number"):
+    with pytest.raises(ReaderError, match="FalconForCausalLM's attention is not a number"):
         one.attention(prompts, torch.tensor([[1]]), torch.ones(1, 1, 1))
