@@ -83,7 +83,8 @@ class Lesson(nn.Module):
         if self.stays:
             return torch.from_numpy(self.index.vectors.take(places)).to(device.device())
         unique, back = np.unique(places, return_inverse=True)
-        vectors = self.retriever([passage_text(self.asked.corpus.passages[i]) for i in unique])
+        texts = [passage_text(self.asked.corpus.passages[i]) for i in unique]
+        vectors = self.retriever(texts, "passage")
         return vectors[torch.from_numpy(back.reshape(places.shape)).to(device.device())]
 
     def find(self, part: str, depth: int) -> NDArray[np.int64]:
@@ -91,7 +92,8 @@ class Lesson(nn.Module):
         corpus, encode = self.asked.corpus, self.retriever.encode
         queries = encode([q.text for q in corpus.questions[part]])
         if not self.stays:
-            return search(queries, encode(list(map(passage_text, corpus.passages))), depth)[0]
+            texts = list(map(passage_text, corpus.passages))
+            return search(queries, encode(texts, "passage"), depth)[0]
         return device.agreed(self.index.search(queries, depth)[0] if device.is_main() else None)
 
     def hr(self) -> float:
