@@ -1,4 +1,4 @@
-"""What notebooks 05 to 08 look at: tokens, closeness, and indicators beside retrieval gains."""
+"""What notebooks 05 to 09 look at: tokens, closeness, and indicators beside retrieval gains."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from ragkit.data.questions import hits
-from ragkit.data.speech import Tagged, parts_of_speech
+from ragkit.data.speech import Tagged
 from ragkit.errors import NounsError
 from ragkit.experiment.lab import Lab
-from ragkit.indicators import measures
+from ragkit.indicators import measures, metrics
 from ragkit.indicators.measures import Floats, Tokens
+from ragkit.indicators.metrics import Interval
 
 Goal = Literal["answer", "nouns"]  # what closeness is measured to: Indicator 1, Indicator 2
 INDICATORS: dict[Goal, str] = {"answer": "Indicator 1", "nouns": "Indicator 2"}
@@ -38,21 +39,16 @@ class Analysis:
     def _runs(self) -> dict[int, Analysis]:
         """This analysis and its like for the readers of every other run of Step 1, by seed."""
         first, *others = self.lab.profile.step1_seeds
-        further = {seed: Analysis(self.lab.again(seed), self.set_name) for seed in others}
-        return {first: self, **further}
-
-    def gold_found(self) -> NDArray[np.bool_]:
-        """Whether the candidates hold a gold passage `[questions]`."""
-        ranking = self.lab.candidates(self.set_name)["test"][: len(self.questions)]
-        golds = self.lab.corpus(self.set_name).golds(self.questions, ranking)
-        return hits(ranking.tolist(), golds, self.lab.profile.k) > 0
-
-    def _tokens(self, which: str) -> Tokens:
-        return Tokens.load(self.lab.open("tokens", self.set_name, which))
+        return {first: self} | {
+            seed: Analysis(self.lab.again(seed), self.set_name) for seed in others
+        }
 
     def nouns(self) -> list[list[tuple[int, int]]]:
         """Character spans of each question's nouns; NounsError if no noun finder is at hand."""
         return self.lab.noun_spans(self.set_name, "test")[: len(self.questions)]
+
+    def _tokens(self, which: str) -> Tokens:
+        return Tokens.load(self.lab.open("tokens", self.set_name, which))
 
     def _closeness(self, which: str, goal: Goal, space: str) -> tuple[Floats, NDArray[np.bool_]]:
         """Closeness of a reader's tokens to the goal `[tokens]`, and which are the goal's own.
@@ -65,10 +61,7 @@ class Analysis:
         return measures.load_closeness(folder, goal, space)
 
     def _indicator(self, which: str, goal: Goal, space: str | None = None) -> pd.DataFrame:
-        """Indicator 1 (`answer`) or 2 (`nouns`) of a reader, a row a question.
-
-        In the profile's space or another; columns as in `measures.indicator`.
-        """
+        """A reader's indicator, a row a question (`measures.indicator`); in the profile's space."""
         settings, tokens = self.lab.profile.indicators, self.tokens(which)
         close, exact = self.closeness(which, goal, space or settings.space)
         attention = tokens.attention(self.lab.profile.attention)
@@ -90,24 +83,35 @@ class Analysis:
                     labels.append(words[number][2] if known else "unknown")
         return labels
 
-    def speech(self, which: str) -> list[str]:
-        """Gold part of speech of each passage token's word `[tokens]`; in embedded worlds only."""
-        return self.by_word(which, parts_of_speech)
+    def gold_found(self) -> NDArray[np.bool_]:
+        """Whether the k passages hold a gold one `[questions]`."""
+        ranking = self.lab.candidates(self.set_name)["test"][: len(self.questions)]
+        return self._hits(ranking, self.lab.profile.k) > 0
+
+    def gain_of(self, ranking: NDArray[np.int64]) -> Floats:
+        """Gain in HR@5 of a test ranking over the initial retriever `[questions]`."""
+        return self._hits(ranking, 5) - self._hits(self.lab.candidates(self.set_name)["test"], 5)
+
+    def _hits(self, ranking: NDArray[np.int64], k: int) -> Floats:
+        corpus = self.lab.corpus(self.set_name)
+        golds = corpus.golds(corpus.questions["test"][: len(ranking)], ranking)
+        return hits(ranking.tolist(), golds, k)
 
     def _hit_gains(self, target: str) -> Floats:
-        """Gain in HR@5 over the initial retriever of each test question `[seeds, questions]`."""
+        """Gain in HR@5 of each test question by a target `[seeds, questions]`."""
         seeds = self.lab.profile.distill.seeds
         rankings = [self.lab.distilled(self.set_name, target, seed)[0] for seed in seeds]
         return np.stack([self.gain_of(ranking) for ranking in rankings])
 
-    def gain_of(self, ranking: NDArray[np.int64]) -> Floats:
-        """Gain in HR@5 of a test ranking over the initial retriever `[questions]`."""
-        corpus, initial = self.lab.corpus(self.set_name), self.lab.candidates(self.set_name)["test"]
-        asked = corpus.questions["test"]
-        after, before = (
-            hits(found.tolist(), corpus.golds(asked, found), 5) for found in (ranking, initial)
-        )
-        return after - before
+    def mean_of(self, values: Floats) -> Interval:
+        """Mean of the values that are numbers, with an interval over questions."""
+        resamples = self.lab.profile.evaluate.bootstrap
+        return metrics.interval(values[np.isfinite(values)], resamples=resamples)
+
+    def mean_gain(self, gains: Floats) -> Interval:
+        """Mean of gains `[seeds, questions]` or `[questions]`, with an interval over both."""
+        resamples = self.lab.profile.evaluate.bootstrap
+        return metrics.paired_gain(gains, np.zeros(gains.shape[-1]), resamples=resamples)
 
 
 def computed(sets: Mapping[str, Analysis]) -> dict[Goal, str]:

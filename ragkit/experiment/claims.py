@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import yaml
 
@@ -15,8 +15,6 @@ from ragkit.indicators.metrics import Interval
 from ragkit.settings import asset
 
 WEAKER = ("not comparable", "not yet measured", "undecided")  # than a verdict, weakest first
-VERDICTS = ("reproduced", "partly", "not reproduced", *WEAKER)
-COLUMNS = ["claim", "statement", "rule", "measured", "verdict", "why", "paper"]  # of the ledger
 TOO_SMALL = "the profile is too small to judge"
 
 
@@ -65,58 +63,6 @@ def above(value: Interval, line: float = 0.0) -> str:
     return "not reproduced" if value.high <= line else "undecided"
 
 
-def clear(gain: Interval) -> bool:
-    """Whether zero lies outside the interval."""
-    return gain.low > 0 or gain.high < 0
-
-
-def improves(gain: Gain) -> str:
-    """Rule of C1 for one measure: above zero is reproduced, at or below is not reproduced."""
-    return at_most_partly(above(gain.value), gain.seeds)
-
-
-def fails(poor: Gain, good: Gain) -> str:
-    """Rule of C2: the poor reader's gain lies below half of the good one's, if that gains."""
-    if improves(good) in ("not reproduced", "undecided"):
-        return "undecided"  # there is no half to be below
-    half = good.value.mean / 2
-    if poor.value.high < half:
-        return at_most_partly("reproduced", min(poor.seeds, good.seeds))
-    return "not reproduced" if poor.value.low >= half else "undecided"
-
-
-def most(top: Interval, lead: Interval) -> str:
-    """Rule of C3 and C4: the closest tenth gets more than the average and every other tenth."""
-    return together([above(top, 1.0), above(lead)])
-
-
-def higher_when_it_works(difference: Interval, gain: Interval) -> str:
-    """Rule of C5 and C6 for one number: it is higher in the reader whose distillation gains more.
-
-    Number and gain are fine-tuned minus off-the-shelf.
-    """
-    if not clear(gain):
-        return "undecided"
-    if gain.mean < 0:
-        difference = Interval(-difference.mean, -difference.high, -difference.low, difference.n)
-    return above(difference)
-
-
-def divided_by(line: float, means: dict[str, Interval], gain: Interval) -> str:
-    """Rule of C6's line: the reader whose distillation gains more lies above it, the other below.
-
-    Not reproduced if one of them lies clearly on the wrong side.
-    """
-    if not clear(gain) or not all(np.isfinite(value.mean) for value in means.values()):
-        return "undecided"
-    good, poor = means["fine-tuned"], means["off-the-shelf"]
-    if gain.mean < 0:
-        good, poor = poor, good
-    if good.high < line or poor.low > line:
-        return "not reproduced"
-    return "reproduced" if good.low > line and poor.high < line else "undecided"
-
-
 def together(verdicts: list[str]) -> str:
     """One verdict for several parts: all the same, 'partly' if some hold, else the weakest."""
     if len(set(verdicts)) == 1:
@@ -126,51 +72,87 @@ def together(verdicts: list[str]) -> str:
     return next((weaker for weaker in WEAKER if weaker in verdicts), "not reproduced")
 
 
-def over_runs(runs: dict[int, Part]) -> Part:
-    """A claim on one set over several runs of Step 1, by their seeds (see `together`)."""
-    if len(runs) == 1:
-        return next(iter(runs.values()))
-    told = [f"Step 1 with seed {seed}: {part.measured}" for seed, part in runs.items()]
-    return Part(together([part.verdict for part in runs.values()]), " | ".join(told))
+def improves(gain: Gain) -> str:
+    """C1, one measure: the gain lies above zero."""
+    return at_most_partly(above(gain.value), gain.seeds)
 
 
-def decide(parts: dict[str, dict[str, Part]], judge: bool) -> dict[str, dict[str, Any]]:
-    """The ledger from `parts[set][claim]`; C8 compares the sets.
+def fails(poor: Gain, good: Gain) -> str:
+    """C2: the poor reader's gain lies below half of the good one's; undecided if that is none."""
+    if improves(good) in ("not reproduced", "undecided"):
+        return "undecided"
+    half = good.value.mean / 2
+    if poor.value.high < half:
+        return at_most_partly("reproduced", min(poor.seeds, good.seeds))
+    return "not reproduced" if poor.value.low >= half else "undecided"
 
-    With `judge` off (a profile too small to tell) every claim is 'not comparable'.
+
+def most(top: Interval, lead: Interval) -> str:
+    """C3 and C4: the closest tenth gets more than the average and than every other tenth."""
+    return together([above(top, 1.0), above(lead)])
+
+
+def higher_when_it_works(difference: Interval, gain: Interval) -> str:
+    """C5 and C6, one number: it is higher in the reader whose distillation gains more.
+
+    Number and gain are fine-tuned minus off-the-shelf; undecided if the gain may be zero.
     """
-    ledger: dict[str, dict[str, Any]] = {}
-    same = []
-    for claim in list(statements())[:-1]:
-        on_sets = {name: measured[claim] for name, measured in parts.items()}
-        verdicts = [part.verdict for part in on_sets.values()]
-        why = "; ".join(f"{name}: {part.verdict}" for name, part in on_sets.items())
-        ledger[claim] = {
-            "verdict": together(verdicts) if judge else "not comparable",
-            "measured": "; ".join(f"{name}: {part.measured}" for name, part in on_sets.items()),
-            "why": why if judge else TOO_SMALL,
-        }
-        if len(set(verdicts)) == 1:
-            same.append(claim)
-    held = [claim for claim in same if ledger[claim]["verdict"] in ("reproduced", "partly")]
-    verdict = "partly" if held else "not reproduced"
-    if len(held) == len(ledger) and {row["verdict"] for row in ledger.values()} == {"reproduced"}:
-        verdict = "reproduced"
+    if gain.high < 0:
+        return above(Interval(-difference.mean, -difference.high, -difference.low, difference.n))
+    return above(difference) if gain.low > 0 else "undecided"
+
+
+def divided_by(line: float, poor: Interval, good: Interval, gain: Interval) -> str:
+    """C6: the line stands between the off-the-shelf reader and the fine-tuned one, the reader
+    whose distillation gains more above it; not reproduced if one is clearly on the wrong side.
+    """
+    if gain.high < 0:
+        poor, good = good, poor
+    elif not gain.low > 0:
+        return "undecided"
+    if good.high < line or poor.low > line:
+        return "not reproduced"
+    return "reproduced" if good.low > line and poor.high < line else "undecided"
+
+
+def alike(verdicts: Mapping[str, str], same: list[str]) -> tuple[str, str]:
+    """C8: the claims hold on both sets. From each claim's verdict and those `same` on both sets.
+
+    Reproduced if every claim is, 'partly' if some hold on both; and what was measured.
+    """
+    held = [claim for claim in same if verdicts[claim] in ("reproduced", "partly")]
     told = f"the same verdict on both sets: {', '.join(same) or 'none'}; "
     told += f"of these reproduced or partly so: {', '.join(held) or 'none'}"
-    ledger["C8"] = {
-        "verdict": verdict if judge and len(parts) > 1 else "not comparable",
-        "measured": told if judge else "",
-        "why": "claim by claim, set by set" if judge else TOO_SMALL,
-    }
-    return ledger
+    if set(verdicts.values()) == {"reproduced"}:
+        return "reproduced", told
+    return "partly" if held else "not reproduced", told
 
 
-def table(ledger: dict[str, dict[str, Any]], paper: dict[str, dict[str, Any]]) -> pd.DataFrame:
-    """The ledger as a table, with the column `paper` for values a reader has filled in."""
-    rows = []
-    for claim, text in statements().items():
-        own = paper.get(claim)
-        row = {"claim": claim, "statement": text["claim"], "rule": text["rule"], **ledger[claim]}
-        rows.append({**row, "paper": f"{own['value']} (p. {own['page']})" if own else ""})
-    return pd.DataFrame(rows, columns=COLUMNS)
+def ledger(
+    parts: Mapping[str, Mapping[str, Part]], judge: bool, paper: Mapping[str, Mapping[str, Any]]
+) -> pd.DataFrame:
+    """The claims as a table, from `parts[set][claim]`; the column `paper` holds `paper_values`.
+
+    Without `judge` (a profile too small to tell) every claim is 'not comparable'.
+    """
+    verdicts, same, rows, texts = {}, [], [], statements()
+    *single, both = texts
+    for claim in single:
+        on_sets = {name: of_set[claim] for name, of_set in parts.items()}
+        found = [part.verdict for part in on_sets.values()]
+        verdicts[claim] = together(found)
+        same += [claim] if len(set(found)) == 1 else []
+        measured = "; ".join(f"{name}: {part.measured}" for name, part in on_sets.items())
+        why = "; ".join(f"{name}: {part.verdict}" for name, part in on_sets.items())
+        rows.append((measured, verdicts[claim], why))
+    verdict, told = alike(verdicts, same)
+    verdicts[both] = verdict if len(parts) > 1 else "not comparable"
+    rows.append((told if judge else "", verdicts[both], "claim by claim, set by set"))
+    table = pd.DataFrame(rows, columns=["measured", "verdict", "why"])
+    if not judge:
+        table = table.assign(verdict="not comparable", why=TOO_SMALL)
+    table.insert(0, "claim", list(texts))
+    table.insert(1, "statement", [text["claim"] for text in texts.values()])
+    table.insert(2, "rule", [text["rule"] for text in texts.values()])
+    filled = {claim: f"{own['value']} (p. {own['page']})" for claim, own in paper.items()}
+    return table.assign(paper=[filled.get(claim, "") for claim in texts])

@@ -18,16 +18,16 @@ from ragkit.experiment.stages import answered
 from ragkit.settings import WorldSet
 
 
-def per_question(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -> pd.DataFrame:
+def per_question(lab: Lab, set_name: str) -> pd.DataFrame:
     """Retrieval of every test question: columns set, system, seed, question, HR@1, 5, 20, MRR.
 
-    Systems: BM25 if the profile has it, the initial retriever, those distilled (default: all).
+    Systems: BM25 if the profile has it, the initial retriever, and those distilled.
     """
-    corpus = lab.corpus(set_name)
-    questions, frames = corpus.questions["test"], []
+    corpus, frames = lab.corpus(set_name), []
+    questions = corpus.questions["test"]
     rankings = {("BM25", 0): lab.bm25(set_name)} if lab.profile.evaluate.bm25 else {}
     rankings["initial", 0] = lab.candidates(set_name)["test"]
-    for target, seed in product(targets or lab.targets, lab.profile.distill.seeds):
+    for target, seed in product(lab.targets, lab.profile.distill.seeds):
         rankings[target, seed] = lab.distilled(set_name, target, seed)[0]
     for (system, seed), ranking in rankings.items():
         found, golds = ranking.tolist(), corpus.golds(questions, ranking)
@@ -40,8 +40,8 @@ def per_question(lab: Lab, set_name: str, targets: Iterable[str] | None = None) 
 def answer_rows(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -> pd.DataFrame:
     """EM and F1 of the first test questions: columns set, system, reader, seed, question, EM, F1.
 
-    Systems as in `per_question`, and no passages at all ("closed book"). Each regime answers with
-    its own reader; BM25 and the controls answer with the fine-tuned one.
+    Systems: no passages at all ("closed book"), BM25, the initial retriever and those distilled
+    (default: all), each read by its regime's reader; BM25 and controls by the fine-tuned one.
     """
     questions = lab.corpus(set_name).questions["test"][: lab.profile.evaluate.answered]
     frames = []
@@ -49,12 +49,12 @@ def answer_rows(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -
         stage = lab.graph.stage("answers", Of(set_name, which, system, seed))
         answers = read_json(lab.open_stage(stage) / "answers.json")
         row = {"set": set_name, "system": system, "reader": which, "seed": seed}
+        row["question"] = range(len(questions))
         for name, score in (("EM", exact_match), ("F1", f1)):
             pairs = zip(answers, questions, strict=True)
             row[name] = [score(answer, question.answers) for answer, question in pairs]
-        frames.append(pd.DataFrame({**row, "question": range(len(questions))}))
-    columns = ["set", "system", "reader", "seed", "question", "EM", "F1"]
-    return pd.concat(frames, ignore_index=True)[columns]
+        frames.append(pd.DataFrame(row))
+    return pd.concat(frames, ignore_index=True)
 
 
 def premises(lab: Lab, set_name: str) -> pd.DataFrame:
@@ -80,15 +80,14 @@ def ceiling(lab: Lab, set_name: str) -> pd.DataFrame:
         cases.append(("both", seeds[0], lab.varied(CEILING)))
     rows = []
     for trained, seed, each in cases:
-        curve = each.distilled(set_name, "oracle", seed)[1]
-        rows.append({"trained": trained, "seed": seed, "HR": curve[-1]["hr"]})
-    return pd.DataFrame(rows).assign(set=set_name)
+        rows.append((trained, seed, each.distilled(set_name, "oracle", seed)[1][-1]["hr"]))
+    return pd.DataFrame(rows, columns=["trained", "seed", "HR"]).assign(set=set_name)
 
 
 def mixed_golds(lab: Lab, set_name: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """The places of the questions for distillation whose candidates are gold ones and others.
+    """Which questions for distillation have gold and other candidates, `[places]`.
 
-    And which of their candidates are gold `[those questions, k]`.
+    And which of their candidates are gold `[places, k]`.
     """
     asked, candidates = lab.asked(set_name)
     gold = oracle_scores(candidates.tolist(), lab.corpus(set_name).golds(asked, candidates)) > 0

@@ -1,8 +1,10 @@
 """Verdicts follow the rules, the unhappy ones too."""
 
+import itertools
+
 import pytest
 
-from ragkit.errors import DataError
+from ragkit.errors import DataError, NounsError
 from ragkit.experiment import claims, evidence
 from ragkit.experiment.claims import Gain, Part
 from ragkit.indicators.metrics import Interval
@@ -13,6 +15,8 @@ def gain(mean, low, high, seeds=3):
 
 
 UP, FLAT, DOWN = gain(0.2, 0.1, 0.3), gain(0.0, -0.05, 0.05), gain(-0.2, -0.3, -0.1)
+NOT_MEASURED = "not yet measured"
+VERDICTS = ("reproduced", "partly", "not reproduced", *claims.WEAKER)
 NOTHING = Interval(float("nan"), float("nan"), float("nan"), 0)
 
 
@@ -76,9 +80,7 @@ def test_c5_and_c6(difference, works, verdict):
     ],
 )
 def test_the_line_of_c6(good, poor, works, verdict):
-    assert (
-        claims.divided_by(0.3, {"fine-tuned": good, "off-the-shelf": poor}, works.value) == verdict
-    )
+    assert claims.divided_by(0.3, poor, good, works.value) == verdict
 
 
 @pytest.mark.parametrize(
@@ -91,52 +93,63 @@ def test_the_line_of_c6(good, poor, works, verdict):
         (["not reproduced"], "not reproduced", "not reproduced"),
     ],
 )
-def test_a_claim_must_hold_in_every_run_of_step_1(verdicts, one_reader, several):
+def test_a_claim_must_hold_in_every_run_of_step_1(monkeypatch, verdicts, one_reader, several):
     class Runs:
         def runs(self):
             return dict(enumerate(verdicts))
 
-    judged = evidence.over_runs(lambda verdict: Part(verdict, f"value of {verdict}"))(Runs())
-    assert judged.verdict == one_reader
-    runs = {seed: Part(verdict, f"value {seed}") for seed, verdict in enumerate(verdicts)}
-    found = claims.over_runs(runs)
-    assert found.verdict == several
-    assert all(f"value {seed}" in found.measured for seed in range(len(verdicts)))
+    for claim, expected in (("C1", several), ("C5", one_reader)):
+        monkeypatch.setitem(evidence.JUDGES, claim, lambda run: Part(run, f"value of {run}"))
+        found = evidence.part(Runs(), claim)
+        assert found.verdict == expected
+        assert all(f"value of {verdict}" in found.measured for verdict in verdicts)
 
 
 def parts(*verdicts):
     return {f"C{i}": Part(verdict, "x") for i, verdict in enumerate(verdicts, 1)}
 
 
+def verdicts_of(judge=True, **sets):
+    table = claims.ledger(sets, judge, {})
+    return dict(zip(table["claim"], table["verdict"], strict=True))
+
+
 def test_sets_that_disagree():
     holds, fails = parts(*["reproduced"] * 7), parts(*["not reproduced"] * 7)
-    ledger = claims.decide({"a": holds, "b": fails}, judge=True)
-    assert {ledger[f"C{i}"]["verdict"] for i in range(1, 8)} == {"partly"}
-    assert ledger["C8"]["verdict"] == "not reproduced"
-    assert claims.decide({"a": holds, "b": holds}, judge=True)["C8"]["verdict"] == "reproduced"
-    assert claims.decide({"a": fails, "b": fails}, judge=True)["C8"]["verdict"] == "not reproduced"
+    found = verdicts_of(a=holds, b=fails)
+    assert found.pop("C8") == "not reproduced"
+    assert set(found.values()) == {"partly"}
+    assert verdicts_of(a=holds, b=holds)["C8"] == "reproduced"
+    assert verdicts_of(a=holds)["C8"] == "not comparable"
+    assert verdicts_of(a=fails, b=fails)["C8"] == "not reproduced"
     some = parts("reproduced", *["undecided"] * 6)
-    assert claims.decide({"a": some, "b": some}, judge=True)["C8"]["verdict"] == "partly"
+    assert verdicts_of(a=some, b=some)["C8"] == "partly"
 
 
-def test_what_could_not_be_computed_is_not_reproduced_by_silence():
-    missing = "not yet measured"
-    none = parts(*["reproduced"] * 2, "partly", missing, "partly", missing, "undecided")
-    ledger = claims.decide({"a": none, "b": none}, judge=True)
-    assert ledger["C4"]["verdict"] == ledger["C6"]["verdict"] == "not yet measured"
+def test_what_could_not_be_computed_is_not_reproduced_by_silence(monkeypatch):
+    def judge(run):
+        raise NounsError("no noun finder")
+
+    class Runs:
+        def runs(self):
+            return {0: self}
+
+    monkeypatch.setitem(evidence.JUDGES, "C4", judge)
+    missing = evidence.part(Runs(), "C4")
+    assert (missing.verdict, missing.measured) == (NOT_MEASURED, "not computed: no noun finder")
+    found = verdicts_of(a=parts(*[NOT_MEASURED] * 7), b=parts(*["undecided"] * 7))
+    assert found["C4"] == NOT_MEASURED
 
 
 def test_a_small_profile_is_never_judged():
-    ledger = claims.decide({"a": parts(*["reproduced"] * 7)}, judge=False)
-    assert {row["verdict"] for row in ledger.values()} == {"not comparable"}
+    found = verdicts_of(judge=False, a=parts(*["reproduced"] * 7))
+    assert set(found.values()) == {"not comparable"}
 
 
 def test_every_verdict_is_a_known_one():
-    for first in claims.VERDICTS:
-        for second in claims.VERDICTS:
-            both = {"a": parts(*[first] * 7), "b": parts(*[second] * 7)}
-            ledger = claims.decide(both, judge=True)
-            assert {row["verdict"] for row in ledger.values()} <= set(claims.VERDICTS)
+    for first, second in itertools.product(VERDICTS, VERDICTS):
+        found = verdicts_of(a=parts(*[first] * 7), b=parts(*[second] * 7))
+        assert set(found.values()) <= set(VERDICTS)
 
 
 def test_every_claim_has_a_rule():
@@ -153,6 +166,6 @@ def test_the_papers_values_are_empty_as_shipped_and_checked_when_filled(tmp_path
     with pytest.raises(DataError, match="C9"):
         claims.paper_values(filled)
     filled.write_text("C1: {value: '1', page: 2}")
-    decided = claims.decide({"a": parts(*["undecided"] * 7)}, judge=True)
-    ledger = claims.table(decided, claims.paper_values(filled))
+    undecided = {"a": parts(*["undecided"] * 7)}
+    ledger = claims.ledger(undecided, True, claims.paper_values(filled))
     assert ledger.set_index("claim")["paper"]["C1"] == "1 (p. 2)"
