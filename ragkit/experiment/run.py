@@ -35,7 +35,10 @@ from ragkit.experiment.store import Stage, Store
 from ragkit.profile import save_profile
 
 log = logging.getLogger(__name__)
-NOISY = ("papermill", "httpx", "bm25s", "datasets", "faiss", "traitlets", "spacy", "asyncio")
+NOISY = (
+    *("papermill", "httpx", "bm25s", "datasets", "faiss", "traitlets", "spacy", "asyncio"),
+    "sentence_transformers",
+)
 
 
 def start_logging() -> None:
