@@ -1,7 +1,6 @@
-"""What attention rows should cost: a small model of work and memory, to hold measured values to.
+"""What attention rows should cost: a model of work and memory, to hold measured values to.
 
 The parts: matrices, tokens x weights; the fused kernel, tokens x tokens; our rows, rows x tokens.
-Eager attention also keeps heads x tokens x tokens numbers a layer. `make bench` measures.
 """
 
 from dataclasses import dataclass
@@ -33,8 +32,7 @@ class Shape:
 
 def fused_work(shape: Shape, tokens: int) -> Work:
     """The plain pass of one prompt (what the kernel saves by causality, its rate absorbs)."""
-    keys_and_values = 2 * shape.kv_heads * shape.size
-    weights = shape.hidden * (2 * shape.hidden + keys_and_values) + shape.widened
+    weights = 2 * shape.hidden * (shape.hidden + shape.kv_heads * shape.size) + shape.widened
     matrices = 2.0 * shape.layers * weights * tokens
     return np.array([matrices, 4.0 * shape.layers * shape.hidden * tokens**2])
 

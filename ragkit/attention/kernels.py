@@ -1,9 +1,9 @@
 """The arithmetic of attention rows, from the query, key, value and mask that reach a kernel.
 
-Where a reader calls `torch.nn.functional.scaled_dot_product_attention`, `watch` listens, and only
-the rows asked for are computed again. Where it has only transformers' attention interface (Gemma
-2), the function registered here computes its output in blocks of queries and tells the listener.
-Neither makes heads x tokens x tokens. The softmax is in float32, or float64 where the inputs are.
+Every fused path of transformers ends in `torch.nn.functional.scaled_dot_product_attention`: there
+`watch` listens, and only the rows asked for are computed again. Where a reader has no such path
+(Gemma 2), the function registered here with transformers' attention interface computes its output
+in blocks of queries and tells the listener. The softmax is in float32, or wider as the inputs are.
 """
 
 import math

@@ -81,9 +81,8 @@ def _positions(reader: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, 
     Raises AttentionError if a few tokens, tried with and without padding, show that the reader
     counts positions in its own way (RoBERTa's begin behind its padding index).
     """
-    places, real = (mask.long().cumsum(1) - 1).clamp(min=0), mask.bool()
-    usual_places = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-    if torch.equal(places[real], usual_places[real]):
+    real = mask.bool()
+    if not (~real).cumsum(1)[real].any():  # no padding stands before a token
         return {}
     takes = "position_ids" in inspect.signature(reader.base_model.forward).parameters
     some, pad = ids[real][None, :TRIED], int(ids[~real][0])
@@ -103,7 +102,7 @@ def _positions(reader: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, 
             f"{type(reader).__name__} counts positions in its own way, shifted by padding on the "
             "left: pad on the right, or read one prompt at a time."
         )
-    return {"position_ids": places} if takes else {}
+    return {"position_ids": (real.cumsum(1) - 1).clamp(min=0)} if takes else {}
 
 
 def observe(reader: PreTrainedModel, ids: Tensor, mask: Tensor, rows: Tensor, visit: Visit) -> None:
@@ -134,10 +133,9 @@ def observe_cross(
     layers = _decoder_layers(reader, encoder_decoder=True)
     _check(ids, torch.ones_like(ids), rows)
     _check(states[..., 0], mask, mask.argmax(1, keepdim=True))
-    decoder: Any = reader.get_decoder()
     inputs = {"encoder_hidden_states": states, "encoder_attention_mask": mask}
     with Watch(layers, mask.bool(), rows, visit, cross=True).open(reader):
-        decoder(input_ids=ids, use_cache=False, **inputs)
+        reader.get_decoder()(input_ids=ids, use_cache=False, **inputs)
 
 
 def _recorded(run: Callable[[Visit], None]) -> Record:

@@ -33,14 +33,13 @@ class Watch(TorchFunctionMode):
         self, layers: nn.ModuleList, seen: Tensor, rows: Tensor, visit: Visit, cross: bool = False
     ) -> None:
         super().__init__()
-        self.layers, self.seen, self.rows, self.visit = layers, seen, rows, visit
-        self.cross, self.tokens = cross, seen.shape[1]
+        self.layers, self.seen, self.rows, self.visit, self.cross = layers, seen, rows, visit, cross
         self.place, self.calls, self.queries, self.done, self.inside = "", 0, 0, 0, False
         self.sound = torch.ones((), dtype=torch.bool, device=seen.device)
         self.complete, self.causal = self.sound.clone(), self.sound.clone()
 
     def enter_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before a layer: which one it is, and how many queries it gets."""
+        """Before a layer: it must be the next one; how many queries it gets."""
         self.place = f"Layer {self.done}"
         if layer is not self.layers[self.done]:
             raise unfit(self.place, "ran out of turn")
@@ -63,18 +62,16 @@ class Watch(TorchFunctionMode):
         self.calls += 1
         if self.calls != 1 + self.cross:
             return
-        call, keys = self.unpacked(call), call.key.shape[2]
-        if keys != self.tokens:
-            raise unfit(self.place, f"has {keys} keys for {self.tokens} tokens")
-        alpha = self.over_tokens(call, self.rows)
+        call, keys, tokens = self.unpacked(call), call.key.shape[2], self.seen.shape[1]
+        if keys != tokens:
+            raise unfit(self.place, f"has {keys} keys for {tokens} tokens")
+        alpha = self.checked_rows(call, self.rows)
         norms = kernels.value_norms(call).to(alpha.device).masked_fill(~self.seen[:, None], 0.0)
         self.sound &= alpha.isfinite().all() & norms.isfinite().all()
         self.complete &= ((alpha.sum(-1) - 1).abs() < 1e-3).all()
         if not self.cross:
             # The rows asked for may be the last, before which everything lies: the first one tells.
-            first = self.seen.int().argmax(1, keepdim=True)
-            self.check_causality(alpha, self.rows)
-            self.check_causality(self.over_tokens(call, first), first)
+            self.checked_rows(call, self.seen.int().argmax(1, keepdim=True))
         self.visit(alpha, norms)
         if self.done == len(self.layers) - 1:
             self.done += 1
@@ -92,15 +89,15 @@ class Watch(TorchFunctionMode):
             mask = mask.reshape(batch, -1, 1, mask.shape[-1])
         return replace(call, query=call.query.reshape(batch, -1, 1, size), mask=mask)
 
-    def over_tokens(self, call: Call, rows: Tensor) -> Tensor:
-        """Attention of `rows` over all tokens `[batch, heads, rows, tokens]`, zero on padding."""
+    def checked_rows(self, call: Call, rows: Tensor) -> Tensor:
+        """Attention of `rows` `[batch, heads, rows, tokens]`, 0 on padding; notes causality."""
         alpha = kernels.attention_rows(call, rows.to(call.query.device)).to(self.seen.device)
-        return alpha.masked_fill(~self.seen[:, None, None], 0.0)
-
-    def check_causality(self, alpha: Tensor, rows: Tensor) -> None:
-        """Notes whether `rows` attend to tokens behind them."""
-        later = torch.arange(self.tokens, device=alpha.device) > rows.to(alpha.device)[:, :, None]
-        self.causal &= alpha.amax(1).masked_fill(~later, 0.0).amax() < NONE
+        alpha = alpha.masked_fill(~self.seen[:, None, None], 0.0)
+        if not self.cross:
+            places = torch.arange(alpha.shape[-1], device=alpha.device)
+            later = places > rows.to(alpha.device)[:, :, None]
+            self.causal &= alpha.amax(1).masked_fill(~later, 0.0).amax() < NONE
+        return alpha
 
     @contextmanager
     def open(self, reader: PreTrainedModel) -> Iterator[None]:
