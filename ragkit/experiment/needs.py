@@ -11,7 +11,6 @@ from typing import Any
 import yaml
 
 from ragkit.errors import ProfileError
-from ragkit.experiment.outside import passage_count
 from ragkit.experiment.store import Stage
 from ragkit.profile import Profile
 from ragkit.settings import HubSet, HubTable, asset
@@ -79,6 +78,7 @@ def operations(stage: Stage, profile: Profile) -> float:
     """Floating-point operations: two for each weight and token read, six where it learns."""
     reader, retriever = shapes(profile)
     read = 2 * reader.weights * prompt_tokens(profile)
+    answer = read + 2 * reader.weights * ANSWER
     a_unit = {
         "step1": (4 if profile.reader.gradient_checkpointing else 3) * read,
         "teacher": 2 * read,  # the prompt, and each passage alone
@@ -86,9 +86,9 @@ def operations(stage: Stage, profile: Profile) -> float:
         "vectors": 2 * retriever.weights * PASSAGE,
         "candidates": 2 * retriever.weights * QUESTION,
         "step2": 6 * retriever.weights * QUESTION,
+        **dict.fromkeys(("tokens", "contextual", "probe"), read),
+        **dict.fromkeys(("style", "premises", "answers"), answer),
     }
-    a_unit |= dict.fromkeys(("tokens", "contextual", "probe"), read)
-    a_unit |= dict.fromkeys(("style", "premises", "answers"), read + 2 * reader.weights * ANSWER)
     return units(stage) * a_unit.get(stage.kind, 0.0)
 
 
@@ -97,9 +97,9 @@ def memory(stage: Stage, profile: Profile) -> float:
     reader, retriever = shapes(profile)
     states = 4.0 * profile.reader.at_once * prompt_tokens(profile) * reader.hidden  # of one layer
     if stage.kind == "step1":
-        trained = 0.02 if profile.reader.lora_rank else 1.0
         kept = 3 if profile.reader.gradient_checkpointing else 16  # states kept of each layer
-        return BASE + reader.weights * (4 + 12 * trained) + states * reader.layers * kept
+        moments = 12 * trained_share(profile)
+        return BASE + reader.weights * (4 + moments) + states * reader.layers * kept
     if stage.kind in ("vectors", "retriever", "step2"):
         texts = 64.0 * profile.retriever.at_once * PASSAGE * retriever.hidden
         return BASE + 16 * retriever.weights + texts + 4.0 * profile.index.shard * retriever.hidden
@@ -108,43 +108,42 @@ def memory(stage: Stage, profile: Profile) -> float:
     return BASE + reader.weights * WIDTH[profile.reader.dtype] + 16 * states
 
 
-def disk(stage: Stage, profile: Profile, set_name: str) -> tuple[float, float]:
+def disk(stage: Stage, profile: Profile) -> tuple[float, float]:
     """Bytes that a stage leaves, and bytes that it needs besides while it is made."""
     reader, retriever = shapes(profile)
-    passages = passage_count(next(one for one in profile.sets if one.name == set_name))
     if stage.kind == "step1":  # each reader kept; a checkpoint beside the one that it replaces
-        trained = 0.02 if profile.reader.lora_rank else 1.0
-        return 4 * reader.weights * (
-            1 + len(profile.reader.kept_steps)
-        ), 24 * reader.weights * trained
-    index = 0.0 if profile.index.factory == "Flat" else 80.0
+        kept = 1 + len(profile.reader.kept_steps)
+        return 4 * reader.weights * kept, 24 * reader.weights * trained_share(profile)
     a_passage = {
-        "passages": 700.0,
-        "vectors": float(retriever.hidden * WIDTH[profile.index.dtype]),
-        "index": index,
+        "passages": 700,
+        "vectors": retriever.hidden * WIDTH[profile.index.dtype],
+        "index": 0 if profile.index.factory == "Flat" else 80,
     }
-    stays = passages * a_passage.get(stage.kind, 0.0)
+    stays = units(stage) * a_passage.get(stage.kind, 0)
     return stays or 2e5, stays if stage.kind == "index" else 0.0
+
+
+def trained_share(profile: Profile) -> float:
+    """Of the reader's weights, those that Step 1 trains."""
+    return 0.02 if profile.reader.lora_rank else 1.0
 
 
 def downloads(profile: Profile) -> dict[str, float]:
     """What is fetched from the hub, in GB (NaN: not known here)."""
-    found = {
-        model: hub()["models"].get(model, {}).get("gb", math.nan)
-        for model in (profile.reader.model, profile.retriever.model)
-        if model != "embedded" and not Path(model).exists()
-    }
-    tables: list[tuple[HubTable, set[str]]] = []
+    models = (profile.reader.model, profile.retriever.model)
+    found = {model: hub()["models"].get(model, {}).get("gb", math.nan) for model in models}
     for one in profile.sets:
         if isinstance(one, HubSet):
-            tables.append((one.questions, {one.train, one.heldout}))
+            found[one.questions.dataset] = table_gb(one.questions, {one.train, one.heldout})
             if isinstance(one.passages, HubTable):
-                tables.append((one.passages, {one.passage_split}))
-    for table, splits in tables:
-        known = hub()["tables"]
-        sizes = known.get(f"{table.dataset}: {table.config}") or known.get(table.dataset) or {}
-        each = sizes.get("gb", {})
-        if not Path(table.dataset).is_dir():
-            told = [each.get(split, math.nan) for split in splits]
-            found[table.dataset] = each.get("all", sum(told))
-    return found
+                found[one.passages.dataset] = table_gb(one.passages, {one.passage_split})
+    here = [what for what in found if what == "embedded" or Path(what).exists()]
+    return {what: gb for what, gb in found.items() if what not in here}
+
+
+def table_gb(table: HubTable, splits: set[str]) -> float:
+    """GB of a table's splits; NaN if they are not known here."""
+    known = hub()["tables"]
+    sizes = known.get(f"{table.dataset}: {table.config}") or known.get(table.dataset) or {"gb": {}}
+    each = [sizes["gb"].get(split, math.nan) for split in splits]
+    return sizes["gb"].get("all", sum(each))

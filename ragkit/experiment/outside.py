@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
+import itertools
+from collections import Counter
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
 from ragkit.data.files import input_hash
 from ragkit.data.worlds import relations, spec
-from ragkit.settings import FileSet, HubTable, QuestionSet, WorldSet, asset
+from ragkit.settings import QuestionSet, WorldSet, asset
 
 POOL = 50  # passages of a question's pool on the hub, about: for the plan only
 
@@ -36,7 +38,9 @@ def finder_state(model: str) -> dict[str, str]:
 
 @cache
 def lines_of(path: Path) -> int:
-    """Rows of a TSV of passages, without its header."""
+    """Rows of a TSV of passages, without its header; 0 if it is not there."""
+    if not path.is_file():
+        return 0
     with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         return sum(1 for _ in file) - 1
 
@@ -45,14 +49,11 @@ def passage_count(settings: QuestionSet) -> int:
     """How many passages a set has, or about how many, before it is read."""
     if isinstance(settings, WorldSet):
         kinds = list(spec()["worlds"][settings.world]["entities"])
-        per_kind = [len(range(i, settings.entities, len(kinds))) for i in range(len(kinds))]
-        facts = {kind: sum(k == kind for k, _ in relations(settings.world)) for kind in kinds}
-        told = sum(n * facts[kind] for n, kind in zip(per_kind, kinds, strict=True))
-        return told * settings.wordings_per_fact
-    if isinstance(settings, FileSet):
-        return lines_of(Path(settings.passages)) if Path(settings.passages).is_file() else 0
-    if isinstance(settings.passages, HubTable):
-        return settings.passages.rows.get(settings.passage_split, 0)
-    if settings.passages is not None:
+        facts = Counter(kind for kind, _ in relations(settings.world))
+        turns = itertools.islice(itertools.cycle(kinds), settings.entities)  # one by one
+        return settings.wordings_per_fact * sum(facts[kind] for kind in turns)
+    if isinstance(settings.passages, str):
         return lines_of(Path(settings.passages))
-    return POOL * (settings.distill + settings.dev + settings.test)
+    if settings.passages is None:
+        return POOL * (settings.distill + settings.dev + settings.test)
+    return settings.passages.rows.get(settings.passage_split, 0)
