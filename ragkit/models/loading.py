@@ -16,8 +16,8 @@ IN_A_FOLDER = (
     "other and this machine. Save or fetch it again, or take another"
 )
 FROM_THE_HUB = (
-    "it is no folder here, and the hub did not give it (no network, a wrong name, or gated: accept "
-    "its terms there and run `hf auth login`). Give a local folder in the profile"
+    "it is no folder here, and the hub did not give it (no network, a wrong name, or gated: "
+    "accept its terms there and run `hf auth login`). Give a local folder in the profile"
 )
 
 

@@ -9,7 +9,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,7 @@ from accelerate.state import AcceleratorState
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from ragkit.data.files import write_json, write_whole
 from ragkit.data.passages import Passage
@@ -39,9 +32,8 @@ from ragkit.models.reader import Prompt, Reader, note_trimmed
 from ragkit.models.retriever import Retriever
 from ragkit.settings import ReaderSettings, RetrieverSettings, WorldSet
 
-__all__ = ["Lessons", "fine_tune", "make_step1", "reader_folder"]
 log = logging.getLogger(__name__)
-CHECKPOINTS, WEIGHTS, CHECKPOINT_EVERY = "checkpoint-*", "weights.pt", 50  # steps
+CHECKPOINT_EVERY = 50  # steps
 METRICS, ROWS = "metrics.jsonl", 80  # of them in a whole training
 WARM_UP, DECAY = 30, 0.3  # steps, share of the steps
 
@@ -94,86 +86,77 @@ class Step1(Trainer):
     optimizer: Any
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        learnt = [
-            p for p in (self.model if model is None else model).parameters() if p.requires_grad
-        ]
+        learnt = [p for p in self.model.parameters() if p.requires_grad]
         rate = self.args.learning_rate
         self.optimizer = torch.optim.AdamW(learnt, rate, betas=(0.9, 0.98), weight_decay=0.01)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: scale(step, num_training_steps)
-        )
+        def share(step: int) -> float:
+            return scale(step, num_training_steps)
+
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, share)
         return self.lr_scheduler
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save and output_dir is not None:
             Path(output_dir).mkdir(exist_ok=True)
-            torch.save(state_dict or self.model.state_dict(), Path(output_dir) / WEIGHTS)
+            torch.save(self.model.state_dict(), Path(output_dir) / "weights.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        place = Path(resume_from_checkpoint) / WEIGHTS
-        weights = torch.load(place, map_location="cpu", weights_only=True)
-        (self.model if model is None else model).load_state_dict(weights)
+        place = Path(resume_from_checkpoint) / "weights.pt"
+        self.model.load_state_dict(torch.load(place, map_location="cpu", weights_only=True))
 
 
 class Progress(TrainerCallback):
     """Follows a training: the loss of each step, METRICS, and the readers that are kept.
 
     Rows of METRICS hold step, loss (mean since the row before), rate, seconds, and left: seconds to
-    go by the pace so far.
+    go by the pace so far. They are made from the trainer's own log, which its checkpoints hold.
     """
 
     def __init__(self, loss: Loss, folder: Path, keep: Callable[[str], None]) -> None:
         self.loss, self.keep, self.file = loss, keep, folder / METRICS
-        self.settings = loss.reader.settings
-        self.kept = {*self.settings.kept_steps, self.settings.steps}
-        self.every = max(1, self.settings.steps // ROWS)
+        self.settings = settings = loss.reader.settings
+        self.kept = {*settings.kept_steps, settings.steps}
+        self.marks = {*range(0, settings.steps, max(1, settings.steps // ROWS)), *self.kept}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        """Rows beyond the place where the training goes on are dropped."""
-        lines = self.file.read_text("utf8").splitlines() if self.file.is_file() else []
-        whole = [json.loads(line) for line in lines if line.endswith("}")]  # a kill may tear one
-        self.rows = [row for row in whole if row["step"] <= state.global_step]
-        self.clock, self.began = time.monotonic(), state.global_step
-        self.before = self.rows[-1]["seconds"] if self.rows else 0.0
-        if device.is_main():
-            write_whole(self.file, "".join(json.dumps(row) + "\n" for row in self.rows))
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.began, self.clock = state.global_step, time.monotonic()
+        self.before = state.log_history[-1]["seconds"] if state.log_history else 0.0
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
-        step, (losses, trimmed) = state.global_step, zip(*self.loss.passes, strict=True)
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        step, steps = state.global_step, self.settings.steps
+        losses, trimmed = zip(*self.loss.passes, strict=True)
         self.loss.passes.clear()
         loss = device.mean_over_processes(float(np.mean(losses)))
         if not math.isfinite(loss):
             raise ReaderError(
                 f"Step 1: the loss is not a number at step {step - 1}. Lower reader.rate."
             )
-        cut = round(device.mean_over_processes(sum(trimmed)) * device.size())
-        state.log_history.append({"step": step, "loss": loss, "trimmed": cut})
+        seconds = time.monotonic() - self.clock
+        row = {"step": step, "loss": loss, "rate": self.settings.rate * scale(step - 1, steps)}
+        row["seconds"] = round(self.before + seconds, 2)
+        row["left"] = round(seconds / (step - self.began) * (steps - step), 1)
+        row["trimmed"] = device.size() * device.mean_over_processes(sum(trimmed))
+        state.log_history.append(row)
         if step in self.kept:
-            self.keep("fine-tuned" if step == self.settings.steps else f"step {step}")
-        if step % self.every == 0 or step in self.kept:
-            self.write(state)
-        if step == self.settings.steps:
+            self.keep("fine-tuned" if step == steps else f"step {step}")
+        if step in self.marks and device.is_main():
+            write_whole(self.file, "".join(json.dumps(row) + "\n" for row in self.rows(state)))
+        if step == steps:
             control.should_save = False  # it is done
 
-    def write(self, state: TrainerState) -> None:
-        step, last = state.global_step, int(self.rows[-1]["step"]) if self.rows else 0
-        losses = [row["loss"] for row in state.log_history[last:]]
-        seconds = time.monotonic() - self.clock
-        left = seconds / (step - self.began) * (self.settings.steps - step)
-        rate = self.settings.rate * scale(step - 1, self.settings.steps)
-        row = {"step": step, "loss": float(np.mean(losses)), "rate": rate}
-        row |= {"seconds": round(self.before + seconds, 2), "left": round(left, 1)}
-        self.rows.append(row)
-        if device.is_main():
-            with self.file.open("a", encoding="utf8") as file:
-                file.write(json.dumps(row) + "\n")
+    def rows(self, state: Any) -> list[dict[str, float]]:
+        """The rows of METRICS up to now."""
+        rows: list[dict[str, float]] = []
+        losses: list[float] = []
+        for step in state.log_history:
+            losses.append(step["loss"])
+            if step["step"] in self.marks:
+                rows.append({**step, "loss": float(np.mean(losses))})
+                del rows[-1]["trimmed"], losses[:]
+        return rows
 
 
 def arguments(settings: ReaderSettings, folder: Path, seed: int) -> TrainingArguments:
@@ -193,7 +176,6 @@ def arguments(settings: ReaderSettings, folder: Path, seed: int) -> TrainingArgu
         per_device_train_batch_size=in_a_pass,
         gradient_accumulation_steps=mine // in_a_pass,
         train_sampling_strategy="sequential",
-        max_grad_norm=1.0,
         save_steps=CHECKPOINT_EVERY,
         save_total_limit=1,
         bf16=settings.dtype == "bfloat16",
@@ -212,9 +194,8 @@ def arguments(settings: ReaderSettings, folder: Path, seed: int) -> TrainingArgu
 
 def last_checkpoint(folder: Path) -> str | None:
     """The newest whole checkpoint in a folder: its state is written last."""
-    steps = sorted(int(path.name.split("-")[1]) for path in folder.glob(CHECKPOINTS))
-    for step in reversed(steps):
-        path = folder / f"checkpoint-{step}"
+    found = folder.glob("checkpoint-*")
+    for path in sorted(found, key=lambda path: -int(path.name.split("-")[1])):
         try:
             json.loads((path / "trainer_state.json").read_text("utf8"))
         except (OSError, ValueError):
@@ -225,10 +206,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def adapted(model: Any, rank: int) -> Callable[[], Any]:
-    """Freezes a model but for adapters of its linear layers (LoRA, Hu et al. 2021).
-
-    Returns what makes a merged copy of it.
-    """
+    """Freezes a model but for adapters in its linear layers (LoRA); returns what merges a copy."""
     from peft import LoraConfig, get_peft_model  # it takes seconds, and few need it
 
     chosen = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
@@ -241,8 +219,8 @@ def fine_tune(reader: Reader, draw: Draw, folder: Path, seed: int) -> list[float
 
     `draw` gives a question with its passages. The reader as it stands after each of `kept_steps`
     and at the end is kept in its `reader_folder`, the log in METRICS. A checkpoint lets a killed
-    run go on with the same steps. The processes of a run share each batch. Raises ReaderError if
-    the loss is not a number.
+    run go on with the same steps. Raises ReaderError if the loss is not a number, or the processes
+    of the run cannot share a batch.
     """
     settings = reader.settings
     torch.manual_seed(seed)
@@ -269,8 +247,9 @@ def fine_tune(reader: Reader, draw: Draw, folder: Path, seed: int) -> list[float
     )
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=device.agreed(last_checkpoint(folder)))
-    rows: list[Any] = trainer.state.log_history[: settings.steps]
-    note_trimmed(sum(row["trimmed"] for row in rows), settings.steps * settings.batch, folder)
+    rows: Sequence[Any] = trainer.state.log_history[: settings.steps]
+    trimmed = round(sum(row["trimmed"] for row in rows))
+    note_trimmed(trimmed, settings.steps * settings.batch, folder)
     reader.model.eval()
     return [row["loss"] for row in rows]
 
@@ -293,5 +272,5 @@ def make_step1(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
     losses = fine_tune(reader, Lessons(lessons, k, chosen.gold_share).draw, folder, seed)
     if device.is_main():
         write_json(folder / "losses.json", losses)
-        for path in folder.glob(CHECKPOINTS):
+        for path in folder.glob("checkpoint-*"):
             shutil.rmtree(path)
