@@ -77,11 +77,8 @@ def figure(svg: str, alt: str, extra: str = "") -> Markup:
 
     The whole alt text is its label, and stands in words behind a fold with `extra` (HTML).
     """
-    first, dot, _ = alt.partition(". ")
     drawing = svg[svg.index("<svg") :].replace("<svg", '<svg style="max-width:100%;height:auto"', 1)
-    caption = first[:1].upper() + first[1:] + dot.strip()
-    shown = {"drawing": Markup(drawing), "extra": Markup(extra)}  # our own, not to be escaped
-    return fill("figure", alt=alt, caption=caption, **shown)
+    return fill("figure", alt=alt, drawing=Markup(drawing), extra=Markup(extra))  # our own
 
 
 def marked_tokens(
@@ -89,23 +86,17 @@ def marked_tokens(
 ) -> HTML:
     """Each passage with its tokens shaded by their weight; the largest is the darkest.
 
-    `owners` is the number of each token's passage, -1 where it has none. A token beginning with
-    `##` is joined to the one before it.
+    `owners` is the number of each token's passage, negative where it has none. A token beginning
+    with `##` is joined to the one before it.
     """
-    passages: list[list[tuple[str, float]]] = [[] for _ in titles]
-    for token, weight, owner in zip(tokens, weights, owners, strict=True):
-        if owner >= 0:
-            passages[owner].append((token, weight))
-    largest = max((weight for passage in passages for _, weight in passage), default=0.0) or 1.0
-    shown = list(zip(titles, passages, strict=True))
-    return HTML(fill("marked_tokens", passages=shown, largest=largest))
+    marked = [one for one in zip(tokens, weights, owners, strict=True) if one[2] >= 0]
+    largest = max((weight for _, weight, _ in marked), default=0.0) or 1.0
+    return HTML(fill("marked_tokens", marked=marked, titles=titles, largest=largest))
 
 
 def ledger(table: pd.DataFrame, links: Mapping[str, str] | None = None) -> HTML:
-    """The claims as cards, beside each other where there is room, one below the other on a phone.
+    """The claims (`ragkit.experiment.claims.table`) as cards, side by side where there is room.
 
-    `table` is that of `ragkit.experiment.claims.table`; `links` holds, for some claims, the page of
-    the notebook where it is measured.
+    `links` holds, for some claims, the page of the notebook where it is measured.
     """
-    rows = table.fillna("").to_dict("records")
-    return HTML(fill("ledger", claims=rows, links=links or {}))
+    return HTML(fill("ledger", claims=table.fillna("").to_dict("records"), links=links or {}))

@@ -120,8 +120,9 @@ def measure(
     tables["measured"]["lead"] = lead.mask(alike)
     lifts = measures.deciles(attention, close, question)
     tables["tenths"] = pd.DataFrame(lifts, columns=range(1, 11))
-    undefined = tables["measured"]["Spearman"].isna() & [len(ids) > 0 for ids in wanted]
+    asked = np.array([len(ids) > 0 for ids in wanted])
     known = (np.bincount(question, np.isfinite(close)) > 0)[question]
+    undefined = asked & tables["measured"]["Spearman"].isna()
     lacking = {"Spearman": undefined, "vectors": known & np.isnan(close), "control": alike}
     return tables, {what: int(which.sum()) for what, which in lacking.items()}
 

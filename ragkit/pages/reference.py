@@ -3,37 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from markupsafe import Markup
 
 from ragkit.data.files import write_whole
 from ragkit.errors import StoreError
 from ragkit.experiment.lab import Lab
-from ragkit.pages import html
 
 GAINS, LEDGER, MAIN = "04_gains.csv", "09_ledger.csv", "04_main_table.csv"
-MARKS = "<!-- ledger -->", "<!-- /ledger -->"
+MARKED = re.compile("(?<=<!-- ledger -->).*?(?=<!-- /ledger -->)", re.DOTALL)  # of the README
+ENDS = (".svg", ".png", ".csv", ".txt")  # of a figure's files
 MEASURES = ["EM", "F1", "HR@1", "HR@5", "HR@20", "MRR"]
+GAIN = (
+    "{set}, {system}: gain in HR@5 {mean:+.3f} [{low:+.3f}, {high:+.3f}] here, "
+    "{mean there:+.3f} [{low there:+.3f}, {high there:+.3f}] in the reference"
+)
+VERDICT = "{claim}: verdict '{verdict}' here, '{verdict there}' in the reference"
 # What is compared: file, key, values, and how a row that differs is told.
 COMPARED = {
-    "gains": (
-        GAINS,
-        ["set", "system"],
-        ["mean", "low", "high"],
-        "{set}, {system}: gain in HR@5 {mean:+.3f} [{low:+.3f}, {high:+.3f}] here, "
-        "{mean there:+.3f} [{low there:+.3f}, {high there:+.3f}] in the reference",
-    ),
-    "verdicts": (
-        LEDGER,
-        ["claim"],
-        ["verdict"],
-        "{claim}: verdict '{verdict}' here, '{verdict there}' in the reference",
-    ),
+    "gains": (GAINS, ["set", "system"], ["mean", "low", "high"], GAIN),
+    "verdicts": (LEDGER, ["claim"], ["verdict"], VERDICT),
     "main tables": (MAIN, ["set", "system", "reader"], MEASURES, ""),
 }
 
@@ -51,10 +45,6 @@ class Comparison:
         differences = [f"  differs: {line}" for line in self.differences]
         return [self.summary, *differences, *(f"  note: {line}" for line in self.notes)]
 
-    def html(self) -> Markup:
-        """For the report."""
-        return html.fill("comparison", **vars(self))
-
 
 def flat(settings: Any, path: str = "") -> dict[str, Any]:
     """Nested settings as `part.key`; sets go by their names."""
@@ -71,11 +61,11 @@ def flat(settings: Any, path: str = "") -> dict[str, Any]:
 def measured_by(manifest: dict[str, Any]) -> str:
     """The profile of a run and the commits that made its stages and notebooks."""
     records = [*manifest["stages"].values(), *manifest["notebooks"].values()]
-    made = [record["made"] for record in records]
-    commits = dict.fromkeys(str(one["commit"])[:7] for one in made)
-    dirty = ", with changes that no commit holds" if any(one.get("dirty") for one in made) else ""
-    named = f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}{dirty}"
-    return f"profile {manifest['profile']['name']}, {named}"
+    commits = dict.fromkeys(str(one["made"]["commit"])[:7] for one in records)
+    dirty = any(one["made"].get("dirty") for one in records)
+    named = f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
+    held = ", with changes that no commit holds" if dirty else ""
+    return f"profile {manifest['profile']['name']}, {named}{held}"
 
 
 def compare(run: Path, figures: Path) -> Comparison:
@@ -90,7 +80,7 @@ def compare(run: Path, figures: Path) -> Comparison:
         judged, sets = theirs["judge"], {one["name"] for one in theirs["sets"]}
     except (OSError, ValueError, KeyError, TypeError):
         said = (
-            f"{figures} holds no manifest of a run by this version (make reference puts one there)"
+            f"{figures} holds no manifest of a run by this version (`make reference` puts it there)"
         )
         return Comparison(f"There is no reference to compare with: {said}.")
     own = json.loads((run / "manifest.json").read_text("utf8"))["profile"]
@@ -104,16 +94,14 @@ def compare(run: Path, figures: Path) -> Comparison:
     compared, differences, notes = [], [], settings_that_differ(flat(own), flat(theirs))
     for what, (file, key, values, form) in COMPARED.items():
         try:
-            here, there = (
-                pd.read_csv(at / file)[key + values] for at in (run / "figures", figures)
-            )
-            both = here.merge(there, "outer", key, suffixes=("", " there"), indicator=True)
+            tables = [pd.read_csv(at / file)[key + values] for at in (run / "figures", figures)]
+            both = tables[0].merge(tables[1], "outer", key, suffixes=("", " there"), indicator=True)
         except (OSError, ValueError, KeyError) as error:
             lacking = f"{file} is missing or damaged in the run or in the reference"
             notes.append(f"{what} not compared: {lacking} ({error})")
             continue
         if file == MAIN:
-            notes.append(largest_difference(both, key, values))
+            notes.append(largest_difference(*(table.set_index(key) for table in tables)))
             continue
         shared = both[both["_merge"] == "both"].dropna()
         if file == GAINS:
@@ -123,9 +111,9 @@ def compare(run: Path, figures: Path) -> Comparison:
         differences += [form.format(**row) for row in shared[apart].to_dict("records")]
         compared.append(f"{len(shared)} {what}")
         for side, other in (("left_only", "the reference"), ("right_only", "this run")):
-            rows = both.loc[both["_merge"] == side, key].itertuples(index=False)
-            if names := "; ".join(", ".join(row) for row in rows):
-                notes.append(f"{what} that {other} does not have: {names}")
+            rows = both.loc[both["_merge"] == side, key].agg(", ".join, axis=1)
+            if len(rows):
+                notes.append(f"{what} that {other} does not have: {'; '.join(rows)}")
     differ = f"{len(differences) or 'none'} differ{'' if len(differences) > 1 else 's'}"
     summary = f"of {' and '.join(compared) or 'nothing'}, {differ} (gains by their intervals)"
     return Comparison(f"Compared with the reference ({named}): {summary}.", differences, notes)
@@ -137,25 +125,25 @@ def settings_that_differ(here: dict[str, Any], there: dict[str, Any]) -> list[st
     differ = sorted(name for name in names if here.get(name) != there.get(name))
     told = [f"{n} {here.get(n, 'absent')} here, {there.get(n, 'absent')} there" for n in differ]
     notes = [f"settings differ: {', '.join(told)}"] if told else []
-    said = "the sets are not the same draw, for which reason alone a gain may differ"
-    return notes + [said] * any(name.startswith("sets.") for name in differ)
+    if any(name.startswith("sets.") for name in differ):
+        notes.append("the sets are not the same draw, for which reason alone a gain may differ")
+    return notes
 
 
-def largest_difference(both: pd.DataFrame, key: list[str], values: list[str]) -> str:
+def largest_difference(here: pd.DataFrame, there: pd.DataFrame) -> str:
     """How far the main tables lie apart; they hold no intervals, so this is for scale only."""
-    there = both[[f"{value} there" for value in values]].set_axis(values, axis=1)
-    apart = (both[values] - there).abs().set_axis(both[key].agg(", ".join, axis=1)).stack().dropna()
+    apart = (here - there).abs().stack().dropna()
     if apart.empty:
         return "the main tables have no value in common"
     if apart.max() == 0:
         return f"all {len(apart)} values that the main tables share are the same"
-    row, measure = apart.idxmax()
-    where = f"{measure} of {row}"
+    *row, measure = apart.idxmax()
+    where = f"{measure} of {', '.join(row)}"
     return f"the main tables (no intervals) lie at most {apart.max():.3f} apart: {where}"
 
 
-def checked(lab: Lab, readme: Path) -> tuple[dict[str, Any], list[Path], tuple[str, str]]:
-    """Of a run that may be published: manifest, files, the README before and after its ledger.
+def checked(lab: Lab, readme: Path) -> tuple[dict[str, Any], list[Path]]:
+    """The manifest of a run that may be published, and its files.
 
     Raises StoreError, which says all that is lacking.
     """
@@ -167,20 +155,16 @@ def checked(lab: Lab, readme: Path) -> tuple[dict[str, Any], list[Path], tuple[s
         lacking.append(f"{path} is of a run with other settings than profile {profile} has now")
     wanted = {lab.figures / name for name in (GAINS, LEDGER, MAIN)}
     wanted |= {lab.folder / "notebooks" / f"{name}.ipynb" for name in manifest.get("notebooks", ())}
-    for drawn in lab.figures.glob("*.svg"):
-        wanted |= {drawn.with_suffix(end) for end in (".png", ".csv", ".txt")}
-    files = [one for end in ("svg", "png", "csv", "txt") for one in lab.figures.glob(f"*.{end}")]
+    wanted |= {one.with_suffix(end) for one in lab.figures.glob("*.svg") for end in ENDS}
+    files = [one for one in lab.figures.glob("*") if one.suffix in ENDS]
     lacking += [f"{one} is missing" for one in sorted(wanted) if not one.is_file()]
     lacking += [f"{one} is empty" for one in sorted(files) if not one.stat().st_size]
-    text = readme.read_text("utf8") if readme.is_file() else ""
-    before, begin, rest = text.partition(MARKS[0])
-    _, end, after = rest.partition(MARKS[1])
-    if not (begin and end):
-        lacking.append(f"{readme} must hold {MARKS[0]} and after it {MARKS[1]}")
+    if not (readme.is_file() and MARKED.search(readme.read_text("utf8"))):
+        lacking.append(f"{readme} must hold <!-- ledger --> and after it <!-- /ledger -->")
     if lacking:
         advice = f"Run `make reproduce PROFILE={profile}` first."
         raise StoreError(f"Nothing was published: {'; '.join(lacking)}. {advice}")
-    return manifest, files, (before, after)
+    return manifest, [*files, path]
 
 
 def publish(lab: Lab, figures: Path, readme: Path) -> None:
@@ -189,24 +173,21 @@ def publish(lab: Lab, figures: Path, readme: Path) -> None:
     All is checked before anything is touched (StoreError), written aside and swapped. Folders in
     `figures` (the references of other profiles) stay.
     """
-    manifest, files, (before, after) = checked(lab, readme)
+    manifest, files = checked(lab, readme)
     aside, old = figures.with_name(f"{figures.name}.new"), figures.with_name(f"{figures.name}.old")
     for left in (aside, old):
         shutil.rmtree(left, ignore_errors=True)
     aside.mkdir(parents=True)
-    for path in [*files, lab.folder / "manifest.json"]:
+    for path in files:
         shutil.copy(path, aside)
-    for inner in figures.iterdir() if figures.is_dir() else ():
-        if inner.is_dir():
-            shutil.copytree(inner, aside / inner.name)
-    ledger = pd.read_csv(lab.figures / LEDGER).fillna("")
-    rows = [
-        f"| {r.claim} | {r.statement} | **{r.verdict}** | {r.why} |" for r in ledger.itertuples()
-    ]
-    head = ["| | claim | verdict | set by set |", "|---|---|---|---|"]
-    told = [MARKS[0], *head, *rows, "", f"Measured with {measured_by(manifest)}.", MARKS[1]]
+    for inner in filter(Path.is_dir, figures.glob("*")):
+        shutil.copytree(inner, aside / inner.name)
+    told = ["", "| | claim | verdict | set by set |", "|---|---|---|---|"]
+    for row in pd.read_csv(lab.figures / LEDGER).fillna("").itertuples():
+        told.append(f"| {row.claim} | {row.statement} | **{row.verdict}** | {row.why} |")
+    told += ["", f"Measured with {measured_by(manifest)}.", ""]
     if figures.is_dir():
         figures.rename(old)
     aside.rename(figures)
     shutil.rmtree(old, ignore_errors=True)
-    write_whole(readme, before + "\n".join(told) + after)
+    write_whole(readme, MARKED.sub(lambda _: "\n".join(told), readme.read_text("utf8"), count=1))

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +38,7 @@ def page(title: str, body: str, pages: Pages, file: str) -> str:
     light, dark = (theme.get_style_defs(".code") for theme in themes)
     own = asset("report.css").read_text("utf8")
     style = Markup(f"{light}\n@media (prefers-color-scheme:dark){{{dark}}}\n{own}")
-    notebooks = [one for one in pages if one[1][0].isdigit()]
-    parts = {"notebooks": notebooks, "others": [one for one in pages if one not in notebooks]}
-    return html.fill("page", title=title, file=file, body=Markup(body), style=style, **parts)
+    return html.fill("page", title=title, file=file, body=Markup(body), style=style, pages=pages)
 
 
 def prose(markdown: str, escape: bool = False) -> Markup:
@@ -79,8 +76,7 @@ def notebook_html(path: Path, drawn: Iterable[str] = ()) -> Markup:
             outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
             shown = [output_html(o, drawn) for o in outputs if WIDGET not in o.get("data", {})]
             code = Markup(highlight(cell.source, PythonLexer(), HtmlFormatter(cssclass="code")))
-            solution = "### BEGIN SOLUTION" in cell.source
-            cells.append({"prose": None, "code": code, "solution": solution, "outputs": shown})
+            cells.append({"code": code, "source": cell.source, "outputs": shown})
     return html.fill("notebook", cells=cells)
 
 
@@ -100,70 +96,42 @@ def figure_of(path: Path) -> Markup:
     return html.figure(path.read_text("utf8"), path.with_suffix(".txt").read_text("utf8"), extra)
 
 
-def by_kind(stages: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each kind of stage: its stages, their seconds, units a second, how many ran now."""
-    kinds: dict[str, dict[str, Any]] = {}
-    for kind in sorted({stage["kind"] for stage in stages.values()}):
-        alike = {name: stage for name, stage in stages.items() if stage["kind"] == kind}
-        units: Counter[str] = Counter()
-        for stage in alike.values():
-            units.update(stage["units"])
-        seconds = sum(stage["seconds"] for stage in alike.values())
-        rates = {unit: n / seconds for unit, n in sorted(units.items()) if seconds}
-        ran = sum(stage["status"].startswith("ran") for stage in alike.values())
-        kinds[kind] = {"stages": alike, "seconds": seconds, "rates": rates, "ran": ran}
-    return kinds
-
-
-def provenance(records: Iterable[dict[str, Any]]) -> tuple[dict[str, str], list[str]]:
-    """The commit, versions and machine that made stages and notebooks, and warnings.
-
-    Where not all have the same, each value is told with how many have it, and warned of; and so is
-    a working tree with changes that no commit holds.
-    """
-    found: dict[str, Counter[str]] = {}
-    dirty = 0
-    for made in (record["made"] for record in records):
-        dirty += made.get("dirty", False)  # nothing is known of it where there is no git
-        for what, value in {
-            "commit": made["commit"],
-            **made["versions"],
-            **made["machine"],
-        }.items():
-            found.setdefault(what, Counter())[str(value)] += 1
-    told, warnings = {}, []
-    for what, values in found.items():
-        told[what] = ", ".join(values)
-        if len(values) > 1:
-            told[what] = ", ".join(f"{value} ({count})" for value, count in values.items())
-            warnings.append(f"Not all was made by the same {what}: {told[what]}.")
-    if dirty:
-        warnings.append(f"{dirty} were made by code with changes that the commit does not hold.")
-    return told, warnings
-
-
 def manifest_html(manifest: dict[str, Any]) -> Markup:
-    """What was run, from what, on what, how long it took, and how long it was planned to take."""
-    made, warnings = provenance([*manifest["stages"].values(), *manifest["notebooks"].values()])
-    told = {"made": made, "warnings": warnings, "kinds": by_kind(manifest["stages"])}
+    """What was run, from what, on what, how long it took, and how long it was planned to take.
+
+    What not all stages and notebooks were made by alike (commit, versions, machine), and changes
+    that no commit holds, are warned of.
+    """
+    records = [*manifest["stages"].values(), *manifest["notebooks"].values()]
+    made = [one["made"] for one in records]
+    rows = [{"commit": one["commit"], **one["versions"], **one["machine"]} for one in made]
+    told, warnings = {}, []
+    for what, column in pd.DataFrame(rows, dtype=object).items():
+        counts = column.dropna().astype(str).value_counts(sort=False)
+        told[what] = ", ".join(counts.index)
+        if len(counts) > 1:
+            told[what] = ", ".join(f"{value} ({count})" for value, count in counts.items())
+            warnings.append(f"Not all was made by the same {what}: {told[what]}.")
+    if dirty := sum(one.get("dirty", False) for one in made):  # unknown where there is no git
+        warnings.append(f"{dirty} were made by code with changes that the commit does not hold.")
     plan = [row for row in manifest.get("plan") or [] if row["kind"] != "all"]
     settings = reference.flat(manifest["profile"])
-    return html.fill("manifest", manifest=manifest, settings=settings, plan=plan, **told)
+    given = {"manifest": manifest, "settings": settings, "plan": plan}
+    return html.fill("manifest", made=told, warnings=warnings, **given)
 
 
 def overview_html(lab: Lab, manifest: dict[str, Any], compared: reference.Comparison) -> Markup:
     """What this run is, its verdicts, its key figure, how it compares, the way to all else."""
     notebooks = {path.stem: (named(path), lesson(path)) for path in executed(lab)}
     gains, ledger = lab.figures / "04_gains.svg", lab.figures / reference.LEDGER
-    shown = {"tally": "", "ledger": "", "gains": figure_of(gains) if gains.is_file() else ""}
+    shown = {"gains": figure_of(gains) if gains.is_file() else "", "ledger": ""}
     if ledger.is_file():
         claims = pd.read_csv(ledger)
         pages = {stem[:2]: f"{stem}.html" for stem in notebooks}
         links = {claim: pages[n] for claim, n in MEASURED_IN.items() if n in pages}
-        counts = claims["verdict"].value_counts()
-        shown["tally"] = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+        shown["counts"] = claims["verdict"].value_counts()
         shown["ledger"] = Markup(html.ledger(claims, links).data)
-    told = {"manifest": manifest, "notebooks": notebooks, "compared": compared.html()}
+    told = {"manifest": manifest, "notebooks": notebooks, "compared": compared}
     return html.fill("overview", **told, **shown)
 
 
@@ -193,15 +161,15 @@ def write(lab: Lab, figures: Path) -> tuple[Path, reference.Comparison]:
         gallery[path.stem] = figure_of(path)
         for end in (".csv", ".svg", ".png"):
             shutil.copy(path.with_suffix(end), folder / "figures")
-    bodies = {"index.html": ("Overview", overview_html(lab, manifest, compared))}
-    bodies |= {f"{one.stem}.html": (named(one), notebook_html(one, drawn)) for one in executed(lab)}
+    bodies = {("Overview", "index.html"): overview_html(lab, manifest, compared)}
+    for path in executed(lab):
+        bodies[named(path), f"{path.stem}.html"] = notebook_html(path, drawn)
     bodies |= {
-        "gallery.html": ("Gallery", html.fill("gallery", figures=gallery)),
-        "sliders.html": ("Sliders", Markup(sliders.body(lab))),
-        "manifest.html": ("Manifest", manifest_html(manifest)),
-        "paper_scale.html": ("Paper scale", prose(asset("paper_scale.md").read_text("utf8"))),
+        ("Gallery", "gallery.html"): html.fill("gallery", figures=gallery),
+        ("Sliders", "sliders.html"): Markup(sliders.body(lab)),
+        ("Manifest", "manifest.html"): manifest_html(manifest),
+        ("Paper scale", "paper_scale.html"): prose(asset("paper_scale.md").read_text("utf8")),
     }
-    pages = [(title, file) for file, (title, _) in bodies.items()]
-    for file, (title, body) in bodies.items():
-        (folder / file).write_text(page(title, body, pages, file), "utf8")
+    for (title, file), body in bodies.items():
+        (folder / file).write_text(page(title, body, list(bodies), file), "utf8")
     return folder / "index.html", compared

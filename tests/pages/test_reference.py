@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from ragkit.errors import StoreError
-from ragkit.pages import reference
+from ragkit.pages import html, reference
 from ragkit.profile import load_profile
 
 SETS = [{"name": "almanac", "seed": 1}, {"name": "trivia", "seed": 2}]
@@ -130,7 +130,8 @@ def test_a_partial_reference_is_compared_as_far_as_it_goes(tmp_path, damaged):
 
 
 def test_what_is_said_is_escaped():
-    shown = reference.Comparison("<b>a", ["<i>x"], ["<u>y"]).html()
+    compared = reference.Comparison("<b>a", ["<i>x"], ["<u>y"])
+    shown = html.fill("comparison", compared=compared)
     assert not any(mark in shown for mark in ("<b>", "<i>", "<u>"))
 
 
