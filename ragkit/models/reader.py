@@ -120,10 +120,8 @@ class Reader:
         return [*([*asked, *parts] if first else [*parts, *asked]), ("answer:", other)]
 
     def tokens(self, pieces: Sequence[tuple[str, int]]) -> tuple[list[int], list[int]]:
-        """The texts as one text's tokens, and the owner of each.
-
-        It is that of a token's first character that is no space. A causal reader's tokens end with
-        the text: an end token that the tokenizer puts behind it is dropped.
+        """The texts as one text's tokens, and the owner of each, by its first character that is no
+        space. A causal reader's tokens end with the text: the tokenizer's own end token is dropped.
         """
         text, spans = "", []
         for piece, who in pieces:
@@ -134,9 +132,9 @@ class Reader:
         span = 0
         owner: list[int] = []
         for start, end in encoded["offset_mapping"]:
-            first = start
-            while first < end - 1 and text[first].isspace():
-                first += 1
+            first = next(
+                (i for i in range(start, end) if not text[i].isspace()), max(start, end - 1)
+            )
             while span < len(spans) - 1 and first >= spans[span][0]:
                 span += 1
             owner.append(spans[span][1] if end > start else PART["other"])

@@ -29,7 +29,11 @@ LABEL_MOVES = 300  # of names of points: a count, no seconds, so that a busy mac
 KINDS = {"attention": "Blues", "perplexity": "Oranges", "control": "Greys"}  # of targets
 LOGGED = ["loss", "answer lift", "nouns lift", "answer Spearman", "nouns Spearman"]  # by Step 1
 VERDICTS = {"working": PALETTE[0], "not working": PALETTE[3], "too early to tell": "0.55"}
-RULE = {"color": "0.3", "lw": 1, "ls": ":"}  # a line that says where nothing happens
+RULE: dict[str, Any] = {
+    "color": "0.3",
+    "lw": 1,
+    "ls": ":",
+}  # a line that says where nothing happens
 WITHIN: dict[str, Any] = {"estimator": "median", "errorbar": ("pi", 100)}  # see `bounds`
 
 
@@ -55,7 +59,8 @@ def panels(
     for axis, (name, part) in zip(axes, parts, strict=True):
         draw(part, ax=axis, **look)
         axis.set_title(name)
-        axis.get_legend().remove()
+        if legend := axis.get_legend():
+            legend.remove()
     handles, labels = axes[0].get_legend_handles_labels()
     if len(labels) > 1:
         labels = [fill(label, 56 // ncols) for label in labels]
@@ -103,11 +108,17 @@ def curves(table: pd.DataFrame, measure: str, label: str) -> tuple[Figure, str]:
 
     `table` has columns set, system, seed, epoch and the measure.
     """
-    systems, colours = list(table["system"].unique()), {}
+    systems = list(table["system"].unique())
+    colours: dict[str, Any] = {}
     for name, shades in KINDS.items():
         alike = [system for system in systems if kind(system) == name]
         colours.update(zip(alike, sns.color_palette(shades, len(alike) + 2)[2:], strict=True))
-    look = {"hue": "system", "palette": colours, "style": "system", "style_order": systems}
+    look: dict[str, Any] = {
+        "hue": "system",
+        "palette": colours,
+        "style": "system",
+        "style_order": systems,
+    }
     look |= {"markers": True, "dashes": False, "ms": 8, "errorbar": ("pi", 100)}
     drawn = table.assign(panel=table["set"])
     figure = panels(sns.lineplot, drawn, 3.3, 2, x="epoch", y=measure, **look)
@@ -122,7 +133,9 @@ def heat_map(scores: pd.DataFrame) -> tuple[Figure, str]:
     """Attention of each passage (rows) by layer (columns): its share of the layer's attention."""
     figure, (axis,) = column([0.55 * scores.shape[0] + 1.6])
     named = scores.set_axis([fill(str(row), 18) for row in scores.index])
-    look = {"cmap": sns.blend_palette(["#ffffff", "#6baed6"], as_cmap=True)}  # under black digits
+    look: dict[str, Any] = {
+        "cmap": sns.blend_palette(["#ffffff", "#6baed6"], as_cmap=True)
+    }  # under black digits
     look |= {"annot": scores.shape[1] <= 6, "fmt": ".2f", "annot_kws": {"color": "black"}}
     look["cbar_kws"] = {"label": "share of attention", "orientation": "horizontal"}
     sns.heatmap(named, ax=axis, **look)
@@ -141,7 +154,7 @@ def attention_cost(table: pd.DataFrame) -> tuple[Figure, str]:
     named = table.rename(columns={"MB": "peak MB"})
     long = named.melt(["kind", "tokens", "way"], ["seconds", "peak MB"], "measure")
     long["panel"] = long["kind"] + ": " + long["measure"]
-    look = {"hue": "way", "style": "way", "markers": True}
+    look: dict[str, Any] = {"hue": "way", "style": "way", "markers": True}
     figure = panels(sns.lineplot, long, 2.1, 3, x="tokens", y="value", **look)
     lengths = sorted(table["tokens"].unique())
     for axis in figure.axes:
@@ -156,7 +169,13 @@ def attention_cost(table: pd.DataFrame) -> tuple[Figure, str]:
 def deciles(table: pd.DataFrame) -> tuple[Figure, str]:
     """Lift by closeness; columns set, goal, reader, tenth (10 is closest), mean, low, high."""
     long = bounds(table.assign(panel=table["set"] + ": closeness to the " + table["goal"]))
-    look = {"hue": "reader", "style": "reader", "markers": True, "dashes": False, **WITHIN}
+    look: dict[str, Any] = {
+        "hue": "reader",
+        "style": "reader",
+        "markers": True,
+        "dashes": False,
+        **WITHIN,
+    }
     figure = panels(sns.lineplot, long, 2.6, 1, x="tenth", y="value", **look)
     label = "tenth of the passage tokens, 10 = closest"
     for axis in figure.axes:
@@ -176,7 +195,11 @@ def dots(table: pd.DataFrame, row: str, label: str, line: float) -> tuple[Figure
     readers = list(table["reader"].unique())
     drawn = table.assign(panel=table["set"], row=[fill(str(one), 25) for one in table[row]])
     alone = not table.duplicated(["set", row]).any()  # in their rows: none must be moved aside
-    look = {"dodge": not alone and 0.14 * (len(readers) - 1), "markers": MARKERS * 2, "ms": 6}
+    look: dict[str, Any] = {
+        "dodge": not alone and 0.14 * (len(readers) - 1),
+        "markers": MARKERS * 2,
+        "ms": 6,
+    }
     look["palette"] = ["0.45" if r == "control" else PALETTE[i] for i, r in enumerate(readers)]
     look |= {"hue": "reader", "hue_order": readers, "order": drawn["row"].unique(), "ls": "none"}
     look |= {"err_kws": {"lw": 2}, **WITHIN}
@@ -196,7 +219,13 @@ def named_points(part: pd.DataFrame, ax: Axes, line: float | None) -> None:
     """One panel of `followings`: the names of readers stand at the points of the first signal."""
     signals = part["signal"].unique()
     colours, signs = (dict(zip(signals, some, strict=False)) for some in (PALETTE, MARKERS))
-    look = {"hue": "signal", "style": "signal", "palette": colours, "markers": signs, "s": 50}
+    look: dict[str, Any] = {
+        "hue": "signal",
+        "style": "signal",
+        "palette": colours,
+        "markers": signs,
+        "s": 50,
+    }
     sns.scatterplot(part, x="value", y="gain", ax=ax, **look)
     ax.vlines(part["value"], part["low"], part["high"], part["signal"].map(colours), lw=1.2)
     for point in part[part["signal"] == signals[0]].itertuples():

@@ -60,6 +60,8 @@ def flat(settings: Any, path: str = "") -> dict[str, Any]:
 
 def measured_by(manifest: dict[str, Any]) -> str:
     """The profile of a run and the commits that made its stages and notebooks."""
+    if "git" in manifest:  # until 0.2.0 a manifest named one commit for all, that of its last call
+        return f"profile {manifest['profile']['name']}, commit {manifest['git'][:7]}"
     records = [*manifest["stages"].values(), *manifest["notebooks"].values()]
     commits = dict.fromkeys(str(one["made"]["commit"])[:7] for one in records)
     dirty = any(one["made"].get("dirty") for one in records)
