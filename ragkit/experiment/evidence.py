@@ -145,7 +145,8 @@ def followings(analysis: Analysis, goal: Goal) -> pd.DataFrame:
     readers, resamples = analysis.lab.readers(), analysis.lab.profile.evaluate.bootstrap
 
     def means(values: Sequence[Floats], seed: int) -> Floats:  # the means, then the resampled ones
-        return np.vstack([np.nanmean(values, axis=1), resampled(values, resamples, seed)])
+        found = np.vstack([np.nanmean(values, axis=1), resampled(values, resamples, seed)])
+        return found.round(12)  # rounding errors, which hang on the threads, must not break ties
 
     rows = []
     for measure in COMPARED:

@@ -1,7 +1,10 @@
 """Verdicts follow the rules, the unhappy ones too."""
 
 import itertools
+import zlib
 
+import numpy as np
+import pandas as pd
 import pytest
 
 from ragkit.errors import DataError, NounsError
@@ -103,6 +106,32 @@ def test_a_claim_must_hold_in_every_run_of_step_1(monkeypatch, verdicts, one_rea
         found = evidence.part(Runs(), claim)
         assert found.verdict == expected
         assert all(f"value of {verdict}" in found.measured for verdict in verdicts)
+
+
+class Drawn:
+    """An analysis of eight readers on twelve questions, many of them tied, off by `error`."""
+
+    def __init__(self, error):
+        self.lab = self.profile = self.evaluate = self
+        self.bootstrap, self.error, self.rng = 200, error, np.random.default_rng(0)
+
+    def readers(self):
+        return list("abcdefgh")
+
+    def values(self, key, *shape):
+        values = np.random.default_rng(zlib.crc32(key.encode())).integers(0, 2, shape) / 3
+        return values + self.error * self.rng.standard_normal(shape)
+
+    def indicator(self, which, goal):
+        return pd.DataFrame({name: self.values(which + name, 12) for name in evidence.COMPARED})
+
+    def hit_gains(self, target):
+        return self.values(target, 3, 12)
+
+
+def test_rounding_errors_break_no_tie_between_readers():
+    exact, off = (evidence.followings(Drawn(error), "answer") for error in (0, 1e-15))
+    pd.testing.assert_frame_equal(exact, off, check_exact=True)
 
 
 def parts(*verdicts):
