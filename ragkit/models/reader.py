@@ -25,8 +25,7 @@ from ragkit.settings import ReaderSettings, asset
 
 log = logging.getLogger(__name__)
 ANSWER_TOKENS = 32  # where neither the settings nor the questions say it
-# `owner` of tokens that are not a passage's own text
-PART = {"other": -1, "question": -2, "answer": -3, "title": -4}
+PART = {"other": -1, "question": -2, "answer": -3, "title": -4}  # owners that are no passage
 
 
 @dataclass(frozen=True)
