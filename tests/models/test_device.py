@@ -1,6 +1,4 @@
-"""Shares of work, what is made ahead, checkpoints, and what the machine lacks."""
-
-import time
+"""Shares of work, checkpoints, and what the machine lacks."""
 
 import numpy as np
 import pytest
@@ -30,24 +28,6 @@ def test_each_process_takes_its_share(monkeypatch):
     assert total == pytest.approx(np.mean(batch))
     # nothing is left for the last one: it computes along, with weight 0
     assert device.share([5, 6]) == ([5], 0.0)
-
-
-@pytest.mark.parametrize("kind", ["cpu", "cuda"])
-def test_what_comes_next_is_made_ahead_on_a_gpu(monkeypatch, kind):
-    monkeypatch.setattr(device, "device", lambda: torch.device(kind))
-    order = []
-
-    def prepare(item):
-        order.append(f"prepare {item}")
-        return item
-
-    for item in device.ahead(range(3), prepare):
-        time.sleep(0.05)
-        order.append(f"work {item}")
-    assert (order.index("prepare 1") < order.index("work 0")) is (kind == "cuda")
-    assert [o for o in order if o.startswith("work")] == ["work 0", "work 1", "work 2"]
-    with pytest.raises(ZeroDivisionError):
-        list(device.ahead([1, 0], lambda n: 1 / n))
 
 
 def test_a_machine_without_a_gpu_is_said():
