@@ -1,5 +1,7 @@
 """Shares of work, checkpoints, and what the machine lacks."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
