@@ -98,9 +98,12 @@ def curves(table: pd.DataFrame, measure: str, label: str) -> tuple[Figure, str]:
 
     `table` has columns set, system, seed, epoch and the measure.
     """
-    look: Look = {"x": "epoch", "y": measure, "hue": "system", "style": "system", "markers": True}
-    look |= {"style_order": table["system"].unique(), "dashes": False, "errorbar": ("pi", 100)}
-    figure = panels(sns.lineplot, table, 3.3, 2, ("epoch of Step 2", label), ms=8, **look)
+    systems = table["system"].unique()
+    shades = sns.color_palette("cubehelix", len(systems) + 2)[: len(systems)]  # told apart in grey
+    look: Look = {"x": "epoch", "y": measure, "errorbar": ("pi", 100), "markers": True, "ms": 8}
+    look |= {"hue": "system", "hue_order": systems, "style": "system", "style_order": systems}
+    labels = ("epoch of Step 2", label)
+    figure = panels(sns.lineplot, table, 3.3, 2, labels, palette=shades, dashes=False, **look)
     plt.setp(figure.axes, xticks=table["epoch"].unique())
     last = table[table["epoch"] == table["epoch"].max()]
     ends = last.groupby(["set", "system"])[measure].mean().rename("value").reset_index()
