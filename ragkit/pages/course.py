@@ -48,10 +48,10 @@ class Exercise:
     """An exercise of a notebook: its heading, and its cells for the answer and the check."""
 
     notebook: str
-    number: int
+    number: str
     title: str
     difficulty: str
-    minutes: int
+    minutes: str
     answer: NotebookNode
     check: NotebookNode
 
@@ -80,11 +80,11 @@ def exercises_of(stem: str, notebook: NotebookNode) -> list[Exercise]:
         if heading is None or [c.cell_type for c in cells] != ["code", "code"]:
             raise CourseError(
                 f"Notebook {stem}: {cell.source.splitlines()[0]!r} should read '### Exercise 1 · "
-                "Its title *(easy, 10 minutes)*', easy, medium or hard, and two code cells must "
-                "follow: the solution and its check."
+                "Title *(easy, 10 minutes)*', or medium, hard, and two code cells must follow: the "
+                "solution and its check."
             )
         number, title, difficulty, minutes = heading.groups()
-        exercise = Exercise(stem, int(number), title, difficulty, int(minutes), *cells)
+        exercise = Exercise(stem, number, title, difficulty, minutes, *cells)
         records = [c.metadata.get("nbgrader", {}) for c in cells]
         answer = {"grade_id": exercise.id, "solution": True}
         check = {"grade_id": f"{exercise.id}-check", "grade": True}
@@ -133,34 +133,36 @@ def trial_of(stem: str, notebook: NotebookNode) -> NotebookNode:
         expected = {"where": where, "refuses": refuses, "stub": stub}
         trial.cells.append(new_code_cell(code, metadata=expected))
 
-    exercises = exercises_of(stem, notebook)
-    answers, checks = {e.answer.id: e for e in exercises}, {e.check.id for e in exercises}
-    for place, cell in enumerate(notebook.cells):
-        if cell.cell_type != "code" or cell.id in checks:
-            continue
-        if cell.id not in answers:
-            add(cell.source, f"Notebook {stem}, cell {place + 1}")
-            continue
-        where, check = answers[cell.id].where, answers[cell.id].check.source
-        add(with_answer(cell.source, STUB), f"{where}, its stub", stub=True)
-        add(check, where, "the stub", stub=True)
-        for wrong in cell.metadata["wrong"]:
-            told = f"the wrong answer {wrong!r}"
-            add(with_answer(cell.source, wrong), f"{where}: {told} does not even run")
-            add(check, where, told)
-        add(cell.source, f"{where}, its solution")
-        add(check, f"{where}, its check on the solution")
+    exercises = {one.answer.id: one for one in exercises_of(stem, notebook)}
+    checks = {one.check.id for one in exercises.values()}
+    for place, cell in enumerate(notebook.cells, 1):
+        if cell.id in exercises:
+            where, check = exercises[cell.id].where, exercises[cell.id].check.source
+            add(with_answer(cell.source, STUB), f"{where}, its stub", stub=True)
+            add(check, where, "the stub", stub=True)
+            for wrong in cell.metadata["wrong"]:
+                told = f"the wrong answer {wrong!r}"
+                add(with_answer(cell.source, wrong), f"{where}: {told} does not even run")
+                add(check, where, told)
+            add(cell.source, f"{where}, its solution")
+            add(check, f"{where}, its check on the solution")
+        elif cell.cell_type == "code" and cell.id not in checks:
+            add(cell.source, f"Notebook {stem}, cell {place}")
     return trial
 
 
 def hold_against(cell: NotebookNode) -> None:
-    """Raises CourseError if a cell of a trial did not end as is expected of it."""
-    where, refuses = cell.metadata["where"], cell.metadata["refuses"]
+    """Raises CourseError if a cell of a trial did not end as is expected of it.
+
+    A check refuses by an assert of its own with a sentence, or by the stub's error.
+    """
+    where, refuses, stub = (cell.metadata[name] for name in ("where", "refuses", "stub"))
     error = next((output for output in cell.outputs if output.output_type == "error"), None)
     ended = f"{error.ename}: {error.evalue}" if error else ""
-    if not refuses and ended and not (cell.metadata["stub"] and ended.startswith(STUBBED)):
+    by_stub = stub and error is not None and error.ename == STUBBED
+    if not refuses and error and not by_stub:
         raise CourseError(f"{where}: {ended}")
-    if refuses and not (error and is_refusal(error, cell)):
+    if refuses and not by_stub and not (error and is_own(error, cell)):
         raise CourseError(
             f"{where}: its check {f'ends in {ended}' if error else 'passes'} on {refuses}. Let an "
             "assert of its own fail there with a sentence, and give what the solution assigns an "
@@ -168,12 +170,12 @@ def hold_against(cell: NotebookNode) -> None:
         )
 
 
-def is_refusal(error: NotebookNode, check: NotebookNode) -> bool:
-    """Whether a check failed by an assert of its own with a sentence, or by the stub's error."""
+def is_own(error: NotebookNode, cell: NotebookNode) -> bool:
+    """Whether it is a failed assert with a sentence, and of this cell itself."""
     trace = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback))
     raised_in = re.findall(r"Cell In\[(\d+)\]", trace)[-1:]
-    is_own = error.ename == "AssertionError" and raised_in == [str(check.execution_count)]
-    return bool(is_own and error.evalue) or (check.metadata["stub"] and error.ename == STUBBED)
+    own = error.ename == "AssertionError" and raised_in == [str(cell.execution_count)]
+    return own and bool(error.evalue)
 
 
 def verify(stem: str, notebook: NotebookNode, folder: Path) -> None:
@@ -182,22 +184,19 @@ def verify(stem: str, notebook: NotebookNode, folder: Path) -> None:
     Raises CourseError that names notebook and exercise.
     """
     trial = trial_of(stem, notebook)
+    kernel = kernel_of_here(folder / "partial" / "jupyter", "ragkit-course", {})
+    where, quiet = {"metadata": {"path": str(folder)}}, ["--log-level=ERROR"]
     client = NotebookClient(
-        trial,
-        timeout=None,
-        kernel_name=kernel_of_here(folder / "partial" / "jupyter", "ragkit-course", {}),
-        allow_errors=True,
-        resources={"metadata": {"path": str(folder)}},
-        extra_arguments=["--log-level=ERROR"],
-    )
+        trial, kernel_name=kernel, timeout=None, allow_errors=True, resources=where,
+        extra_arguments=quiet,
+    )  # fmt: skip
     client.log.setLevel(logging.WARNING)  # it tells of every kernel it starts
     try:
         stoppable([client.execute])
     except DeadKernelError:
-        raise CourseError(
-            f"Notebook {stem}: its Python process was killed, most likely because memory ran out. "
-            "Close other programs and try again."
-        ) from None
+        killed = "its Python process was killed, most likely because memory ran out"
+        advice = "Close other programs and try again."
+        raise CourseError(f"Notebook {stem}: {killed}. {advice}") from None
     for cell in trial.cells:
         hold_against(cell)
 
@@ -225,15 +224,13 @@ def lesson_plan(profile: str, exercises: list[Exercise]) -> str:
 def write(sources: Path, run: Path, profile: str) -> Path:
     """Tries all exercises on a finished run, then writes `course/` beside it, which it returns.
 
-    `profile` is the run's, a shipped one's name or a file, by which the copies open it. Raises
-    CourseError if there are no notebooks, an exercise is not written as it should be, or a check
-    does not do its work.
+    `profile` is the run's, a name or a file, by which the copies open it. Raises CourseError if
+    there are no notebooks, an exercise is out of shape, or a check does not do its work.
     """
     notebooks = {path.stem: nbformat.read(path, 4) for path in sorted(sources.glob("[0-9]*.ipynb"))}
     if not notebooks:
-        raise CourseError(
-            f"There are no notebooks in {sources}. Run this from a checkout of the repository."
-        )
+        advice = "Run this from a checkout of the repository."
+        raise CourseError(f"There are no notebooks in {sources}. {advice}")
     profile = str(Path(profile).resolve()) if Path(profile).is_file() else profile
     exercises = [e for stem, notebook in notebooks.items() for e in exercises_of(stem, notebook)]
     with only_run(run):

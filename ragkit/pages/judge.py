@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from transformers import AutoConfig
 
-from ragkit.errors import JudgeError, NounsError
+from ragkit.errors import NounsError
 from ragkit.experiment.evidence import LINE
 from ragkit.indicators import measures
 from ragkit.indicators.closeness import Spans, space, wanted_ids
@@ -84,13 +84,7 @@ def load(name: str) -> Reader:
     with loading(path):
         config = AutoConfig.from_pretrained(path).get_text_config()
     context = getattr(config, "max_position_embeddings", None) or ReaderSettings().context
-    reader = load_reader(name, ReaderSettings(model=name, context=context))
-    if reader.end is None:
-        raise JudgeError(
-            f"The tokenizer of {name!r} names no end token (eos_token), which closes every answer. "
-            "Set it in tokenizer_config.json."
-        )
-    return reader
+    return load_reader(name, ReaderSettings(model=name, context=context))
 
 
 def measure(

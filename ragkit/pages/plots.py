@@ -6,7 +6,6 @@ phone shows it 360 pixels wide. A figure's function gives it with its alt text; 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -26,15 +25,12 @@ from ragkit.settings import asset
 PALETTE, MARKERS = sns.color_palette("colorblind"), ["o", "s", "^", "D"]
 WIDTH = 5.6
 LABEL_MOVES = 300  # of names of points: a count, no seconds, so that a busy machine draws the same
-KINDS = {"attention": "Blues", "perplexity": "Oranges", "control": "Greys"}  # of targets
+KINDS = ("attention", "perplexity", "control")  # of what a retriever learns from
 LOGGED = ["loss", "answer lift", "nouns lift", "answer Spearman", "nouns Spearman"]  # by Step 1
 VERDICTS = {"working": PALETTE[0], "not working": PALETTE[3], "too early to tell": "0.55"}
-RULE: dict[str, Any] = {
-    "color": "0.3",
-    "lw": 1,
-    "ls": ":",
-}  # a line that says where nothing happens
-WITHIN: dict[str, Any] = {"estimator": "median", "errorbar": ("pi", 100)}  # see `bounds`
+Look = dict[str, Any]  # options of matplotlib's and seaborn's functions
+RULE: Look = {"color": "0.3", "lw": 1, "ls": ":"}  # a line that says where nothing happens
+WITHIN: Look = {"estimator": "median", "errorbar": ("pi", 100)}  # see `bounds`
 
 
 def use_theme() -> None:
@@ -51,20 +47,19 @@ def column(heights: list[float], sharex: bool = True) -> tuple[Figure, list[Axes
 
 
 def panels(
-    draw: Callable[..., object], table: pd.DataFrame, height: float, ncols: int, **look: Any
+    draw: Any, table: pd.DataFrame, height: float, ncols: int, labels: tuple[str, str], **look: Any
 ) -> Figure:
-    """What `draw` (of seaborn, or like it) makes of each value of `panel`, under one legend."""
-    parts = list(table.groupby("panel", sort=False))
+    """What `draw` (of seaborn, or like it) makes of each `panel`, or else set, under one legend."""
+    parts = list(table.groupby("panel" if "panel" in table else "set", sort=False))
     figure, axes = column([height] * len(parts))
     for axis, (name, part) in zip(axes, parts, strict=True):
         draw(part, ax=axis, **look)
-        axis.set_title(name)
-        if legend := axis.get_legend():
-            legend.remove()
-    handles, labels = axes[0].get_legend_handles_labels()
-    if len(labels) > 1:
-        labels = [fill(label, 56 // ncols) for label in labels]
-        figure.legend(handles, labels, loc="outside upper center", ncols=ncols, frameon=False)
+        axis.set(title=name, xlabel=labels[0], ylabel=labels[1])
+    handles, names = axes[0].get_legend_handles_labels()
+    plt.setp([axis.get_legend() for axis in axes], visible=False)
+    if len(names) > 1:
+        names = [fill(name, 56 // ncols) for name in names]
+        figure.legend(handles, names, loc="outside upper center", ncols=ncols, frameon=False)
     return figure
 
 
@@ -92,15 +87,10 @@ def show(figure: Figure, alt: str, folder: Path, name: str, table: pd.DataFrame)
     return HTML(html.figure((folder / f"{name}.svg").read_text("utf8"), alt))
 
 
-def kind(system: str) -> str:
-    """What a system learns from: `attention`, `perplexity` or `control`."""
-    return next((name for name in KINDS if name in system), "control")
-
-
 def gains(table: pd.DataFrame) -> tuple[Figure, str]:
     """Gain in HR@5 of each target, a panel a set; columns set, system, mean, low, high."""
-    label = "gain in HR@5 over the initial retriever"
-    return dots(table.assign(reader=table["system"].map(kind)), "system", label, 0)
+    kinds = [next((one for one in KINDS if one in name), "control") for name in table["system"]]
+    return dots(table.assign(reader=kinds), "system", "gain in HR@5 over the initial retriever", 0)
 
 
 def curves(table: pd.DataFrame, measure: str, label: str) -> tuple[Figure, str]:
@@ -108,21 +98,13 @@ def curves(table: pd.DataFrame, measure: str, label: str) -> tuple[Figure, str]:
 
     `table` has columns set, system, seed, epoch and the measure.
     """
-    systems = list(table["system"].unique())
-    colours: dict[str, Any] = {}
-    for name, shades in KINDS.items():
-        alike = [system for system in systems if kind(system) == name]
-        colours.update(zip(alike, sns.color_palette(shades, len(alike) + 2)[2:], strict=True))
-    look: dict[str, Any] = {
-        "hue": "system",
-        "palette": colours,
-        "style": "system",
-        "style_order": systems,
-    }
-    look |= {"markers": True, "dashes": False, "ms": 8, "errorbar": ("pi", 100)}
-    drawn = table.assign(panel=table["set"])
-    figure = panels(sns.lineplot, drawn, 3.3, 2, x="epoch", y=measure, **look)
-    plt.setp(figure.axes, ylabel=label, xlabel="epoch of Step 2", xticks=table["epoch"].unique())
+    systems = table["system"].unique()
+    shades = sns.color_palette("cubehelix", len(systems) + 2)[: len(systems)]  # told apart in grey
+    look: Look = {"x": "epoch", "y": measure, "errorbar": ("pi", 100), "markers": True, "ms": 8}
+    look |= {"hue": "system", "hue_order": systems, "style": "system", "style_order": systems}
+    labels = ("epoch of Step 2", label)
+    figure = panels(sns.lineplot, table, 3.3, 2, labels, palette=shades, dashes=False, **look)
+    plt.setp(figure.axes, xticks=table["epoch"].unique())
     last = table[table["epoch"] == table["epoch"].max()]
     ends = last.groupby(["set", "system"])[measure].mean().rename("value").reset_index()
     said = f"{label} along the epochs of Step 2, mean and range over seeds. At the end: "
@@ -133,7 +115,7 @@ def heat_map(scores: pd.DataFrame) -> tuple[Figure, str]:
     """Attention of each passage (rows) by layer (columns): its share of the layer's attention."""
     figure, (axis,) = column([0.55 * scores.shape[0] + 1.6])
     named = scores.set_axis([fill(str(row), 18) for row in scores.index])
-    look: dict[str, Any] = {
+    look: Look = {
         "cmap": sns.blend_palette(["#ffffff", "#6baed6"], as_cmap=True)
     }  # under black digits
     look |= {"annot": scores.shape[1] <= 6, "fmt": ".2f", "annot_kws": {"color": "black"}}
@@ -154,11 +136,11 @@ def attention_cost(table: pd.DataFrame) -> tuple[Figure, str]:
     named = table.rename(columns={"MB": "peak MB"})
     long = named.melt(["kind", "tokens", "way"], ["seconds", "peak MB"], "measure")
     long["panel"] = long["kind"] + ": " + long["measure"]
-    look: dict[str, Any] = {"hue": "way", "style": "way", "markers": True}
-    figure = panels(sns.lineplot, long, 2.1, 3, x="tokens", y="value", **look)
+    look: Look = {"x": "tokens", "y": "value", "hue": "way", "style": "way", "markers": True}
+    figure = panels(sns.lineplot, long, 2.1, 3, ("tokens", ""), **look)
     lengths = sorted(table["tokens"].unique())
     for axis in figure.axes:
-        axis.set(xscale="log", yscale="log", ylabel="")
+        axis.set(xscale="log", yscale="log")
         axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axis.minorticks_off()
     lines = told(table, "{kind}, {tokens} tokens, {way}: {seconds:.2f} s, {MB:.0f} MB")
@@ -169,18 +151,12 @@ def attention_cost(table: pd.DataFrame) -> tuple[Figure, str]:
 def deciles(table: pd.DataFrame) -> tuple[Figure, str]:
     """Lift by closeness; columns set, goal, reader, tenth (10 is closest), mean, low, high."""
     long = bounds(table.assign(panel=table["set"] + ": closeness to the " + table["goal"]))
-    look: dict[str, Any] = {
-        "hue": "reader",
-        "style": "reader",
-        "markers": True,
-        "dashes": False,
-        **WITHIN,
-    }
-    figure = panels(sns.lineplot, long, 2.6, 1, x="tenth", y="value", **look)
-    label = "tenth of the passage tokens, 10 = closest"
+    look: Look = {"x": "tenth", "y": "value", "hue": "reader", "style": "reader", **WITHIN}
+    labels = ("tenth of the passage tokens, 10 = closest", "lift (1 = average)")
+    figure = panels(sns.lineplot, long, 2.6, 1, labels, markers=True, dashes=False, **look)
+    plt.setp(figure.axes, xticks=range(1, 11))
     for axis in figure.axes:
         axis.axhline(1, **RULE)
-        axis.set(xlabel=label, ylabel="lift (1 = average)", xticks=range(1, 11))
     closest = table[table["tenth"] == 10]
     lines = told(closest, "{set}, {goal}, {reader}: {mean:.2f} from {low:.2f} to {high:.2f}")
     said = "Lift of passage tokens by tenth of closeness, with 95 percent intervals."
@@ -193,21 +169,16 @@ def dots(table: pd.DataFrame, row: str, label: str, line: float) -> tuple[Figure
     `table` has columns set, reader, `row`, mean, low, high; each value of `row` has its row.
     """
     readers = list(table["reader"].unique())
-    drawn = table.assign(panel=table["set"], row=[fill(str(one), 25) for one in table[row]])
+    drawn = table.assign(row=[fill(str(one), 25) for one in table[row]])
     alone = not table.duplicated(["set", row]).any()  # in their rows: none must be moved aside
-    look: dict[str, Any] = {
-        "dodge": not alone and 0.14 * (len(readers) - 1),
-        "markers": MARKERS * 2,
-        "ms": 6,
-    }
-    look["palette"] = ["0.45" if r == "control" else PALETTE[i] for i, r in enumerate(readers)]
-    look |= {"hue": "reader", "hue_order": readers, "order": drawn["row"].unique(), "ls": "none"}
-    look |= {"err_kws": {"lw": 2}, **WITHIN}
+    colours = ["0.45" if one == "control" else PALETTE[i] for i, one in enumerate(readers)]
+    look: Look = {"x": "value", "y": "row", "order": drawn["row"].unique(), "ls": "none", **WITHIN}
+    look |= {"hue": "reader", "hue_order": readers, "palette": colours, "markers": MARKERS * 2}
+    look |= {"dodge": not alone and 0.14 * (len(readers) - 1), "ms": 6, "err_kws": {"lw": 2}}
     height, ncols = 0.44 * drawn["row"].nunique() + 0.6, 3 if len(readers) in (3, 5, 6) else 2
-    figure = panels(sns.pointplot, bounds(drawn), height, ncols, x="value", y="row", **look)
+    figure = panels(sns.pointplot, bounds(drawn), height, ncols, (label, ""), **look)
     for axis in figure.axes:
         axis.axvline(line, **RULE)
-        axis.set(xlabel=label, ylabel="")
     best = table.loc[table["mean"].idxmax()]
     largest = f"Largest: {best[row]} on {best['set']}"
     form = f"{{set}}, {{reader}}, {{{row}}}: {{mean:.3f}} from {{low:.3f}} to {{high:.3f}}"
@@ -219,13 +190,7 @@ def named_points(part: pd.DataFrame, ax: Axes, line: float | None) -> None:
     """One panel of `followings`: the names of readers stand at the points of the first signal."""
     signals = part["signal"].unique()
     colours, signs = (dict(zip(signals, some, strict=False)) for some in (PALETTE, MARKERS))
-    look: dict[str, Any] = {
-        "hue": "signal",
-        "style": "signal",
-        "palette": colours,
-        "markers": signs,
-        "s": 50,
-    }
+    look: Look = {"hue": "signal", "style": "signal", "palette": colours, "markers": signs, "s": 50}
     sns.scatterplot(part, x="value", y="gain", ax=ax, **look)
     ax.vlines(part["value"], part["low"], part["high"], part["signal"].map(colours), lw=1.2)
     for point in part[part["signal"] == signals[0]].itertuples():
@@ -241,12 +206,15 @@ def followings(table: pd.DataFrame, measure: str, line: float | None = None) -> 
 
     `table` has columns set, reader, value, gain, low, high (of the gain) and signal.
     """
-    figure = panels(named_points, table.assign(panel=table["set"]), 4.0, 2, line=line)
-    numbers = "(a number: a reader after so many steps of Step 1)"
-    plt.setp(figure.axes, xlabel=f"{measure}\n{numbers}", ylabel="gain in HR@5")
+    label = f"{measure}\n(a number: a reader after so many steps of Step 1)"
+    figure = panels(named_points, table, 4.0, 2, (label, "gain in HR@5"), line=line)
     leader = {"arrowstyle": "-", "color": "0.7", "lw": 0.8}
     for axis, (_, part) in zip(figure.axes, table.groupby("set", sort=False), strict=True):
-        look = {"x": part["value"].to_numpy(), "y": part["gain"].to_numpy(), "arrowprops": leader}
+        look: Look = {
+            "x": part["value"].to_numpy(),
+            "y": part["gain"].to_numpy(),
+            "arrowprops": leader,
+        }
         adjust_text(list(axis.texts), ax=axis, expand=(1.15, 1.5), iter_lim=LABEL_MOVES, **look)
     lines = told(table, "{set}, {reader}, {signal}: {value:.2f}, gain {gain:+.3f}")
     said = f"{measure} of each reader against the gain in HR@5 of the retriever it taught."
@@ -294,7 +262,7 @@ def trainings(step1: pd.DataFrame, step2: pd.DataFrame, label: str) -> tuple[Fig
     for axis, (name, part) in zip(axes, both.groupby("panel", sort=False), strict=True):
         named = enumerate(part["line"].unique())
         colours = {line: VERDICTS.get(line, PALETTE[number]) for number, line in named}
-        look = {"hue": "line", "palette": colours, "style": "line", "units": "training"}
+        look: Look = {"hue": "line", "palette": colours, "style": "line", "units": "training"}
         sns.lineplot(part, x="at", y="value", estimator=None, ax=axis, **look)
         axis.axhline(float(name.endswith("lift")), **RULE)
         axis.set(title=name, xlabel=part["unit"].fillna("epoch").iloc[0], ylabel="")

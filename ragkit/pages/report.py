@@ -120,29 +120,20 @@ def manifest_html(manifest: dict[str, Any]) -> Markup:
     return html.fill("manifest", made=told, warnings=warnings, **given)
 
 
-def overview_html(lab: Lab, manifest: dict[str, Any], compared: reference.Comparison) -> Markup:
+def overview_html(
+    lab: Lab, manifest: dict[str, Any], compared: reference.Comparison, notebooks: dict[Path, str]
+) -> Markup:
     """What this run is, its verdicts, its key figure, how it compares, the way to all else."""
-    notebooks = {path.stem: (named(path), lesson(path)) for path in executed(lab)}
+    named = {path.stem: (name, lesson(path)) for path, name in notebooks.items()}
     gains, ledger = lab.figures / "04_gains.svg", lab.figures / reference.LEDGER
     shown = {"gains": figure_of(gains) if gains.is_file() else "", "ledger": ""}
     if ledger.is_file():
         claims = pd.read_csv(ledger)
-        pages = {stem[:2]: f"{stem}.html" for stem in notebooks}
+        pages = {stem[:2]: f"{stem}.html" for stem in named}
         links = {claim: pages[n] for claim, n in MEASURED_IN.items() if n in pages}
         shown["counts"] = claims["verdict"].value_counts()
         shown["ledger"] = Markup(html.ledger(claims, links).data)
-    told = {"manifest": manifest, "notebooks": notebooks, "compared": compared}
-    return html.fill("overview", **told, **shown)
-
-
-def executed(lab: Lab) -> list[Path]:
-    """The run's notebooks, in their order."""
-    return sorted((lab.folder / "notebooks").glob("*.ipynb"))
-
-
-def named(notebook: Path) -> str:
-    """A notebook's number and name for people."""
-    return f"{notebook.stem[:2]} {notebook.stem[3:].replace('_', ' ')}"
+    return html.fill("overview", manifest=manifest, notebooks=named, compared=compared, **shown)
 
 
 def write(lab: Lab, figures: Path) -> tuple[Path, reference.Comparison]:
@@ -161,9 +152,12 @@ def write(lab: Lab, figures: Path) -> tuple[Path, reference.Comparison]:
         gallery[path.stem] = figure_of(path)
         for end in (".csv", ".svg", ".png"):
             shutil.copy(path.with_suffix(end), folder / "figures")
-    bodies = {("Overview", "index.html"): overview_html(lab, manifest, compared)}
-    for path in executed(lab):
-        bodies[named(path), f"{path.stem}.html"] = notebook_html(path, drawn)
+    paths = sorted((lab.folder / "notebooks").glob("*.ipynb"))
+    notebooks = {path: path.stem.replace("_", " ") for path in paths}
+    first = ("Overview", "index.html")
+    bodies = {first: overview_html(lab, manifest, compared, notebooks)}
+    for path, name in notebooks.items():
+        bodies[name, f"{path.stem}.html"] = notebook_html(path, drawn)
     bodies |= {
         ("Gallery", "gallery.html"): html.fill("gallery", figures=gallery),
         ("Sliders", "sliders.html"): Markup(sliders.body(lab)),

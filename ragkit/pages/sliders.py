@@ -60,10 +60,8 @@ def indicators(lab: Lab, name: str) -> dict[str, list[dict[str, Any]]]:
         values = part.set_index(["rows", "norm", "layer"]).reindex(order)
         for measure in ("attention", "Spearman"):
             shaped = values[measure].to_numpy().reshape(len(ROWS), 2, len(layers))
-            means = array("rows norm layer", shaped)
-            found.setdefault(str(reader), []).append(
-                {"goal": goal, "measure": measure, "means": means}
-            )
+            told = {"goal": goal, "measure": measure, "means": array("rows norm layer", shaped)}
+            found.setdefault(str(reader), []).append(told)
     return found
 
 
@@ -92,13 +90,13 @@ def set_data(lab: Lab, name: str) -> dict[str, Any]:
 def data(lab: Lab) -> dict[str, Any]:
     """Everything the page holds."""
     own, distill = lab.profile.attention, lab.profile.distill
-    start = {"rows": ROWS.index(own.rows), "norm": int(own.norm)}
     choices = {"rows": list(ROWS), "norm": ["off", "on"], "pooling": list(POOLINGS)}
+    start = {"rows": ROWS.index(own.rows), "norm": int(own.norm)}
     return {
         "entropy": distill.entropy,
         "theta": distill.retriever_temperature,
         "choices": choices,
-        "start": {**start, "pooling": POOLINGS.index(own.pooling)},
+        "start": start | {"pooling": POOLINGS.index(own.pooling)},
         "sets": [set_data(lab, name) for name in lab.sets],
     }
 

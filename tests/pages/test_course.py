@@ -215,7 +215,7 @@ def test_each_lesson_of_the_plan_lasts_90_minutes_and_names_what_there_is():
         headings = [line for cell in NOTEBOOKS[stem].cells for line in cell.source.splitlines()]
         for section in re.findall(r"\*(.+?)\*", place):
             assert f"## {section}" in headings, place
-        assert not exercise or EXERCISES[exercise].minutes <= int(minutes)
+        assert not exercise or int(EXERCISES[exercise].minutes) <= int(minutes)
     assert set(re.findall(r"\b\d\d-\d\b", plan)) <= set(EXERCISES)
 
 

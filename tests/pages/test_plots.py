@@ -1,0 +1,77 @@
+"""Figures show the numbers of their tables, and their alt text tells them."""
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from ragkit.pages import plots
+
+
+@pytest.fixture
+def table():
+    """Two sets, two readers, three rows; means with intervals that are not symmetric."""
+    names = [(s, r, w) for s in ("one", "two") for r in ("weak", "good") for w in ("a", "b", "c")]
+    made = pd.DataFrame(names, columns=["set", "reader", "way"])
+    made["mean"] = np.arange(12) / 10
+    return made.assign(low=made["mean"] - 0.01, high=made["mean"] + 0.05)
+
+
+def drawn(axis, across):
+    """The numbers at which an axis has points and ends of lines, along one direction."""
+    lines = [line.get_data()[0 if across == "x" else 1] for line in axis.lines]
+    return {round(float(value), 6) for line in lines for value in line}
+
+
+def test_dots_lie_on_the_means_and_reach_over_the_intervals(table):
+    figure, alt = plots.dots(table, "way", "gain", 0)
+    for axis, (name, part) in zip(figure.axes, table.groupby("set"), strict=True):
+        assert axis.get_title(plt.rcParams["axes.titlelocation"]) == name
+        wanted = part[["mean", "low", "high"]].to_numpy().round(6).ravel()
+        assert set(wanted) <= drawn(axis, "x")
+        assert [text.get_text() for text in axis.get_yticklabels()] == ["a", "b", "c"]
+    assert "Largest: c on two." in alt
+    assert "two, good, c: 1.100 from 1.090 to 1.150" in alt
+    plt.close(figure)
+
+
+def test_lines_of_tenths_follow_the_means_in_their_intervals(table):
+    tenths = table.assign(goal="answer", tenth=table["way"].map({"a": 8, "b": 9, "c": 10}))
+    figure, alt = plots.deciles(tenths)
+    for axis, (_, part) in zip(figure.axes, tenths.groupby("set"), strict=True):
+        assert set(part["mean"].round(6)) <= drawn(axis, "y")
+        edges = np.concatenate([band.get_paths()[0].vertices[:, 1] for band in axis.collections])
+        for bound in part[["low", "high"]].to_numpy().ravel():
+            assert np.isclose(edges, bound).any()
+    assert "two, answer, good: 1.10 from 1.09 to 1.15" in alt
+    plt.close(figure)
+
+
+def test_points_that_share_a_value_stay_apart():
+    rows = [("one", "weak", 0.5, 0.1), ("one", "good", 0.5, 0.3), ("one", "step 5", 0.2, 0.0)]
+    table = pd.DataFrame(rows, columns=["set", "reader", "value", "gain"]).assign(
+        signal="attention"
+    )
+    table = table.assign(low=table["gain"] - 0.1, high=table["gain"] + 0.1)
+    figure, _ = plots.followings(table, "Spearman", 0.3)
+    (axis,) = figure.axes
+    points = axis.collections[0].get_offsets()
+    assert sorted(map(tuple, points.round(6).tolist())) == [(0.2, 0.0), (0.5, 0.1), (0.5, 0.3)]
+    assert {text.get_text() for text in axis.texts} >= {"weak", "good", "5"}
+    plt.close(figure)
+
+
+def test_logs_of_unfinished_trainings_are_drawn():
+    """Either log may be empty."""
+    step1 = pd.DataFrame(
+        {"set": "one", "step": [1, 2], "loss": [3.0, 2.0], "answer lift": [1, None]}
+    )
+    step2 = pd.DataFrame({"set": ["one"] * 2, "training": "a", "epoch": [0.0, 1.0]})
+    step2 = step2.assign(gain=[0.0, 0.1], verdict="working")
+    figure, alt = plots.trainings(step1, step2, "HR@5")
+    assert [axis.get_xlabel() for axis in figure.axes] == ["step", "step", "epoch"]
+    assert "one: loss 2.00, answer lift 1.00" in alt
+    assert alt.endswith("Step 2: 1 working.")
+    assert len(plots.trainings(step1, step2[:0], "HR@5")[0].axes) == 2
+    assert len(plots.trainings(step1[:0], step2, "HR@5")[0].axes) == 1
+    plt.close("all")
