@@ -6,12 +6,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+import ragkit
+from ragkit.experiment.executed import Notebooks
 from ragkit.experiment.graph import Graph, Of
-from ragkit.experiment.lab import Lab
+from ragkit.experiment.lab import Lab, changed_profile
 from ragkit.experiment.stages import stages as stages_of
 from ragkit.experiment.store import difference
 from ragkit.profile import VARIATIONS, load_profile
@@ -22,20 +25,27 @@ SCRIPT = """
 import json, sys
 from importlib import metadata
 from pathlib import Path
-profile, changes, installed = json.loads(sys.argv[1])
+installed = json.loads(sys.argv[1])
 known = metadata.version
 metadata.version = lambda name: installed.get(name) or known(name)
-from ragkit.experiment.executed import Notebooks
-from ragkit.experiment.lab import Lab, changed_profile
 import ragkit
 assert Path(ragkit.__file__).parent == Path.cwd() / "ragkit"
-lab = Lab(changed_profile(profile, changes), "runs")
-stages = {one.name: {"kind": one.kind, "key": one.key, "record": one.record} for one in lab.stages}
-notebooks = Notebooks(lab, Path("notebooks"))
-records = {source.stem[:2]: notebooks.record(source) for source in notebooks.sources}
+from test_graph import told
+print(json.dumps(told()))
 assert not {"torch", "transformers"} & sys.modules.keys()
-print(json.dumps([stages, records]))
 """
+
+
+def told(*changes):
+    """All stages of smoke by name, and the records of all notebooks by number, as JSON values."""
+    with tempfile.TemporaryDirectory() as runs:
+        lab = Lab(changed_profile("smoke", changes), runs)
+        notebooks = Notebooks(lab, Path(ragkit.__file__).parent.parent / "notebooks")
+        records = {source.stem[:2]: notebooks.record(source) for source in notebooks.sources}
+    stages = {}
+    for one in lab.stages:
+        stages[one.name] = {"kind": one.kind, "key": one.key, "record": one.record}
+    return json.loads(json.dumps([stages, records]))
 
 
 class Copy:
@@ -47,12 +57,12 @@ class Copy:
             ignored = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, folder / name, ignore=ignored)
 
-    def read(self, profile="smoke", changes=(), installed=None):
-        """All stages by name, and the records of all notebooks by number, as a new process does."""
-        asked = json.dumps([profile, list(changes), installed or {}])
+    def read(self, **installed):
+        """What a new process says of the copy, with other versions of some libraries."""
+        path = os.pathsep.join([str(self.folder), str(Path(__file__).parent)])
         ended = subprocess.run(
-            [sys.executable, "-c", SCRIPT, asked], cwd=self.folder, capture_output=True, text=True,
-            env=os.environ | {"PYTHONPATH": str(self.folder)}, check=False,
+            [sys.executable, "-c", SCRIPT, json.dumps(installed)], cwd=self.folder,
+            capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}, check=False,
         )  # fmt: skip
         assert ended.returncode == 0, ended.stderr[-2000:]
         return json.loads(ended.stdout)
@@ -66,9 +76,9 @@ class Copy:
 
 
 @pytest.fixture(scope="module")
-def before(tmp_path_factory):
+def before():
     """Stages and notebooks of the package as it is."""
-    return Copy(tmp_path_factory.mktemp("before")).read()
+    return told()
 
 
 @pytest.fixture
@@ -171,7 +181,7 @@ def test_docstrings_and_comments_rerun_nothing(before, copy):
 
 
 def test_a_library_reruns_everything_and_is_named(before, copy):
-    after = copy.read(installed={"torch": "9.9"})
+    after = copy.read(torch="9.9")
     stages, notebooks = anew(before, after)
     assert (stages, notebooks) == (set(after[0]), NOTEBOOKS)
     old = after[0]["passages/almanac"]["record"], before[0]["passages/almanac"]["record"]
@@ -179,13 +189,13 @@ def test_a_library_reruns_everything_and_is_named(before, copy):
     assert all(one.startswith("versions.torch") for one in reasons(before, after))
 
 
-def test_a_profile_key_there_and_back_again(before, copy):
-    there = copy.read(changes=["distill.entropy=0.6"])
+def test_a_profile_key_there_and_back_again(before):
+    there = told("distill.entropy=0.6")
     stages, notebooks = anew(before, there)
     assert kinds_of(before[0], stages) == {"step2", "answers", "candidates", "teacher"}
     assert notebooks == NOTEBOOKS
     assert reasons(before, there) == {"profile.distill.entropy 0.5 -> 0.6"}
-    assert copy.read(changes=["distill.entropy=0.5"]) == before  # another name, the same keys
+    assert told("distill.entropy=0.5") == before  # another run's name, the same keys
 
 
 def keys(profile):
