@@ -160,7 +160,7 @@ def test_the_course_of_the_smoke_run(lab, ragkit, monkeypatch):
     ended = ragkit("course", "--profile", "smoke", "--runs", lab.runs)
     assert ended.returncode == 0, ended.stderr[-3000:]
     folder = lab.runs / "course"
-    for kind in course.SAID:
+    for kind in course.KINDS:
         assert {path.name for path in (folder / kind).iterdir()} == {p.name for p in NOTEBOOKS}
     assert (folder / "lesson_plan.md").is_file()
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
