@@ -24,7 +24,7 @@ from ragkit.settings import ROWS, AttentionSettings
 log = logging.getLogger(__name__)
 EXAMPLES = 3  # the first questions, so that none is picked
 DARKEST = 5.0  # lift from which tokens are equally dark: one sink would leave all others white
-BEGINS = ("Ġ", "▁", "Ċ")  # how byte-level and SentencePiece vocabularies write a space or a break
+BEGINS = ("Ġ", "▁", "Ċ")  # a space or a break in byte-level and SentencePiece vocabularies
 
 
 def tenths(judged: Judgement) -> str:
