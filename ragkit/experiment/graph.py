@@ -102,7 +102,7 @@ class Graph:
         if kind in ("step2", "answers"):
             what += f", seed {of.seed}" + (f", first {of.epochs}" if of.keep else "")
         if of.start is not None:
-            what += f" after {of.start.name.split('/')[2].removesuffix(self.note)}"
+            what = f"{what} after {of.start.name.split('/')[2].removesuffix(self.note)}".strip()
         name = "/".join(filter(None, (kind, of.set_name, what))) + self.note
         machine = {"machine": profile.machine.model_dump(mode="json"), "threads": profile.threads}
         units = {KINDS[kind].unit: self.units(kind, of)}
