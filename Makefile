@@ -41,7 +41,7 @@ test: $(READY)       ## all tests but the slow ones
 slow: $(READY)       ## the tests that take many minutes
 	$(RUN) -m pytest tests -m slow
 
-bench: $(READY)      ## attention (plain, ours, eager) and encoding: about an hour
+bench: $(READY)      ## attention: plain, ours, eager (an hour of a quiet machine)
 	$(RUN) tests/benchmarks/attention.py runs/bench
 
 lint: $(READY)       ## ruff, mypy, and the order of the rooms
