@@ -1,7 +1,5 @@
 """`python -m ragkit`: the commands; each ends in its result or in one sentence of what is wrong."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -1,7 +1,5 @@
 """Profiles: one validated YAML file says which data, models and settings a run uses."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +71,7 @@ class Profile(Section):
     evaluate: settings.EvaluateSettings = settings.EvaluateSettings()
 
     @model_validator(mode="after")
-    def step_2_has_enough_epochs(self) -> Profile:
+    def step_2_has_enough_epochs(self) -> "Profile":
         if self.index_refreshes >= self.distill.epochs:
             raise ValueError(
                 f"index_refreshes: {self.index_refreshes} parts Step 2 into more pieces than "

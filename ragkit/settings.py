@@ -1,7 +1,5 @@
 """The sections of a profile: every setting with its type, its range and its default."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -101,7 +99,7 @@ class HubSet(Section):
     test: Count = 500
 
     @model_validator(mode="after")
-    def passages_come_from_one_place(self) -> HubSet:
+    def passages_come_from_one_place(self) -> "HubSet":
         if (self.passages is None) == (not self.pools):
             raise ValueError("give either 'passages' (a table or a path) or 'pools' (columns)")
         return self

@@ -1,7 +1,5 @@
 """Files that a run reads and writes; what is damaged is named with its file and line."""
 
-from __future__ import annotations
-
 import errno
 import gzip
 import hashlib

@@ -1,7 +1,5 @@
 """Tables of the Hugging Face hub, or of a folder in its layout: loaded, checked and read."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any

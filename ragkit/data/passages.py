@@ -1,7 +1,5 @@
 """Passages on disk: one Arrow file, memory-mapped, so that 21 million of them need no memory."""
 
-from __future__ import annotations
-
 import csv
 import logging
 import re

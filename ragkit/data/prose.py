@@ -1,7 +1,5 @@
 """Prose of the embedded worlds that asks and leaves open: what retrievers learn words from."""
 
-from __future__ import annotations
-
 import random
 
 from ragkit.data import worlds

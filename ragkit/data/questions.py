@@ -1,7 +1,5 @@
 """Questions in three parts, which passages answer them, and where a set comes from."""
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Sequence
@@ -49,7 +47,7 @@ class Corpus:
     questions: dict[str, list[Question]]
 
     @classmethod
-    def load(cls, name: str, passages: Path, questions: Path) -> Corpus:
+    def load(cls, name: str, passages: Path, questions: Path) -> "Corpus":
         """Opens the folders that `make_passages` and `make_questions` wrote."""
         checked, parts = TypeAdapter(Question), {}
         for part in PARTS:

@@ -1,7 +1,5 @@
 """Question sets made: from the embedded worlds, from files, or from the hub."""
 
-from __future__ import annotations
-
 import logging
 import random
 from collections.abc import Iterable, Mapping, Sequence

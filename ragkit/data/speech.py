@@ -3,8 +3,6 @@
 `assets/parts_of_speech.yaml` labels them by hand with the tags of Universal Dependencies (UPOS).
 """
 
-from __future__ import annotations
-
 import itertools
 import re
 from functools import cache

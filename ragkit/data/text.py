@@ -4,8 +4,6 @@ Everything that matches strings does it here, so that curly quotes, dashes, full
 scripts without spaces count alike everywhere.
 """
 
-from __future__ import annotations
-
 import re
 import string
 import unicodedata

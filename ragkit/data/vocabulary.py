@@ -1,7 +1,5 @@
 """The one tokenizer of the embedded models: whole words, and names cut into their two pieces."""
 
-from __future__ import annotations
-
 import string
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors

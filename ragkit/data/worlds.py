@@ -5,8 +5,6 @@ hash: reserved words appear only in the worlds that the notebooks measure on, al
 training text, so that no reader has seen a name of the measured worlds.
 """
 
-from __future__ import annotations
-
 import random
 import re
 import zlib

@@ -1,7 +1,5 @@
 """What a reader is asked: questions of one part, and the candidates of each."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ class Asked:
     candidates: NDArray[np.int64]
 
     @classmethod
-    def open(cls, inputs: Mapping[str, Path], part: str, most: int, k: int) -> Asked:
+    def open(cls, inputs: Mapping[str, Path], part: str, most: int, k: int) -> "Asked":
         """At most so many questions of a part, with k candidates each, from their stages."""
         corpus = Corpus.load("", inputs["passages"], inputs["questions"])
         questions = corpus.questions[part][:most]

@@ -1,7 +1,5 @@
 """The log of a training: rows of measurements in `metrics.jsonl`, beside its result."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from contextlib import suppress

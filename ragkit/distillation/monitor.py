@@ -13,8 +13,6 @@ fallen by CLEAR. A loss that is flat over ENOUGH_ROWS rows is *not working*.
 A training that its loss has stopped is *not working*; all else is *too early to tell*.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Step 2: the retriever moves until its scores say what the target says."""
 
-from __future__ import annotations
-
 import math
 import time
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Targets: scores of a question's passages become the distributions that Step 2 teaches."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 

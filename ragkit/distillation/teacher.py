@@ -1,7 +1,5 @@
 """The teacher's look: one reader reads every question's passages; all targets come from that."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain

@@ -1,7 +1,5 @@
 """What notebooks 05 to 09 look at: tokens, closeness, and indicators beside retrieval gains."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -36,7 +34,7 @@ class Analysis:
         self.indicator = cache(self._indicator)
         self.hit_gains = cache(self._hit_gains)
 
-    def _runs(self) -> dict[int, Analysis]:
+    def _runs(self) -> dict[int, "Analysis"]:
         """This analysis and its like for the readers of every other run of Step 1, by seed."""
         first, *others = self.lab.profile.step1_seeds
         return {first: self} | {

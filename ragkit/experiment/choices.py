@@ -1,7 +1,5 @@
 """The choices the paper leaves open, varied: which conclusions depend on them."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The ledger: each claim, the rule it is judged by, what was measured, and a verdict."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

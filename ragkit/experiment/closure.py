@@ -4,8 +4,6 @@ A module counts by its syntax tree without docstrings and comments, so rewording
 nothing anew. Asset files count through the calls `asset("name")` in those modules.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """From what was measured to the ledger: for each claim and set a verdict, and the numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import get_args
 

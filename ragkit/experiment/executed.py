@@ -5,8 +5,6 @@ and a record of its source, its profile, the code it reaches, the libraries, and
 opened. It holds as long as all of these are the same.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

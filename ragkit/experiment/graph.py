@@ -5,8 +5,6 @@ otherwise (`Graph.varied`), another seed of Step 1 (`Graph.again`) and an index 
 stages of it: those that they do not touch have the same key, and are the same stages.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,12 +55,12 @@ class Graph:
             self.made[asked] = make()
         return self.made[asked]
 
-    def varied(self, variation: str) -> Graph:
+    def varied(self, variation: str) -> "Graph":
         """The graph with one choice taken otherwise."""
         changed = varied(self.profile, variation)
         return self._once(variation, lambda: Graph(changed, f" ({variation})"))
 
-    def again(self, seed: int) -> Graph:
+    def again(self, seed: int) -> "Graph":
         """The graph whose Step 1 runs with another seed: other training worlds, another order."""
         if seed == self.profile.step1_seeds[0]:
             return self

@@ -4,8 +4,6 @@ A line a kind; `ragkit.experiment.graph` makes a profile's stages of it. Roles o
 of settings are those that the makers read; the graph says what each is.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -3,8 +3,6 @@
 Asking for a thing makes what is missing. Nothing here loads torch until a model is asked for.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -97,15 +95,15 @@ class Lab:
                 file.write(f"{json.dumps([stage.name, stage.key])}\n")
         return folder
 
-    def varied(self, variation: str) -> Lab:
+    def varied(self, variation: str) -> "Lab":
         """The lab with one choice taken otherwise; it shares this one's stages."""
         return self._of(self.graph.varied(variation))
 
-    def again(self, step1_seed: int) -> Lab:
+    def again(self, step1_seed: int) -> "Lab":
         """The lab whose Step 1 runs with another seed."""
         return self._of(self.graph.again(step1_seed))
 
-    def _of(self, graph: Graph) -> Lab:
+    def _of(self, graph: Graph) -> "Lab":
         if graph is self.graph:
             return self
         other = Lab(self.profile.model_copy(update={"name": self.folder.name}), self.runs, graph)

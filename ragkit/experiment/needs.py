@@ -1,7 +1,5 @@
 """What a stage needs by arithmetic: operations, memory, disk, downloads; nothing is measured."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from functools import cache

@@ -1,7 +1,5 @@
 """What a run reads from outside its folder: models' files, a noun finder, the size of its sets."""
 
-from __future__ import annotations
-
 import gzip
 import importlib.util
 import itertools

@@ -5,8 +5,6 @@ the same models; where there are none, from two small runs of the same graph; an
 models are not here yet, from arithmetic: a stage's operations over a machine's (`needs`).
 """
 
-from __future__ import annotations
-
 import math
 import shutil
 import tempfile

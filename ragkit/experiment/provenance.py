@@ -1,7 +1,5 @@
 """Where, when and by what a result was made: what each stage and notebook says of itself."""
 
-from __future__ import annotations
-
 import functools
 import os
 import platform

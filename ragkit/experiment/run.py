@@ -1,7 +1,5 @@
 """A run: every stage made by a pool of processes, every notebook executed, the manifest written."""
 
-from __future__ import annotations
-
 import json
 import logging
 import multiprocessing

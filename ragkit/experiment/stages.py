@@ -1,7 +1,5 @@
 """All stages of a profile: what the notebooks and the claims ask for, in the order of making."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from itertools import chain, zip_longest
 

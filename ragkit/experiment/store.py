@@ -6,8 +6,6 @@ the result lies `stage.json`: the record behind the key, the hashes of the files
 and by what it was made (commit, versions, machine, seconds, peak memory, work).
 """
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import importlib
@@ -67,7 +65,7 @@ class Stage:
     name: str
     maker: str
     settings: Mapping[str, Any]
-    inputs: Mapping[str, Stage] = field(default_factory=dict)
+    inputs: Mapping[str, "Stage"] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
     units: Mapping[str, float] = field(default_factory=dict)
 

@@ -1,7 +1,5 @@
 """What the systems of a run achieve on test, and whether its premises hold: tables of questions."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from itertools import product
 

@@ -1,7 +1,5 @@
 """How close passage tokens are to the answer and to the question's nouns, in several spaces."""
 
-from __future__ import annotations
-
 import copy
 import json
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,6 @@ Its closeness is the cosine to the nearest wanted token in one frozen space. All
 question, for tokens of one prompt are no independent sample. What is undefined is NaN.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,7 +55,7 @@ class Tokens:
         return over_layers(chosen, settings.layers)
 
     @classmethod
-    def load(cls, folder: Path) -> Tokens:
+    def load(cls, folder: Path) -> "Tokens":
         return cls(**load_file(folder / "tokens.safetensors"))
 
 

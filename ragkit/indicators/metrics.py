@@ -1,7 +1,5 @@
 """Means with bootstrap intervals: of values, and of gains over the same questions."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

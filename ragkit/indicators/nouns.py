@@ -1,7 +1,5 @@
 """The nouns of questions, by an installed spaCy pipeline or one trained on labelled text."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One look of a reader at every question's prompt, kept token by token."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

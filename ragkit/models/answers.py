@@ -2,8 +2,6 @@
 premises on dev.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@ Every process walks through the same stages: `spread` deals out lists of work, `
 of a training. Only the main process writes files.
 """
 
-from __future__ import annotations
-
 import logging
 import pickle
 from collections.abc import Callable, Sequence

@@ -5,8 +5,6 @@ cross-attention. Source: Izacard and Grave, 'Leveraging Passage Retrieval with G
 Open Domain Question Answering'.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """The search of passages: by their vectors through FAISS, and BM25 through bm25s."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path

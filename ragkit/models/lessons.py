@@ -1,7 +1,5 @@
 """What Step 1 learns from: questions with passages, never those of the measured parts."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass

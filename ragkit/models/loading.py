@@ -1,7 +1,5 @@
 """The guard around loading a model: whatever is wrong with it is said before any work."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The reader: a causal language model that answers a question from the passages in its prompt."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The retriever: a sentence-transformers model, from outside or trained here by cropping."""
 
-from __future__ import annotations
-
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -97,7 +95,7 @@ class Retriever(nn.Module):
             self.encoder.save(str(folder), create_model_card=False)
 
     @classmethod
-    def load(cls, name: str | Path, settings: RetrieverSettings) -> Retriever:
+    def load(cls, name: str | Path, settings: RetrieverSettings) -> "Retriever":
         """From a folder or a hub name (safetensors only, no remote code), in float32.
 
         Pooling, normalisation and prompts are the folder's own; `settings.pooling` and `normalise`

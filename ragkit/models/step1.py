@@ -1,7 +1,5 @@
 """Step 1: the reader learns to answer questions from the passages that the retriever finds."""
 
-from __future__ import annotations
-
 import copy
 import json
 import logging

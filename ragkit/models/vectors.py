@@ -1,7 +1,5 @@
 """Passage vectors on disk: one array, mapped into memory when it is read."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path

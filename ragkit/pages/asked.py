@@ -1,7 +1,5 @@
 """Questions that come with their passages, from a file of one's own."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path

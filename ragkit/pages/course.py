@@ -6,8 +6,6 @@ its own, and pass on the solution. Marks and records are nbgrader's, so that its
 on the solution copies; it is no dependency.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

@@ -3,8 +3,6 @@
 Nothing here runs a script or loads anything from the network.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any

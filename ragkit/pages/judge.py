@@ -4,8 +4,6 @@ from ragkit.pages import judge, judge_page
 judge_page.write_html(judge.judge("path/to/reader", "questions.jsonl"), Path("judgement.html"))
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections import Counter

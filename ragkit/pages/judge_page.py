@@ -1,7 +1,5 @@
 """A judgement as one HTML page that runs no script and loads nothing."""
 
-from __future__ import annotations
-
 import logging
 import os
 from dataclasses import asdict

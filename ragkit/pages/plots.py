@@ -4,8 +4,6 @@ Every figure is one column of panels, WIDTH inches wide, so that its text stays 
 phone shows it 360 pixels wide. A figure's function gives it with its alt text; `show` keeps both.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from textwrap import fill
 from typing import Any

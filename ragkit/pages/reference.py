@@ -1,7 +1,5 @@
 """The reference run in `figures/`: how a run differs from it, and how a run becomes it."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

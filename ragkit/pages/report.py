@@ -4,8 +4,6 @@ Overview, executed notebooks, gallery, sliders, manifest. A page may load nothin
 sliders may run a script.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -13,8 +13,6 @@ test questions, with the axes rows, norm, layer, where the last layer stands for
 indicator of averaged attention is no average of indicators); null where undefined.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Any
 
