@@ -3,7 +3,3 @@
 Seven rooms, in the order in which a question travels: `data`, `attention`, `models`,
 `distillation`, `indicators`, `experiment`, `pages`. A room imports only rooms before it.
 """
-
-from ragkit.errors import RagkitError
-
-__all__ = ["RagkitError"]

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import os
 import platform
 import shutil
 import sys
@@ -10,15 +9,22 @@ from pathlib import Path
 
 import psutil
 
-from ragkit.errors import RagkitError, StoreError
+from ragkit.errors import RagkitError
 from ragkit.experiment import plan, run
 from ragkit.experiment.lab import Lab, changed_profile
 from ragkit.pages import course, reference, report
-from ragkit.settings import asset
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
-FIGURES = NOTEBOOKS.parent / "figures"
-README = NOTEBOOKS.parent / "README.md"
+FIGURES, README = NOTEBOOKS.parent / "figures", NOTEBOOKS.parent / "README.md"
+COMMANDS = {
+    "plan": "what a run would fetch, need and take",
+    "reproduce": "every stage, every notebook, the report",
+    "report": "write the report of a finished run again",
+    "reference": "make a finished run the reference in figures/ and README",
+    "course": "student and solution notebooks, tried on a finished run",
+    "tidy": "remove what a profile's run does not need any more",
+    "lab": "working copies of the notebooks",
+}
 log = logging.getLogger("ragkit")
 
 
@@ -29,35 +35,17 @@ def say(text: str) -> None:
 def doctor() -> None:
     """Says whether this machine can run the companion."""
     memory, disk = psutil.virtual_memory().total / 2**30, shutil.disk_usage(".").free / 2**30
+    cores = psutil.cpu_count() or 1
     rows = [
-        ("Python", platform.python_version(), sys.version_info[:2] >= (3, 11)),
-        ("cores", str(os.cpu_count()), (os.cpu_count() or 1) >= 2),
+        ("Python", platform.python_version(), sys.version_info >= (3, 11)),
+        ("cores", cores, cores >= 2),
         ("memory", f"{memory:.0f} GiB", memory >= 4),
         ("free disk", f"{disk:.0f} GiB", disk >= 3),
-        ("embedded reader", "here", (asset("reader") / "model.safetensors").is_file()),
     ]
     for name, value, fine in rows:
-        say(f"{'ok ' if fine else 'BAD'}  {name:16} {value}")
+        say(f"{'ok ' if fine else 'BAD'}  {name:10} {value}")
     if not all(fine for _, _, fine in rows):
         raise RagkitError("Something above is not as it should be; lines marked BAD say what.")
-
-
-def finished(lab: Lab) -> Lab:
-    """A lab whose run has ended."""
-    if not (lab.folder / "manifest.json").is_file():
-        raise RagkitError(
-            f"There is no finished run in {lab.folder}. First: python -m ragkit reproduce "
-            f"--profile {lab.profile.name} --runs {lab.runs}"
-        )
-    return lab
-
-
-def write_report(lab: Lab) -> None:
-    """Writes the report, and says where the run differs from the reference."""
-    index, compared = report.write(lab, FIGURES)
-    log.info("report: %s", index)
-    for line in compared.lines():
-        log.info("%s", line)
 
 
 def copy_for_lab(runs: Path) -> Path:
@@ -66,11 +54,7 @@ def copy_for_lab(runs: Path) -> Path:
     Copies that are there are kept. They stand one folder nearer to the runs.
     """
     folder = runs / "lab"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        why = f"{error.strerror}: {error.filename}"
-        raise StoreError(f"{folder} cannot be made ({why}). Choose another --runs.") from None
+    folder.mkdir(parents=True, exist_ok=True)
     for source in sorted(NOTEBOOKS.glob("*.ipynb")):
         copy = folder / source.name
         if copy.exists():
@@ -81,35 +65,16 @@ def copy_for_lab(runs: Path) -> Path:
     return folder
 
 
-def judge(arguments: argparse.Namespace) -> None:
-    """Judges a reader of one's own, says the verdict with its reasons, and writes the page."""
-    from ragkit.pages import judge_page  # it loads torch, which no other command needs at once
-
-    judge_page.write(
-        arguments.reader, arguments.questions, arguments.nouns, arguments.space, arguments.out
-    )
-
-
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ragkit", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="can this machine run it?")
-    for name, what in (
-        ("plan", "what a run would fetch, need and take"),
-        ("reproduce", "every stage, every notebook, the report"),
-        ("report", "write the report of a finished run again"),
-        ("reference", "make a finished run the reference in figures/ and README"),
-        ("course", "student and solution notebooks, tried on a finished run"),
-        ("tidy", "remove what a profile's run does not need any more"),
-        ("lab", "working copies of the notebooks"),
-    ):
+    for name, what in COMMANDS.items():
         command = commands.add_parser(name, help=what)
         command.add_argument("--profile", default="tiny", help="a shipped profile or a YAML file")
         command.add_argument("--runs", type=Path, default=Path("runs"), help="where runs are kept")
-        command.add_argument(
-            "--set", action="append", default=[], dest="changes", metavar="KEY=VALUE",
-            help="change a value of the profile; the run gets a folder of its own",
-        )  # fmt: skip
+        changed = "change a value of the profile, KEY=VALUE; the run gets a folder of its own"
+        command.add_argument("--set", action="append", default=[], dest="changes", help=changed)
     judged = commands.add_parser("judge", help="is a reader of your own fit to teach a retriever?")
     judged.add_argument("reader", help="a folder, a hub name, or 'embedded'")
     judged.add_argument("questions", help="JSONL with question, answer and passages")
@@ -119,31 +84,40 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def do(arguments: argparse.Namespace) -> None:
+def write_report(lab: Lab) -> None:
+    """Writes the report, and says where the run differs from the reference."""
+    index, compared = report.write(lab, FIGURES)
+    log.info("%s", "\n".join([f"report: {index}", *compared.lines()]))
+
+
+def do(given: argparse.Namespace) -> None:
     """Runs one command."""
-    if arguments.command == "doctor":
-        doctor()
-        return
-    if arguments.command == "judge":
-        judge(arguments)
-        return
-    if arguments.command == "lab":
-        say(str(copy_for_lab(arguments.runs)))
-        return
-    lab = Lab(changed_profile(arguments.profile, arguments.changes), arguments.runs)
-    if arguments.command == "plan":
-        say("\n".join(plan.lines(plan.make(lab))))
-    elif arguments.command == "reproduce":
-        if run.reproduce(lab, NOTEBOOKS):
+    if given.command == "doctor":
+        return doctor()
+    if given.command == "judge":
+        from ragkit.pages import judge_page  # it loads torch, which no other command needs at once
+
+        return judge_page.write(given.reader, given.questions, given.nouns, given.space, given.out)
+    lab = Lab(changed_profile(given.profile, given.changes), given.runs)
+    match given.command:
+        case "lab":
+            say(str(copy_for_lab(given.runs)))
+        case "plan":
+            say("\n".join(plan.lines(plan.make(lab))))
+        case "tidy":
+            log.info("%d old stages removed", run.tidy(lab, NOTEBOOKS))
+        case "reproduce":
+            if run.reproduce(lab, NOTEBOOKS):
+                write_report(lab)
+        case _ if not (lab.folder / "manifest.json").is_file():
+            first = f"python -m ragkit reproduce --profile {lab.profile.name} --runs {lab.runs}"
+            raise RagkitError(f"There is no finished run in {lab.folder}. First: {first}")
+        case "report":
             write_report(lab)
-    elif arguments.command == "report":
-        write_report(finished(lab))
-    elif arguments.command == "reference":
-        reference.publish(finished(lab), FIGURES, README)
-    elif arguments.command == "course":
-        log.info("course: %s", course.write(NOTEBOOKS, finished(lab).folder, arguments.profile))
-    else:
-        log.info("%d old stages removed", run.tidy(lab, NOTEBOOKS))
+        case "reference":
+            reference.publish(lab, FIGURES, README)
+        case "course":
+            log.info("course: %s", course.write(NOTEBOOKS, lab.folder, given.profile))
 
 
 def main() -> int:

@@ -6,29 +6,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from ragkit import settings
 from ragkit.errors import ProfileError
-from ragkit.settings import ASSETS, Count, Name, Section, Seeds
+from ragkit.settings import ASSETS, Count, Name, Section, Seeds, asset
 
 # Not by `asset()`: no result depends on a profile that is not its own.
 SHIPPED = {path.stem: path for path in sorted((ASSETS / "profiles").glob("*.yaml"))}
-VARIATIONS: dict[str, dict[str, Any]] = {
-    "rows: predicting": {"attention": {"rows": "predicting"}},
-    "rows: consuming": {"attention": {"rows": "consuming"}},
-    "no value norm": {"attention": {"norm": False}},
-    "first layer": {"attention": {"layers": "first"}},
-    "middle layer": {"attention": {"layers": "middle"}},
-    "last layer": {"attention": {"layers": "last"}},
-    "mean over tokens": {"attention": {"pooling": "mean"}},
-    "sharper target": {"distill": {"entropy": 0.25}},
-    "flatter target": {"distill": {"entropy": 0.75}},
-    "reverse KL": {"distill": {"direction": "retriever || target"}},
-    "both sides": {"distill": {"side": "both"}},
-    "question first": {"reader": {"order": "question first"}},
-    "index refresh": {"index_refreshes": 1},
-}  # one choice each that the paper leaves open, taken otherwise
+VARIATIONS: dict[str, dict[str, Any]] = yaml.safe_load(asset("variations.yaml").read_text("utf8"))
 TAKEN = (
     *("rows: predicting", "rows: consuming", "no value norm", "mean over tokens"),
     *("sharper target", "flatter target", "reverse KL"),
@@ -39,13 +25,6 @@ class ChoiceSettings(Section):
     """Which of VARIATIONS notebook 08 runs Step 2 again for, under the first of `distill.seeds`."""
 
     variations: tuple[str, ...] = Field(default=TAKEN, strict=False)
-
-    @field_validator("variations")
-    @classmethod
-    def variations_are_known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
-        if unknown := [name for name in names if name not in VARIATIONS]:
-            raise ValueError(f"no variation {unknown[0]!r}; there are {', '.join(VARIATIONS)}")
-        return names
 
 
 class Profile(Section):
@@ -71,12 +50,13 @@ class Profile(Section):
     evaluate: settings.EvaluateSettings = settings.EvaluateSettings()
 
     @model_validator(mode="after")
-    def step_2_has_enough_epochs(self) -> "Profile":
-        if self.index_refreshes >= self.distill.epochs:
-            raise ValueError(
-                f"index_refreshes: {self.index_refreshes} parts Step 2 into more pieces than "
-                f"distill.epochs ({self.distill.epochs})"
-            )
+    def choices_can_be_taken(self) -> "Profile":
+        if unknown := [name for name in self.choices.variations if name not in VARIATIONS]:
+            raise ValueError(f"no variation {unknown[0]!r}; there are {', '.join(VARIATIONS)}")
+        parts, epochs = self.index_refreshes, self.distill.epochs
+        if parts >= epochs:
+            why = f"index_refreshes: {parts} parts Step 2 into more pieces than distill.epochs"
+            raise ValueError(f"{why} ({epochs})")
         return self
 
 
@@ -92,7 +72,8 @@ def varied(profile: Profile, name: str) -> Profile:
 def load_profile(name_or_path: str, changes: Sequence[str] = ()) -> Profile:
     """Reads and validates one of SHIPPED or a YAML file, with changes such as `reader.batch=4`.
 
-    Relative paths start from the file's folder. Raises ProfileError that names file and key.
+    Relative paths start from the file's folder, or from here. Raises ProfileError that names file
+    and key.
     """
     path = SHIPPED.get(name_or_path, Path(name_or_path))
     if not path.is_file():
@@ -109,10 +90,9 @@ def load_profile(name_or_path: str, changes: Sequence[str] = ()) -> Profile:
         raise ProfileError(f"Profile {path}: expected keys with values, such as 'name: mine'.")
     for change in changes:
         _change(values, change)
-    if changes or name_or_path not in SHIPPED:
-        values = _located(values, Path.cwd() if name_or_path in SHIPPED else path.resolve().parent)
+    folder = Path.cwd() if name_or_path in SHIPPED else path.resolve().parent
     try:
-        return Profile.model_validate(values)
+        return Profile.model_validate(values, context=folder)
     except ValidationError as error:
         lines = [_explained(e["loc"], e["msg"], e["type"]) for e in error.errors()]
         raise ProfileError("\n".join([f"Profile {name_or_path}:", *lines])) from None
@@ -126,15 +106,13 @@ def save_profile(profile: Profile, path: Path) -> None:
 
 def _change(values: dict[str, Any], change: str) -> None:
     """Makes one change of unchecked values: `reader.model=path`, `sets.0.distill=20`."""
-    key, equals, text = change.partition("=")
-    *path, last = key.strip().split(".")
     place: Any = values
     try:
-        if not equals:
-            raise ValueError
-        for part in path:
-            place = place[int(part)] if isinstance(place, list) else place.setdefault(part, {})
-        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(text)
+        keys, text = change.split("=", 1)
+        *path, last = (int(key) if key.isdigit() else key for key in keys.strip().split("."))
+        for key in path:
+            place = place.setdefault(key, {}) if isinstance(place, dict) else place[key]
+        place[last] = yaml.safe_load(text)
     except (ValueError, IndexError, TypeError, AttributeError, yaml.YAMLError):
         raise ProfileError(
             f"{change!r} is no change of this profile. Write key=value, such as reader.batch=4 or, "
@@ -142,27 +120,12 @@ def _change(values: dict[str, Any], change: str) -> None:
         ) from None
 
 
-def _located(value: Any, folder: Path) -> Any:
-    """Unchecked values with absolute paths; a model that is no folder there stays a hub name."""
-    if isinstance(value, list):
-        return [_located(one, folder) for one in value]
-    if not isinstance(value, dict):
-        return value
-    made = {}
-    for key, one in value.items():
-        is_path = isinstance(one, str) and (
-            key in ("passages", "questions")
-            or (key in ("model", "dataset") and one != "embedded" and (folder / one).is_dir())
-        )
-        made[key] = str(folder / one) if is_path else _located(one, folder)
-    return made
-
-
 def _explained(location: tuple[int | str, ...], message: str, kind: str) -> str:
     """One validation problem as a sentence that names the key."""
     key = ".".join(str(part) for part in location) or "(the whole file)"
     if kind != "extra_forbidden":
         return f"  {key}: {message.removeprefix('Value error, ')}"
-    known = {name for section in Section.__subclasses__() for name in section.model_fields}
+    sections = [Profile.model_json_schema(), *Profile.model_json_schema()["$defs"].values()]
+    known = {name for section in sections for name in section["properties"]}
     near = difflib.get_close_matches(str(location[-1]), known, 1)
     return f"  {key}: unknown key." + (f" The nearest valid key is {near[0]!r}." if near else "")

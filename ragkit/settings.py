@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 ASSETS = Path(__file__).parent / "assets"
 # Settings that change no result, so that a stage made under others is used again.
@@ -23,12 +23,22 @@ def different(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+def placed(name: str, info: ValidationInfo) -> str:
+    """A path from the profile's folder, which is the context of its validation, made absolute.
+
+    A model or table that is no folder there is a name of the hub.
+    """
+    path = (info.context or Path()) / name
+    is_name = info.field_name in ("model", "dataset") and (name == "embedded" or not path.is_dir())
+    return name if is_name or not info.context else str(path)
+
+
 Count = Annotated[int, Field(ge=1)]
 Positive = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Within = Annotated[float, Field(gt=0, lt=1)]  # a share that is neither nothing nor all
-Filled = Annotated[str, Field(min_length=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # it becomes a folder's name
+Place = Annotated[str, Field(min_length=1), AfterValidator(placed)]
 Seeds = Annotated[tuple[int, ...], Field(min_length=1, strict=False), AfterValidator(different)]
 Precision = Literal["float32", "bfloat16", "float16"]
 Rows = Literal["last_prompt", "predicting", "consuming"]
@@ -43,37 +53,38 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
 
 
-class WorldSet(Section):
-    """A question set of an embedded world. Its three parts share no entity."""
+class AnySet(Section):
+    """A question set; the seed draws its three parts, of these sizes."""
 
-    source: Literal["world"]
     name: Name
-    world: Literal["almanac", "trivia"]
-    seed: int
-    entities: Count = 252
-    wordings_per_fact: Annotated[int, Field(ge=1, le=5)] = 2
+    seed: int = 0
     distill: Count = 2000
     dev: Count = 500
     test: Count = 500
 
 
-class FileSet(Section):
+class WorldSet(AnySet):
+    """A question set of an embedded world. Its three parts share no entity."""
+
+    source: Literal["world"]
+    world: Literal["almanac", "trivia"]
+    seed: int  # of the world too
+    entities: Count = 252
+    wordings_per_fact: Annotated[int, Field(ge=1, le=5)] = 2
+
+
+class FileSet(AnySet):
     """A DPR-format TSV of passages and a file of questions; paths start from the profile."""
 
     source: Literal["files"]
-    name: Name
-    passages: str
-    questions: str
-    seed: int = 0
-    distill: Count = 200
-    dev: Count = 100
-    test: Count = 200
+    passages: Place
+    questions: Place
 
 
 class HubTable(Section):
     """A table of the hub, or of a folder in its layout: parquet or JSONL, named splits."""
 
-    dataset: Filled
+    dataset: Place
     config: str | None = None
     files: str | None = None  # a pattern of those to read; {split} stands for the split
     revision: str = "main"  # pin a commit
@@ -82,21 +93,16 @@ class HubTable(Section):
     rows: dict[str, Count] = {}  # that each split must have
 
 
-class HubSet(Section):
+class HubSet(AnySet):
     """Questions of a table of the hub, with passages of another one or of their own pools."""
 
     source: Literal["hub"]
-    name: Name
     questions: HubTable
     train: str = "train"  # the split that `distill` and `dev` come from
     heldout: str = "validation"  # that of `test`; it may be the same
-    passages: HubTable | str | None = None  # `id`, `text` and `title`; a text: a DPR-format TSV
+    passages: HubTable | Place | None = None  # `id`, `text` and `title`; a text: a DPR-format TSV
     passage_split: str = "train"
     pools: tuple[str, ...] = Field(default=(), strict=False)  # columns of lists of passages
-    seed: int = 0
-    distill: Count = 2000
-    dev: Count = 500
-    test: Count = 500
 
     @model_validator(mode="after")
     def passages_come_from_one_place(self) -> "HubSet":
@@ -116,7 +122,7 @@ Sets = Annotated[
 class RetrieverSettings(Section):
     """The retriever, and how it is trained where it is the embedded one."""
 
-    model: str = "embedded"  # trained here by random cropping; or a folder or hub name
+    model: Place = "embedded"  # trained here by random cropping; or a folder or hub name
     revision: str = "main"  # of a hub model: pin a commit
     pooling: Literal["mean", "cls"] | None = None  # as the model's own folder says; embedded: mean
     normalise: bool | None = None  # to unit length; as its folder says; embedded: true
@@ -131,7 +137,7 @@ class RetrieverSettings(Section):
 class IndexSettings(Section):
     """How passages are searched; what an approximate index finds is scored again exactly."""
 
-    factory: Filled = "Flat"  # of faiss.index_factory; or OPQ64,IVF16384,PQ64: cells, bytes
+    factory: Annotated[str, Field(min_length=1)] = "Flat"  # of faiss.index_factory
     dtype: Literal["float32", "float16"] = "float32"  # of the vectors kept on disk
     shard: Count = 100_000  # passages encoded at a time
     trained_on: Count = 650_000  # vectors that the index learns from: 39 a cell or more
@@ -142,7 +148,7 @@ class IndexSettings(Section):
 class ReaderSettings(Section):
     """The reader, and from `order` on Step 1, its fine-tuning."""
 
-    model: str = "embedded"  # or a folder or hub name
+    model: Place = "embedded"  # or a folder or hub name
     revision: str = "main"  # of a hub model: pin a commit
     context: Count = 1024
     dtype: Precision = "float32"  # of the computations; Step 1 keeps float32 weights
@@ -160,8 +166,7 @@ class ReaderSettings(Section):
     @property
     def kept_steps(self) -> list[int]:
         """Steps of Step 1 after which the reader is kept, in order."""
-        halves = {self.steps // 2**halving for halving in range(1, self.checkpoints + 1)}
-        return sorted(halves - {0})
+        return sorted({self.steps // 2**n for n in range(1, self.checkpoints + 1)} - {0})
 
 
 class AttentionSettings(Section):
@@ -198,7 +203,7 @@ class IndicatorSettings(Section):
 class NounSettings(Section):
     """What finds nouns: `embedded` (for the embedded worlds), or a folder or package of spaCy."""
 
-    model: Filled = "embedded"
+    model: Place = "embedded"
 
 
 class EvaluateSettings(Section):

@@ -46,13 +46,11 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     with open_text(path) as file:
         text = file.read()
-    is_array, gap = text.lstrip().startswith("["), re.compile(r"[\s,]*")
-    decoder, place, counted, line = json.JSONDecoder(), 0, 0, 1
-    if is_array:
-        place = text.index("[") + 1
+    opening, gap, decoder = re.match(r"\s*\[", text), re.compile(r"[\s,]*"), json.JSONDecoder()
+    place, counted, line = opening.end() if opening else 0, 0, 1
     while True:
-        place += len(gap.match(text, place)[0])  # type: ignore[index]
-        if text.startswith("]", place) or (place == len(text) and not is_array):
+        place = gap.match(text, place).end()  # type: ignore[union-attr]
+        if text.startswith("]", place) or (place == len(text) and not opening):
             return
         line, counted = line + text.count("\n", counted, place), place
         try:
@@ -103,23 +101,21 @@ def room_on_disk(folder: Path, doing: str) -> Iterator[None]:
 
 
 def file_hash(path: Path) -> str:
-    """The SHA-256 of a file; above LARGE bytes, of its size and of PIECES pieces spread over it."""
+    """The SHA-256 of a file; above LARGE bytes, of its size and of PIECES pieces spread over it.
+
+    It is read once while its size and time stay the same.
+    """
+    status = path.stat()
+    return _hash_of(path, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)
+def _hash_of(path: Path, size: int, time_ns: int) -> str:
     with open(path, "rb") as file:
-        if (size := path.stat().st_size) <= LARGE:
+        if size <= LARGE:
             return hashlib.file_digest(file, "sha256").hexdigest()
         digest = hashlib.sha256(str(size).encode())
         for number in range(PIECES):
             file.seek((size - PIECE) * number // (PIECES - 1))
             digest.update(file.read(PIECE))
         return digest.hexdigest()
-
-
-def input_hash(path: Path) -> str:
-    """`file_hash` of a file that a run reads; read once while its size and time stay the same."""
-    status = path.stat()
-    return _hash_seen(path, status.st_size, status.st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def _hash_seen(path: Path, size: int, time_ns: int) -> str:
-    return file_hash(path)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,9 +16,7 @@ from ragkit.data.files import open_text
 from ragkit.errors import DataError
 
 log = logging.getLogger(__name__)
-AT_ONCE = 10_000  # passages of a batch in the file
-FIELDS = ("id", "title", "text")
-HEADER = ["id", "text", "title"]
+SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "title", "text")])
 CSV_FIELD = re.compile('"(?:[^"]|"")*"')  # in quotes, those within doubled
 
 
@@ -32,36 +30,27 @@ class Passage:
 
 
 class Passages(Sequence[Passage]):
-    """The passages of a file of `write_passages`; only those asked for are read.
-
-    Raises DataError if it is damaged.
-    """
+    """The passages of a file of `write_passages`; only those asked for are read."""
 
     def __init__(self, path: Path) -> None:
         try:
             self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         except (OSError, pa.ArrowException) as error:
-            raise DataError(
-                f"The passages in {path} cannot be read ({error}). Remove the stage's folder, then "
-                "give the same command."
-            ) from None
+            told = f"The passages in {path} cannot be read ({error}). Remove the stage's folder"
+            raise DataError(f"{told}, then give the same command.") from None
 
     def __len__(self) -> int:
         return int(self.table.num_rows)
 
-    @overload
-    def __getitem__(self, place: int) -> Passage: ...
-    @overload
-    def __getitem__(self, place: slice) -> list[Passage]: ...
-    def __getitem__(self, place: int | slice) -> Passage | list[Passage]:
+    def __getitem__(self, place: Any) -> Any:
+        """The passage at a place, or those of a slice, as of a list."""
         if isinstance(place, slice):
             return [self[i] for i in range(len(self))[place]]
-        row = range(len(self))[place]  # as of a list: from its end too, and no further than it goes
-        return Passage(*(self.table.column(name)[row].as_py() for name in FIELDS))
+        return Passage(*(column[range(len(self))[place]].as_py() for column in self.table.columns))
 
     def __iter__(self) -> Iterator[Passage]:
         for batch in self.table.to_batches():
-            yield from map(Passage, *(batch.column(name).to_pylist() for name in FIELDS))
+            yield from map(Passage, *(column.to_pylist() for column in batch.columns))
 
 
 def passage_text(passage: Passage) -> str:
@@ -75,86 +64,73 @@ def block(title: str, text: str) -> str:
 
 
 def write_passages(path: Path, passages: Iterable[Passage]) -> Passages:
-    """Writes passages as they come, and opens them.
-
-    Raises DataError if there are none, or two have one id.
-    """
-    schema = pa.schema([(name, pa.string()) for name in FIELDS])
-    waiting = iter(passages)
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        while batch := list(islice(waiting, AT_ONCE)):
-            columns = [[getattr(passage, name) for passage in batch] for name in FIELDS]
-            writer.write_batch(pa.record_batch(columns, schema=schema))
+    """Writes passages as they come, and opens them; DataError if there are none, or ids repeat."""
+    waiting = map(vars, passages)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        while batch := list(islice(waiting, 10_000)):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
     made = Passages(path)
     if not len(made):
         raise DataError("There are no passages.")
-    if pc.count_distinct(made.table.column("id")).as_py() < len(made):
-        seen: dict[str, int] = {}
-        for place, name in enumerate(made.table.column("id").to_pylist(), 1):
-            if (first := seen.setdefault(name, place)) < place:
-                raise DataError(f"Passages {first} and {place} have the same id {name!r}.")
+    if pc.count_distinct(made.table["id"]).as_py() < len(made):
+        ids = made.table["id"].to_pandas()
+        first, again, *_ = ids.index[ids == ids[ids.duplicated().idxmax()]] + 1
+        raise DataError(f"Passages {first} and {again} have the same id {ids[again - 1]!r}.")
     return made
 
 
 def read_tsv(path: Path) -> Iterator[Passage]:
     """Passages of a DPR-format TSV (`id`, `text`, `title`, with that header), plain or gzipped.
 
-    Quotes are CSV's (DPR's own file) or part of the text (raw), as `quoting` finds. Passages of no
-    text are left out, and the log says how many. Raises DataError that names file and line.
+    Those of no text are left out, and the log says how many. DataError names file and line.
     """
-    is_csv, decided = quoting(path)
-    number, empty = 1, []
+    is_csv, number, empty = has_csv_quotes(path), 1, list[int]()
     with open_text(path) as file:
         style: Any = csv.QUOTE_MINIMAL if is_csv else csv.QUOTE_NONE
         rows = csv.reader(file, delimiter="\t", quoting=style, strict=True)
         try:
+            if (header := next(rows, [])) != ["id", "text", "title"]:
+                raise csv.Error(f"expected the header id, text, title; found {header}")
+            number = 2
             for row in rows:
-                if len(row) != 3 or (number == 1 and row != HEADER):
-                    wanted = "the header id, text, title" if number == 1 else "3 fields"
-                    raise csv.Error(f"expected {wanted}, between tabs; found {row}")
-                if not is_csv and line_quoting("\t".join(row)):
+                if len(row) != 3:
+                    raise csv.Error(f"expected 3 fields, between tabs; found {row}")
+                if not is_csv and line_quotes("\t".join(row)):
                     raise csv.Error("quotes are doubled here, as in CSV")
-                if not row[1].strip():
-                    empty.append(number)
-                elif number > 1:
+                if row[1].strip():
                     yield Passage(row[0], row[2], row[1])
+                else:
+                    empty.append(number)
                 number = rows.line_num + 1
         except csv.Error as error:
             kind = "CSV's, and doubled within the text" if is_csv else "part of the text"
-            told = f" By line {decided} the file's quotes are {kind}." if decided else ""
-            raise DataError(f"{path}, line {number}: {error}.{told} Mend the row.") from None
+            told = f"{error} (the file's quotes are {kind}). Mend the row."
+            raise DataError(f"{path}, line {number}: {told}") from None
     if empty:
         said = "%s: %d passages without text were left out (the first at line %d)."
         log.warning(said, path, len(empty), empty[0])
 
 
-def line_quoting(line: str) -> bool | None:
+def line_quotes(line: str) -> bool | None:
     """Whether a line's quotes must be CSV's (True) or part of the text (False); None: either."""
     fields = line.rstrip("\r\n").split("\t")
+    quoted = [field for field in fields if '"' in field]
     if len(fields) != 3:
         return True  # the beginning of a row of several lines, or a tab within quotes
-    quoted = [field for field in fields if '"' in field]
     if not all(CSV_FIELD.fullmatch(field) for field in quoted):
         return False
-    return any('""' in field[1:-1] for field in quoted) or None
+    return len(quoted) == 3 or any('""' in field[1:-1] for field in quoted) or None
 
 
-def quoting(path: Path) -> tuple[bool, int]:
-    """Whether a TSV's quotes are CSV's, and the line that tells (0: there are no quotes).
-
-    Raises DataError if no line tells.
-    """
+def has_csv_quotes(path: Path) -> bool:
+    """Whether a TSV's quotes are CSV's (DPR's own file), by the first line that tells."""
     unclear = 0
     with open_text(path) as file:
         for number, line in enumerate(file, start=1):
-            if '"' in line:
-                tells = line_quoting(line)
-                if tells is not None or number == 1:  # a quoted header is CSV's
-                    return tells is not False, number
-                unclear = unclear or number
+            if '"' in line and (tells := line_quotes(line)) is not None:
+                return tells
+            unclear = unclear or number * ('"' in line)
     if unclear:
-        raise DataError(
-            f"{path}, line {unclear}: are these quotes CSV's or part of the text? No line of the "
-            "file tells. Take them away, or double those of the text and put it in quotes."
-        )
-    return False, 0
+        told = "are these quotes CSV's or part of the text? No line of the file tells. Take them"
+        raise DataError(f"{path}, line {unclear}: {told} away, or double those within a text.")
+    return False

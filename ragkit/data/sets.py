@@ -1,148 +1,197 @@
-"""Question sets made: from the embedded worlds, from files, or from the hub."""
+"""Question sets made: from the embedded worlds, from files, or from tables of the hub."""
 
 import logging
 import random
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetsError
 from pydantic import TypeAdapter
 
-from ragkit.data import hub
-from ragkit.data.files import write_json, write_jsonl
+from ragkit.data.files import read_jsonl, write_jsonl
 from ragkit.data.passages import Passage, Passages, read_tsv, write_passages
-from ragkit.data.questions import (
-    PARTS,
-    PASSAGES,
-    Question,
-    read_questions,
-    same_question,
-    text_and_answers,
-    without_repeats,
-)
+from ragkit.data.questions import PARTS, PASSAGES, Question, drawn, same_question, text_and_answers
 from ragkit.data.worlds import build_world
 from ragkit.errors import DataError
 from ragkit.settings import FileSet, HubSet, HubTable, QuestionSet, WorldSet
 
 log = logging.getLogger(__name__)
-Rows = dict[str, list[tuple[str, dict[str, Any]]]]  # of a hub's table: names and rows by part
+GOLD_KEYS = ("gold_id", "gold_passage_id", "psg_id")  # of a question's gold passage in files
+ID_KEYS = ("id", "docid", "psg_id", "passage_id")
+Parts = dict[str, list[Question]]
+Row = tuple[str, str, dict[str, Any]]  # of a table of the hub: its part, its name, its values
 
 
 def make_passages(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """Writes the passages of a set; `settings["set"]` is its `passage_settings`."""
-    chosen = {key: value for key, value in settings["set"].items() if key != "contents"}
+    chosen = settings["set"]
     passages: Iterable[Passage]
     if chosen["source"] == "world":
         world = WorldSet(name="any", **chosen)
         passages = build_world(world.model_copy(update=dict.fromkeys(PARTS, 0))).passages
     elif chosen.get("pools"):
-        one = HubSet(name="any", **chosen)
-        passages = pooled(one, hub_rows(one)[0])[0]
+        passages = from_hub(HubSet(name="any", **chosen))[0]
     elif isinstance(chosen["passages"], str):
         passages = read_tsv(Path(chosen["passages"]))
     else:
-        passages = hub.passages_of(HubTable(**chosen["passages"]), chosen["passage_split"])
+        passages = passages_of(HubTable(**chosen["passages"]), chosen["passage_split"])
     write_passages(folder / PASSAGES, passages)
 
 
 def make_questions(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """Writes the questions of a set by part, and counts.json: how many were left out and why.
-
-    `settings["set"]` is the set's `question_settings`.
-    """
-    chosen = {key: value for key, value in settings["set"].items() if key != "contents"}
-    one: QuestionSet = TypeAdapter(QuestionSet).validate_python(chosen)
-    left_out = {"repeated": 0, "in another split": 0}
+    """Writes the questions of a set by part; the log says how many were left out and why."""
+    one: QuestionSet = TypeAdapter(QuestionSet).validate_python(settings["set"])
+    left_out: Counter[str] = Counter()
     if isinstance(one, WorldSet):
         parts = build_world(one).questions
     elif isinstance(one, FileSet):
         read = read_questions(Path(one.questions), Passages(inputs["passages"] / PASSAGES))
         questions = without_repeats(read)
         left_out["repeated"] = len(read) - len(questions)
-        parts = split(questions, one, PARTS, random.Random(f"split {one.seed}"))
+        sizes, rng = (
+            {part: getattr(one, part) for part in PARTS},
+            random.Random(f"split {one.seed}"),
+        )
+        parts = drawn(questions, sizes, f"set {one.name}", rng)
     else:
-        parts, left_out = hub_questions(one)
+        _, parts, left_out = from_hub(one)
     for part, asked in parts.items():
         write_jsonl(folder / f"{part}.jsonl", map(asdict, asked))
-    write_json(folder / "counts.json", left_out)
-    for why, number in left_out.items():
-        if number:
-            log.warning("%s: %d questions were left out (%s).", one.name, number, why)
+    for why, number in (+left_out).items():
+        log.warning("%s: %d questions were left out (%s).", one.name, number, why)
 
 
-def split(
-    items: Sequence[Any], settings: FileSet | HubSet, parts: Sequence[str], rng: random.Random
-) -> dict[str, list[Any]]:
-    """Disjoint random parts of the set's sizes. Raises DataError if there are too few items."""
-    sizes = {part: getattr(settings, part) for part in parts}
-    if sum(sizes.values()) > len(items):
+def read_questions(path: Path, passages: Sequence[Passage]) -> list[Question]:
+    """Questions of a file (see `text_and_answers`), a gold passage's id under one of GOLD_KEYS.
+    Raises DataError that names file and line, also for a gold passage that is not there."""
+    rows, golds = list(read_jsonl(path)), list[str]()
+    for _, row in rows:
+        golds.append(next((str(row[key]) for key in GOLD_KEYS if row.get(key) is not None), ""))
+    wanted = set(golds) - {""}
+    places = {p.id: (i,) for i, p in enumerate(passages if wanted else ()) if p.id in wanted}
+    questions = []
+    for (line, row), gold in zip(rows, golds, strict=True):
+        where = f"{path}, line {line}"
+        if gold and gold not in places:
+            raise DataError(f"{where}: gold passage {gold!r} is not among the passages.")
+        told = text_and_answers(row, where)
+        questions.append(Question(f"{path.name}:{line}", *told, places.get(gold, ())))
+    return questions
+
+
+def without_repeats(questions: Sequence[Question]) -> list[Question]:
+    """Each question once, in order, with the answers and gold passages of all its repeats."""
+    found: dict[str, Question] = {}
+    for one in questions:
+        first = found.setdefault(same_question(one.text), one)
+        answers = tuple(dict.fromkeys(first.answers + one.answers))
+        gold = tuple(sorted({*first.gold, *one.gold}))
+        found[same_question(one.text)] = replace(first, answers=answers, gold=gold)
+    return list(found.values())
+
+
+def load(table: HubTable, split: str, columns: Sequence[str]) -> Dataset:
+    """One split of a table, memory-mapped, with these of our columns. Raises DataError where it
+    cannot be had, lacks a column or does not have as many rows as the profile says."""
+    where = f"Table {table.dataset!r}, configuration {table.config!r}, split {split!r}"
+    kind, is_local = table.dataset, Path(table.dataset).is_dir()
+    options: dict[str, Any] = {} if is_local else {"revision": table.revision}
+    if table.files:
+        kind = "parquet" if table.files.endswith(".parquet") else "json"
+        root = table.dataset if is_local else f"hf://datasets/{table.dataset}@{table.revision}"
+        options = {"data_files": {split: f"{root}/{table.files.format(split=split)}"}}
+    elif table.config:
+        options["name"] = table.config
+    try:
+        found = load_dataset(kind, split=split, **options)
+    except (OSError, ValueError, DatasetsError, pa.ArrowException) as error:
+        told = str(error.__cause__ or error).strip().partition("\n")[0][:300]
         raise DataError(
-            f"set {settings.name}: {sum(sizes.values())} questions asked for, {len(items)} "
-            "different there. Lower distill, dev or test."
-        )
-    shuffled = iter(rng.sample(items, len(items)))
-    return {part: [next(shuffled) for _ in range(size)] for part, size in sizes.items()}
+            f"{where} cannot be loaded ({told or type(error).__name__}). A folder must hold its "
+            "whole files; the hub must be reached, have it at this revision and, where it is "
+            "gated, know you (`hf auth login`). Files that came whole are kept."
+        ) from None
+    if (expected := table.rows.get(split, len(found))) != len(found):
+        raise DataError(f"{where}: {len(found)} rows; the profile expects {expected}.")
+    own = {table.columns.get(name, name): name for name in columns}
+    if missing := [f"{name!r} (our {own[name]!r})" for name in own if name not in found.features]:
+        there = f"no column {', '.join(missing)}; there are {', '.join(found.features)}"
+        raise DataError(f"{where}: {there}. Say in `columns` of the profile which to read.")
+    renamed = {name: ours for name, ours in own.items() if name != ours}
+    return found.select_columns(list(own)).rename_columns(renamed)
 
 
-def hub_rows(settings: HubSet) -> tuple[Rows, dict[str, int]]:
-    """The rows drawn for each part, and how many were left out: no question stands in two parts.
+def passages_of(table: HubTable, split: str) -> Iterator[Passage]:
+    """The passages of a table, batch by batch; those without text are left out."""
+    rows = load(table, split, ("id", "title", "text")).with_format("arrow")
+    for batch in rows.iter(batch_size=1000):
+        yield from with_text(batch.to_pylist(), f"{table.dataset}: a passage of the table")
 
-    Of a question asked twice the first row counts; one in both splits is kept for `test`.
-    """
-    gold = [name for name in settings.questions.columns if name == "gold"]
-    columns = ["question", "answer", *settings.pools, *gold]
-    parts = {settings.train: PARTS[:2], settings.heldout: PARTS[2:]}
-    if settings.train == settings.heldout:
-        parts = {settings.train: PARTS}
-    tables = {name: hub.load(settings.questions, name, columns) for name in parts}
+
+def with_text(rows: Iterable[Any], where: str) -> list[Passage]:
+    """Passages of objects with `text`, perhaps `title` and an id, where there is text. Null counts
+    as empty; other types raise DataError."""
+    passages = []
+    for row in rows:
+        if not isinstance(row, Mapping) or "text" not in row:
+            raise DataError(f"{where}: no 'text'. A passage is an object with 'title' and 'text'.")
+        names = [str(row[key]) for key in ID_KEYS if row.get(key) not in (None, "")]
+        for key in ("title", "text"):
+            if not isinstance(row.get(key), str | None):
+                told = f"{key!r} is no text but {row[key]!r:.60}"
+                raise DataError(f"{where} ({', '.join(names)}): {told}. Mend it.")
+        title, text = row.get("title") or "", row["text"] or ""
+        if text.strip():
+            passages.append(Passage([*names, f"{title}: {text}"][0], title, text))
+    return passages
+
+
+def hub_rows(settings: HubSet, columns: Sequence[str]) -> tuple[list[Row], Counter[str]]:
+    """The rows drawn, and how many were left out: no question stands in two parts. Of one asked
+    twice the first row counts; one in both splits is kept for `test`."""
+    heldout, rows, left_out = settings.heldout, list[Row](), Counter[str]()
+    tables = {one: load(settings.questions, one, columns) for one in (settings.train, heldout)}
     asked = {}
     for name, table in tables.items():
         asked[name] = pd.Series([same_question(str(text)) for text in table["question"]])
-    rows: Rows = {}
-    left_out, rng = {"repeated": 0, "in another split": 0}, random.Random(f"split {settings.seed}")
+    rng = random.Random(f"split {settings.seed}")
     for name, table in tables.items():
         kept = asked[name].drop_duplicates()
         left_out["repeated"] += len(table) - len(kept)
-        if name != settings.heldout:
-            shared = kept.isin(asked[settings.heldout])
+        if name != heldout:
+            shared = kept.isin(asked[heldout])
             left_out["in another split"] += int(shared.sum())
             kept = kept[~shared]
-        for part, places in split(kept.index.tolist(), settings, parts[name], rng).items():
-            chosen = zip(places, table.select(places), strict=True)
-            rows[part] = [(f"{name}:{place}", row) for place, row in chosen]
+        split = {"distill": settings.train, "dev": settings.train, "test": heldout}
+        sizes = {part: getattr(settings, part) for part in PARTS if split[part] == name}
+        chosen = drawn(kept.index.tolist(), sizes, f"set {settings.name}", rng)
+        for part, places in chosen.items():
+            pairs = zip(places, table.select(places), strict=True)
+            rows += [(part, f"{name}:{place}", row) for place, row in pairs]
     return rows, left_out
 
 
-def hub_questions(settings: HubSet) -> tuple[dict[str, list[Question]], dict[str, int]]:
-    """The questions of each part, and how many were left out."""
-    rows, left_out = hub_rows(settings)
-    golds = pooled(settings, rows)[1]
-    parts: dict[str, list[Question]] = {}
-    for part, drawn in rows.items():
-        parts[part] = []
-        for name, row in drawn:
-            told = text_and_answers(row, f"{settings.questions.dataset}, row {name}")
-            parts[part].append(Question(name, *told, golds.get(name, ())))
-    return parts, left_out
-
-
-def pooled(settings: HubSet, rows: Rows) -> tuple[list[Passage], dict[str, tuple[int, ...]]]:
-    """The passages of all pools, each once, and by row the places of its gold ones where told."""
-    places: dict[str, int] = {}
-    passages: list[Passage] = []
-    golds: dict[str, tuple[int, ...]] = {}
-    gold = [name for name in settings.questions.columns if name == "gold" and settings.pools]
-    for name, row in (one for part in rows.values() for one in part):
-        for column in [*settings.pools, *gold]:
-            where = f"{settings.questions.dataset}, row {name}, {column}: a passage of the pool"
-            found = [hub.passage_of(one, where) for one in row[column] or []]
-            found = [passage for passage in found if passage.text.strip()]
-            for passage in found:
-                if passage.id not in places:
-                    places[passage.id] = len(passages)
-                    passages.append(passage)
-            if column == "gold":
-                golds[name] = tuple(sorted({places[passage.id] for passage in found}))
-    return passages, golds
+def from_hub(settings: HubSet) -> tuple[list[Passage], Parts, Counter[str]]:
+    """The passages of all pools, each once; the questions; how many were left out and why. A column
+    named `gold` holds the passages that state an answer, be it one of the pools or not."""
+    table, parts = settings.questions, Parts()
+    gold = ["gold"] if settings.pools and "gold" in table.columns else []
+    by_own = {table.columns.get(name, name): name for name in [*settings.pools, *gold]}
+    pools = list(by_own.values())
+    rows, left_out = hub_rows(settings, ["question", "answer", *pools])
+    passages: dict[str, tuple[int, Passage]] = {}  # by id: its place, and itself
+    for part, name, row in rows:
+        where, golds = f"{table.dataset}, row {name}", set[int]()
+        for column in pools:
+            found = with_text(row[column] or [], f"{where}, {column}: a passage of the pool")
+            places = {passages.setdefault(one.id, (len(passages), one))[0] for one in found}
+            golds |= places if column == "gold" else set()
+        question = Question(name, *text_and_answers(row, where), tuple(sorted(golds)))
+        parts.setdefault(part, []).append(question)
+    return [passage for _, passage in passages.values()], parts, left_out

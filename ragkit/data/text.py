@@ -23,9 +23,8 @@ _MARKS = "".join(sign for sign in map(chr, range(0xAC00)) if unicodedata.categor
 # Written without spaces, or with endings joined on: Thai, Lao, Burmese, Khmer, Hangul (after NFD),
 # kana, Han. Here every sign with its marks counts as a word.
 _UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff"
-    "\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\U00020000-\U000323af"
+    "\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff"
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 )
 _HANGUL = "[\u1100-\u115f][\u1160-\u11a7]?[\u11a8-\u11ff]?"  # one syllable
 _SIGN = rf"(?:{_HANGUL}|(?![{_MARKS}])[{_UNSPACED}])[{_MARKS}]*"
@@ -54,17 +53,11 @@ def f1(answer: str, golds: Sequence[str]) -> float:
 
     Scripts without spaces are compared sign by sign (as in MLQA).
     """
-    given, *wanted = (
-        re.sub(_SIGN, r" \g<0> ", unicodedata.normalize("NFD", normalise(one))).split()
-        for one in (answer, *golds)
-    )
-    return max(_overlap(given, gold) for gold in wanted)
-
-
-def _overlap(given: list[str], gold: list[str]) -> float:
-    if not given or not gold:
-        return float(given == gold)
-    return 2 * sum((Counter(given) & Counter(gold)).values()) / (len(given) + len(gold))
+    texts = [unicodedata.normalize("NFD", normalise(one)) for one in (answer, *golds)]
+    given, *wanted = (Counter(re.sub(_SIGN, r" \g<0> ", one).split()) for one in texts)
+    totals = [given.total() + gold.total() for gold in wanted]
+    both = [2 * (given & gold).total() for gold in wanted]
+    return max(n / total if total else 1.0 for n, total in zip(both, totals, strict=True))
 
 
 def words(text: str) -> list[str]:

@@ -28,7 +28,6 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.normalizer = normalizers.Sequence(signs)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[BOS] $A", special_tokens=[("[BOS]", vocabulary["[BOS]"])]
-    )
+    start = [("[BOS]", vocabulary["[BOS]"])]
+    tokenizer.post_processor = processors.TemplateProcessing("[BOS] $A", special_tokens=start)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=1024, **special)

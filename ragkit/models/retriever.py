@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
 from ragkit.data.passages import Passage, Passages
-from ragkit.data.prose import open_prose
 from ragkit.data.questions import PASSAGES
 from ragkit.data.vocabulary import build_tokenizer
+from ragkit.data.worlds import open_prose
 from ragkit.errors import RetrieverError
 from ragkit.models import device
 from ragkit.models.loading import loading, readable, refuse_missing

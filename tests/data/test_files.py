@@ -10,17 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ragkit.data.files import file_hash, input_hash, read_jsonl, write_whole
+from ragkit.data.files import file_hash, read_jsonl, write_whole
 from ragkit.data.passages import Passage, read_tsv, write_passages
-from ragkit.data.questions import (
-    Corpus,
-    hits,
-    passage_settings,
-    question_settings,
-    read_questions,
-    reciprocal_ranks,
-)
-from ragkit.data.sets import make_passages, make_questions
+from ragkit.data.questions import Corpus, contents, hits, passage_settings, reciprocal_ranks
+from ragkit.data.sets import make_passages, make_questions, read_questions
 from ragkit.data.text import normalise
 from ragkit.errors import DataError
 from ragkit.settings import FileSet
@@ -54,16 +47,16 @@ def test_a_dpr_file_plain_or_gzipped(tmp_path):
         (HEADER + "1\tone\tA\n2\ttwo\tB\n1\tthree\tC\n", "Passages 1 and 3 have the same id '1'"),
         (
             HEADER + '1\t"never closed\n' + "x\n" * 100_000,
-            "line 2: field larger .*line 2 the file's quotes are CSV's",
+            "line 2: field larger .*the file's quotes are CSV's",
         ),
         (HEADER + '1\t"Brann"\tB\n', "line 2: are these quotes CSV's or part of the text"),
         (
             HEADER + '1\t"A ""b"""\tT\n2\t"C" d\tU\n',
-            "line 3: .*By line 2 the file's quotes are CSV's",
+            "line 3: .*the file's quotes are CSV's",
         ),
         (
             HEADER + '2\t"C" d\tU\n1\t"A ""b"""\tT\n',
-            "line 3: quotes are doubled here.*By line 2 .*part of the text",
+            "line 3: quotes are doubled here.*quotes are part of the text",
         ),
     ],
 )
@@ -128,12 +121,12 @@ def made(tmp_path, rows, **sizes):
     settings = FileSet(
         source="files", name="f", passages=str(passages), questions=str(questions), **sizes
     )
-    payloads = [{"set": make(settings)} for make in (passage_settings, question_settings)]
+    whole = json.loads(json.dumps([passage_settings(settings), settings.model_dump()]))
     for name in ("passages", "questions"):
         (tmp_path / name).mkdir(exist_ok=True)
-    make_passages(tmp_path / "passages", {}, json.loads(json.dumps(payloads[0])))
+    make_passages(tmp_path / "passages", {}, {"set": whole[0]})
     inputs = {"passages": tmp_path / "passages"}
-    make_questions(tmp_path / "questions", inputs, json.loads(json.dumps(payloads[1])))
+    make_questions(tmp_path / "questions", inputs, {"set": whole[1]})
     return settings, Corpus.load("f", tmp_path / "passages", tmp_path / "questions")
 
 
@@ -149,8 +142,6 @@ def test_repeated_questions_are_one(tmp_path, caplog):
     assert sorted(normalise(question.text) for question in asked) == [f"q{i}" for i in range(6)]
     (merged,) = (question for question in asked if question.text == "q0")
     assert (merged.answers, merged.gold) == (("a0", "b"), (1,))
-    counts = json.loads((tmp_path / "questions" / "counts.json").read_text())
-    assert counts["repeated"] == 2
     assert "f: 2 questions were left out (repeated)" in caplog.text
     with pytest.raises(
         DataError, match=r"7 questions asked for, 6 different there\. Lower distill"
@@ -162,11 +153,11 @@ def test_an_edited_file_changes_the_settings_that_read_it(tmp_path):
     settings, _ = made(
         tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(3)], distill=1, dev=1, test=1
     )
-    before = passage_settings(settings), question_settings(settings)
+    before = {what: contents(settings, what) for what in ("passages", "questions")}
     with (tmp_path / "q.jsonl").open("a") as file:
         file.write('{"question": "more", "answer": "a"}\n')
-    assert passage_settings(settings) == before[0]
-    assert question_settings(settings) != before[1]
+    assert contents(settings, "passages") == before["passages"]
+    assert contents(settings, "questions") != before["questions"]
 
 
 def rows_of(path):
@@ -278,10 +269,12 @@ def test_files_are_written_whole_and_hashed_once(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     write_whole(path, "one")
     assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
-    first = input_hash(path)
-    assert first == file_hash(path) == hashlib.sha256(b"one").hexdigest()
-    monkeypatch.setattr("ragkit.data.files.file_hash", lambda _: pytest.fail("read again"))
-    assert input_hash(path) == first
+    assert file_hash(path) == hashlib.sha256(b"one").hexdigest()
+    with monkeypatch.context() as patched:
+        patched.setattr("hashlib.file_digest", lambda *_: pytest.fail("read again"))
+        assert file_hash(path) == hashlib.sha256(b"one").hexdigest()
+    write_whole(path, "more")
+    assert file_hash(path) == hashlib.sha256(b"more").hexdigest()
 
 
 @REAL

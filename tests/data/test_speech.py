@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ud import read_conllu
 
-from ragkit.data import prose, speech
+from ragkit.data import speech
 from ragkit.data import worlds as world
 from ragkit.data.questions import Corpus
 from ragkit.data.speech import NOUN_TAGS, parts_of_speech
@@ -97,7 +97,7 @@ def test_all_texts_of_a_world_are_labelled(name):
     for question in (q for part in made.questions.values() for q in part):
         assert {tag for _, _, tag in parts_of_speech(question.text)} & set(NOUN_TAGS)
         assert parts_of_speech(question.cloze)
-    for piece in prose.open_prose(name, 300, random.Random(1)):
+    for piece in world.open_prose(name, 300, random.Random(1)):
         assert parts_of_speech(piece)
 
 

@@ -4,7 +4,6 @@ import random
 
 import pytest
 
-from ragkit.data import prose
 from ragkit.data import worlds as world
 from ragkit.data.questions import Corpus, passage_settings
 from ragkit.data.text import holds_answer
@@ -88,7 +87,7 @@ def test_every_name_word_is_two_tokens(kind):
 
 def test_a_question_in_training_text_is_left_open():
     """Prose with a question's wording never goes on with its answer."""
-    sentences = prose.open_prose("almanac", 50, random.Random(0))
+    sentences = world.open_prose("almanac", 50, random.Random(0))
     assert all(
         any(s.startswith(f.split("{")[0]) for f in world.spec()["prose"]["open"]) for s in sentences
     )
