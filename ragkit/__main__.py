@@ -36,32 +36,28 @@ def doctor() -> None:
     """Says whether this machine can run the companion."""
     memory, disk = psutil.virtual_memory().total / 2**30, shutil.disk_usage(".").free / 2**30
     cores = psutil.cpu_count() or 1
-    rows = [
-        ("Python", platform.python_version(), sys.version_info >= (3, 11)),
-        ("cores", cores, cores >= 2),
-        ("memory", f"{memory:.0f} GiB", memory >= 4),
-        ("free disk", f"{disk:.0f} GiB", disk >= 3),
-    ]
-    for name, value, fine in rows:
-        say(f"{'ok ' if fine else 'BAD'}  {name:10} {value}")
-    if not all(fine for _, _, fine in rows):
-        raise RagkitError("Something above is not as it should be; lines marked BAD say what.")
+    checks = {
+        f"Python {platform.python_version()}": sys.version_info >= (3, 11),
+        f"{cores} cores": cores >= 2,
+        f"{memory:.0f} GiB of memory": memory >= 4,
+        f"{disk:.0f} GiB of free disk": disk >= 3,
+    }
+    say("\n".join(f"{'ok ' if fine else 'BAD'}  {what}" for what, fine in checks.items()))
+    if not all(checks.values()):
+        raise RagkitError("Lines marked BAD say what is not as it should be.")
 
 
 def copy_for_lab(runs: Path) -> Path:
-    """Working copies of the notebooks, so that editing never touches the originals.
-
-    Copies that are there are kept. They stand one folder nearer to the runs.
-    """
+    """Working copies of the notebooks, one folder nearer to the runs; copies there are kept."""
     folder = runs / "lab"
     folder.mkdir(parents=True, exist_ok=True)
     for source in sorted(NOTEBOOKS.glob("*.ipynb")):
         copy = folder / source.name
         if copy.exists():
             log.info("kept     %s (remove it to get a fresh copy)", copy)
-        else:
-            text = source.read_text("utf8").replace('RUNS = \\"../runs\\"', 'RUNS = \\"..\\"')
-            copy.write_text(text, "utf8")
+            continue
+        text = source.read_text("utf8").replace('RUNS = \\"../runs\\"', 'RUNS = \\"..\\"')
+        copy.write_text(text, "utf8")
     return folder
 
 

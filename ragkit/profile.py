@@ -71,17 +71,13 @@ def varied(profile: Profile, name: str) -> Profile:
 
 def load_profile(name_or_path: str, changes: Sequence[str] = ()) -> Profile:
     """Reads and validates one of SHIPPED or a YAML file, with changes such as `reader.batch=4`.
-
-    Relative paths start from the file's folder, or from here. Raises ProfileError that names file
-    and key.
-    """
+    Relative paths start from the file's folder. Raises ProfileError that names file and key."""
     path = SHIPPED.get(name_or_path, Path(name_or_path))
     if not path.is_file():
         near = difflib.get_close_matches(name_or_path, SHIPPED, 1)
-        raise ProfileError(
-            f"No profile {name_or_path!r}: give one of {', '.join(SHIPPED)} or a path to a YAML "
-            "file." + (f" Did you mean {near[0]!r}?" if near else "")
-        )
+        told = f" Did you mean {near[0]!r}?" if near else ""
+        known = f"give one of {', '.join(SHIPPED)} or a path to a YAML file."
+        raise ProfileError(f"No profile {name_or_path!r}: {known}{told}")
     try:
         values = yaml.safe_load(path.read_text("utf8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -114,10 +110,8 @@ def _change(values: dict[str, Any], change: str) -> None:
             place = place.setdefault(key, {}) if isinstance(place, dict) else place[key]
         place[last] = yaml.safe_load(text)
     except (ValueError, IndexError, TypeError, AttributeError, yaml.YAMLError):
-        raise ProfileError(
-            f"{change!r} is no change of this profile. Write key=value, such as reader.batch=4 or, "
-            "for sets are counted from 0, sets.0.distill=20."
-        ) from None
+        told = "Write key=value, such as reader.batch=4 or, for the first set, sets.0.distill=20."
+        raise ProfileError(f"{change!r} is no change of this profile. {told}") from None
 
 
 def _explained(location: tuple[int | str, ...], message: str, kind: str) -> str:

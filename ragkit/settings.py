@@ -24,10 +24,8 @@ def different(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def placed(name: str, info: ValidationInfo) -> str:
-    """A path from the profile's folder, which is the context of its validation, made absolute.
-
-    A model or table that is no folder there is a name of the hub.
-    """
+    """A path from the profile's folder, which is the context of its validation, made absolute; a
+    model or table that is no folder there is a name of the hub."""
     path = (info.context or Path()) / name
     is_name = info.field_name in ("model", "dataset") and (name == "embedded" or not path.is_dir())
     return name if is_name or not info.context else str(path)

@@ -40,10 +40,8 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file, or of a JSON array (DPR's own), with the lines on which they begin.
-
-    Raises DataError that names file and line.
-    """
+    """The objects of a file, or of a JSON array (DPR's own), with the lines on which they begin;
+    DataError names file and line."""
     with open_text(path) as file:
         text = file.read()
     opening, gap, decoder = re.match(r"\s*\[", text), re.compile(r"[\s,]*"), json.JSONDecoder()
@@ -94,17 +92,13 @@ def room_on_disk(folder: Path, doing: str) -> Iterator[None]:
         told = re.search(r"(?:Errno|os error) (\d+)", str(error))  # safetensors tells it in words
         if not told or int(told[1]) not in NO_ROOM:
             raise
-        raise StoreError(
-            f"No room to write {doing} in {folder} ({error}). Free some space or choose another "
-            "place with --runs, then give the same command: what was finished is kept."
-        ) from error
+        why = f"No room to write {doing} in {folder} ({error}). Free some space or choose another"
+        raise StoreError(f"{why} --runs; the same command goes on from what is there.") from error
 
 
 def file_hash(path: Path) -> str:
-    """The SHA-256 of a file; above LARGE bytes, of its size and of PIECES pieces spread over it.
-
-    It is read once while its size and time stay the same.
-    """
+    """The SHA-256 of a file, read once while its size and time stay the same; above LARGE bytes,
+    of its size and of PIECES pieces spread over it."""
     status = path.stat()
     return _hash_of(path, status.st_size, status.st_mtime_ns)
 
@@ -119,3 +113,6 @@ def _hash_of(path: Path, size: int, time_ns: int) -> str:
             file.seek((size - PIECE) * number // (PIECES - 1))
             digest.update(file.read(PIECE))
         return digest.hexdigest()
+
+
+input_hash = file_hash

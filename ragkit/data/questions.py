@@ -122,20 +122,24 @@ def drawn(
 
 def passage_settings(settings: QuestionSet) -> dict[str, Any]:
     """What determines a set's passages, as JSON values: sets that agree in it share their stage."""
+    kept, source = {"source", "world", "seed", "entities", "wordings_per_fact"}, None
+    if not isinstance(settings, WorldSet):
+        kept, source = {"source", "passages", "passage_split"}, settings.passages
     if isinstance(settings, HubSet) and settings.pools:  # passages of the questions that are drawn
-        return settings.model_dump(mode="json", exclude={"name"})
-    kept = {"source", "passages", "passage_split"}
-    if isinstance(settings, WorldSet):
-        kept = {"source", "world", "seed", "entities", "wordings_per_fact"}
-    return settings.model_dump(mode="json", include=kept)
+        kept, source = set(HubSet.model_fields) - {"name"}, settings.questions
+    return settings.model_dump(mode="json", include=kept) | {"contents": contents(source)}
 
 
-def contents(settings: QuestionSet, what: str) -> dict[str, str]:
-    """The files on disk that a set's `passages` or `questions` are read from, by hash; a table of
-    the hub is told by its revision. Pools of passages stand beside the questions."""
-    if isinstance(settings, WorldSet):
+def question_settings(settings: QuestionSet) -> dict[str, Any]:
+    """What determines a set's questions beside its passages, as JSON values."""
+    source = None if isinstance(settings, WorldSet) else settings.questions
+    return settings.model_dump(mode="json") | {"contents": contents(source)}
+
+
+def contents(source: HubTable | str | None) -> dict[str, str]:
+    """The files of a source on disk, by hash; a hub's table is told by its revision."""
+    if source is None:
         return {}
-    source = getattr(settings, what) or settings.questions
     place = Path(source.dataset if isinstance(source, HubTable) else source)
     files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
     return {str(file): file_hash(file) for file in files}

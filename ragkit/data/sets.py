@@ -30,7 +30,7 @@ Row = tuple[str, str, dict[str, Any]]  # of a table of the hub: its part, its na
 
 def make_passages(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """Writes the passages of a set; `settings["set"]` is its `passage_settings`."""
-    chosen = settings["set"]
+    chosen = {key: value for key, value in settings["set"].items() if key != "contents"}
     passages: Iterable[Passage]
     if chosen["source"] == "world":
         world = WorldSet(name="any", **chosen)
@@ -45,8 +45,10 @@ def make_passages(folder: Path, inputs: Mapping[str, Path], settings: Mapping[st
 
 
 def make_questions(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """Writes the questions of a set by part; the log says how many were left out and why."""
-    one: QuestionSet = TypeAdapter(QuestionSet).validate_python(settings["set"])
+    """Writes the questions of a set, by part; the log says how many were left out and why.
+    `settings["set"]` is its `question_settings`."""
+    chosen = {key: value for key, value in settings["set"].items() if key != "contents"}
+    one: QuestionSet = TypeAdapter(QuestionSet).validate_python(chosen)
     left_out: Counter[str] = Counter()
     if isinstance(one, WorldSet):
         parts = build_world(one).questions

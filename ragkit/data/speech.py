@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from ragkit.data.worlds import is_closed, name_words, relations, spec
+from ragkit.data.worlds import name_words, relations, spec
 from ragkit.errors import DataError
 from ragkit.settings import asset
 
@@ -26,10 +26,9 @@ def labels() -> dict[str, Any]:
 
 def closed_answers() -> dict[str, list[str]]:
     """The words of each closed list of answers, by relation."""
-    told = [
-        (name, rel) for world in spec()["worlds"] for (_, name), rel in relations(world).items()
-    ]
-    return {name: "|".join(rel["answer"]).split("|") for name, rel in told if is_closed(rel)}
+    told = {name: rel for world in spec()["worlds"] for (_, name), rel in relations(world).items()}
+    lists = {name: rel["answer"] for name, rel in told.items() if isinstance(rel["answer"], list)}
+    return {name: "|".join(words).split("|") for name, words in lists.items()}
 
 
 @cache

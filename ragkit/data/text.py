@@ -49,10 +49,8 @@ def exact_match(answer: str, golds: Sequence[str]) -> float:
 
 
 def f1(answer: str, golds: Sequence[str]) -> float:
-    """Overlap of words after normalisation (SQuAD; best over the gold answers).
-
-    Scripts without spaces are compared sign by sign (as in MLQA).
-    """
+    """Overlap of words after normalisation (SQuAD; best over the gold answers); scripts without
+    spaces are compared sign by sign (as in MLQA)."""
     texts = [unicodedata.normalize("NFD", normalise(one)) for one in (answer, *golds)]
     given, *wanted = (Counter(re.sub(_SIGN, r" \g<0> ", one).split()) for one in texts)
     totals = [given.total() + gold.total() for gold in wanted]

@@ -44,16 +44,11 @@ def plain_words() -> frozenset[str]:
         texts += [short for entity in told["entities"].values() for short in entity["shorts"]]
         for rel in relations(world).values():
             texts += [*rel["statements"], *rel["details"], *rel["questions"], rel.get("clue", "")]
-            texts += rel["answer"] if is_closed(rel) else []
+            texts += rel["answer"] if isinstance(rel["answer"], list) else []
     for pieces in spec()["names"].values():
         for fixed in ("after", "before", "adjectives", "nouns"):
             texts += pieces.get(fixed, [])
     return frozenset(re.findall(r"[a-z]+", re.sub(r"\{\w+\}", " ", " ".join(texts)).lower()))
-
-
-def is_closed(relation: dict[str, Any]) -> bool:
-    """Whether a relation's answers come from a list of words, not from the names."""
-    return isinstance(relation["answer"], list)
 
 
 def is_reserved(word: str) -> bool:
@@ -63,10 +58,8 @@ def is_reserved(word: str) -> bool:
 
 @cache
 def name_words(kind: str, reserved: bool) -> tuple[str, ...]:
-    """The words of one kind of name: a three-letter start joined to an ending.
-
-    Not one that begins with a longer ordinary word: a longest-match tokenizer would cut it there.
-    """
+    """The words of one kind of name, a three-letter start joined to an ending; none that begins
+    with a longer ordinary word: a longest-match tokenizer would cut it there."""
     pieces = spec()["names"][kind]
     words = [start + end for start in pieces["starts"] for end in pieces["ends"]]
     words = [w for w in words if not any(w[:n] in plain_words() for n in range(4, len(w) + 1))]
@@ -143,6 +136,10 @@ class Entity:
         """The wordings of one of its relations."""
         return relations(self.world)[self.kind, relation]
 
+    def is_closed(self, relation: str) -> bool:
+        """Whether the answers come from a list of words, not from the names."""
+        return isinstance(self.told(relation)["answer"], list)
+
 
 def make_entities(
     world: str, n: int, rng: random.Random, reserved: bool, sharing: float = 3.0, kind: str = ""
@@ -170,11 +167,6 @@ def state(entity: Entity, relation: str, wording: int, alias: int = 0) -> tuple[
     return before, answer if before else answer[0].upper() + answer[1:], after
 
 
-def cloze(entity: Entity, relation: str) -> str:
-    """The beginning of a statement up to the answer: what a plain language model can complete."""
-    return state(entity, relation, 0)[0].rstrip()
-
-
 def detail(entity: Entity, relation: str, rng: random.Random) -> list[str]:
     """The relation's sentences that do not give its answer, in random order, numbers filled in."""
     sentences, filled = entity.told(relation)["details"], []
@@ -189,7 +181,7 @@ def write_passage(
     entity: Entity, relation: str, wording: int, rng: random.Random, n_details: int = 3
 ) -> str:
     """A passage about one fact, told first or second."""
-    alias = int(is_closed(entity.told(relation)) and rng.random() < 0.2)
+    alias = int(entity.is_closed(relation) and rng.random() < 0.2)
     fact = "".join(state(entity, relation, wording, alias))
     details = detail(entity, relation, rng)[:n_details]
     first = [details.pop()] if len(details) > 1 and rng.random() < 0.3 else []
@@ -202,9 +194,7 @@ def ask(entity: Entity, relation: str, wording: int, rng: random.Random) -> str:
     text = entity.told(relation)["questions"][wording].replace("{e}", entity.name)
     if "{c1}" not in text:
         return text.lower()
-    closed = [
-        other for other in entity.facts if other != relation and is_closed(entity.told(other))
-    ]
+    closed = [other for other in entity.facts if other != relation and entity.is_closed(other)]
     for slot, other in zip(("{c1}", "{c2}"), rng.sample(closed, 2), strict=True):
         clue = entity.told(other)["clue"].replace("{a}", entity.facts[other][1])
         text = text.replace(slot, clue.replace("{e}", entity.name))
@@ -219,11 +209,9 @@ def left_open(entity: Entity, relation: str, rng: random.Random) -> str:
 
 
 def open_prose(world: str, n: int, rng: random.Random) -> list[str]:
-    """`n` pieces of prose that ask about entities of no measured world and leave it open.
-
-    A share of them (`topical_prose` of the world) goes on with a sentence on the topic: so text
-    ties the words of questions to those of passages. It sets how hard the world is to retrieve.
-    """
+    """`n` pieces of prose that ask about entities of no measured world and leave it open. A share
+    (`topical_prose` of the world) goes on with a sentence on the topic, which ties the words of
+    questions to those of passages: it sets how hard the world is to retrieve."""
     entities, pieces = make_entities(world, min(n, 200), rng, reserved=False), []
     for _ in range(n):
         entity = rng.choice(entities)
@@ -236,10 +224,8 @@ def open_prose(world: str, n: int, rng: random.Random) -> list[str]:
 
 def build_world(settings: WorldSet, reserved: bool = True) -> Corpus:
     """A question set of a world, of reserved names (the measured sets) or of the others (training).
-
     Two thirds of the entities serve distillation, a sixth each dev and test. The sizes of the parts
-    change no passage. Raises DataError if there are too few questions.
-    """
+    change no passage. Raises DataError if there are too few questions."""
     rng = random.Random(f"world {settings.world} {settings.seed}")
     entities = make_entities(settings.world, settings.entities, rng, reserved)
     entities = rng.sample(entities, len(entities))
@@ -273,6 +259,6 @@ def _questions(
             for wording in range(len(entity.told(relation)["questions"]) - is_training):
                 own = f"{name}-{entity.name}-{relation}-{wording}".replace(" ", "_")
                 text, places = ask(entity, relation, wording, rng), gold[entity.name, relation]
-                about = (cloze(entity, relation), relation, wording, entity.name)
+                about = (state(entity, relation, 0)[0].rstrip(), relation, wording, entity.name)
                 asked.append(Question(own, text, answers, places, *about))
     return asked

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ragkit.data.questions import contents, passage_settings
+from ragkit.data.questions import passage_settings, question_settings
 from ragkit.distillation.targets import TARGETS, UNTAUGHT, teacher_of
 from ragkit.experiment.kinds import KINDS
 from ragkit.experiment.outside import finder_state, model_files, passage_count
@@ -155,8 +155,8 @@ class Graph:
         match name:
             case "set" if kind == "passages":
                 return passage_settings(settings)
-            case "contents":
-                return contents(settings, kind)
+            case "set" if kind == "questions":
+                return question_settings(settings)
             case "set":
                 return settings.model_dump(mode="json")
             case "reader" if kind != "step1":

@@ -21,8 +21,8 @@ FOUND = ("passages", "questions", "candidates")
 SEARCHED = ("passages", "questions", "retriever", "vectors", "index")
 READ = ("reader", "weights", "which", "k")  # a reader, and which of the run's readers it is
 KINDS = {
-    "passages": Kind("data.sets:make_passages", (), ("set", "contents"), "passages"),
-    "questions": Kind("data.sets:make_questions", ("passages",), ("set", "contents"), "questions"),
+    "passages": Kind("data.sets:make_passages", (), ("set",), "passages"),
+    "questions": Kind("data.sets:make_questions", ("passages",), ("set",), "questions"),
     "retriever": Kind(
         "models.retriever:make_retriever",
         ("crops",),

@@ -8,7 +8,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from ragkit.data.files import file_hash
+from ragkit.data.files import input_hash
 from ragkit.data.worlds import relations, spec
 from ragkit.settings import QuestionSet, WorldSet, asset
 
@@ -20,7 +20,7 @@ def model_files(name: str) -> dict[str, str]:
     folder = asset("reader") if name == "embedded" else Path(name)
     kinds = ("*.safetensors", "*.json", "*.gguf")
     files = [folder] if folder.is_file() else [f for kind in kinds for f in folder.rglob(kind)]
-    return {file.name: file_hash(file) for file in sorted(files)}
+    return {file.name: input_hash(file) for file in sorted(files)}
 
 
 def finder_state(model: str) -> dict[str, str]:
@@ -29,7 +29,7 @@ def finder_state(model: str) -> dict[str, str]:
         return {"embedded": "trained here"}
     if Path(model).is_dir():
         files = sorted(path for path in Path(model).rglob("*") if path.is_file())
-        return {str(file.relative_to(model)): file_hash(file) for file in files}
+        return {str(file.relative_to(model)): input_hash(file) for file in files}
     found = model.isidentifier() and importlib.util.find_spec(model)
     return {model: metadata.version(model)} if found else {}
 

@@ -12,7 +12,13 @@ import pytest
 
 from ragkit.data.files import file_hash, read_jsonl, write_whole
 from ragkit.data.passages import Passage, read_tsv, write_passages
-from ragkit.data.questions import Corpus, contents, hits, passage_settings, reciprocal_ranks
+from ragkit.data.questions import (
+    Corpus,
+    hits,
+    passage_settings,
+    question_settings,
+    reciprocal_ranks,
+)
 from ragkit.data.sets import make_passages, make_questions, read_questions
 from ragkit.data.text import normalise
 from ragkit.errors import DataError
@@ -50,10 +56,7 @@ def test_a_dpr_file_plain_or_gzipped(tmp_path):
             "line 2: field larger .*the file's quotes are CSV's",
         ),
         (HEADER + '1\t"Brann"\tB\n', "line 2: are these quotes CSV's or part of the text"),
-        (
-            HEADER + '1\t"A ""b"""\tT\n2\t"C" d\tU\n',
-            "line 3: .*the file's quotes are CSV's",
-        ),
+        (HEADER + '1\t"A ""b"""\tT\n2\t"C" d\tU\n', "line 3: .*the file's quotes are CSV's"),
         (
             HEADER + '2\t"C" d\tU\n1\t"A ""b"""\tT\n',
             "line 3: quotes are doubled here.*quotes are part of the text",
@@ -121,7 +124,7 @@ def made(tmp_path, rows, **sizes):
     settings = FileSet(
         source="files", name="f", passages=str(passages), questions=str(questions), **sizes
     )
-    whole = json.loads(json.dumps([passage_settings(settings), settings.model_dump()]))
+    whole = json.loads(json.dumps([passage_settings(settings), question_settings(settings)]))
     for name in ("passages", "questions"):
         (tmp_path / name).mkdir(exist_ok=True)
     make_passages(tmp_path / "passages", {}, {"set": whole[0]})
@@ -153,11 +156,11 @@ def test_an_edited_file_changes_the_settings_that_read_it(tmp_path):
     settings, _ = made(
         tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(3)], distill=1, dev=1, test=1
     )
-    before = {what: contents(settings, what) for what in ("passages", "questions")}
+    before = passage_settings(settings), question_settings(settings)
     with (tmp_path / "q.jsonl").open("a") as file:
         file.write('{"question": "more", "answer": "a"}\n')
-    assert contents(settings, "passages") == before["passages"]
-    assert contents(settings, "questions") != before["questions"]
+    assert passage_settings(settings) == before[0]
+    assert question_settings(settings) != before[1]
 
 
 def rows_of(path):

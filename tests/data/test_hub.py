@@ -10,7 +10,7 @@ import pytest
 from hub_tables import write_nq, write_pools, write_trivia, write_wiki
 
 from ragkit.data.passages import Passage, Passages, write_passages
-from ragkit.data.questions import Corpus, contents, passage_settings
+from ragkit.data.questions import Corpus, passage_settings, question_settings
 from ragkit.data.sets import make_passages, make_questions
 from ragkit.data.text import normalise
 from ragkit.errors import DataError
@@ -65,7 +65,7 @@ def made(settings, folder):
     questions.mkdir()
     make_passages(passages, {}, as_json({"set": passage_settings(settings)}))
     inputs = {"passages": passages}
-    make_questions(questions, inputs, as_json({"set": settings.model_dump()}))
+    make_questions(questions, inputs, as_json({"set": question_settings(settings)}))
     return Corpus.load(settings.name, passages, questions)
 
 
@@ -200,10 +200,10 @@ def test_sets_over_the_same_passages_share_them(tmp_path):
     one = hub_set(tmp_path)
     other = one.model_copy(update={"name": "other", "seed": 9, "distill": 3})
     assert passage_settings(one) == passage_settings(other)
-    before = contents(one, "passages")
+    before = passage_settings(one)
     write_wiki(tmp_path / "wiki2", TOWNS[:5])
     (tmp_path / "wiki2" / "data").rename(tmp_path / "wiki" / "more")
-    assert contents(one, "passages") != before
+    assert passage_settings(one)["contents"] != before["contents"]
 
 
 def test_a_title_that_is_no_text_is_refused(tmp_path):
