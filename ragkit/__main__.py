@@ -28,10 +28,6 @@ COMMANDS = {
 log = logging.getLogger("ragkit")
 
 
-def say(text: str) -> None:
-    sys.stdout.write(f"{text}\n")
-
-
 def doctor() -> None:
     """Says whether this machine can run the companion."""
     memory, disk = psutil.virtual_memory().total / 2**30, shutil.disk_usage(".").free / 2**30
@@ -42,7 +38,8 @@ def doctor() -> None:
         f"{memory:.0f} GiB of memory": memory >= 4,
         f"{disk:.0f} GiB of free disk": disk >= 3,
     }
-    say("\n".join(f"{'ok ' if fine else 'BAD'}  {what}" for what, fine in checks.items()))
+    for what, fine in checks.items():
+        sys.stdout.write(f"{'ok ' if fine else 'BAD'}  {what}\n")
     if not all(checks.values()):
         raise RagkitError("Lines marked BAD say what is not as it should be.")
 
@@ -97,9 +94,9 @@ def do(given: argparse.Namespace) -> None:
     lab = Lab(changed_profile(given.profile, given.changes), given.runs)
     match given.command:
         case "lab":
-            say(str(copy_for_lab(given.runs)))
+            sys.stdout.write(f"{copy_for_lab(given.runs)}\n")
         case "plan":
-            say("\n".join(plan.lines(plan.make(lab))))
+            sys.stdout.writelines(f"{line}\n" for line in plan.lines(plan.make(lab)))
         case "tidy":
             log.info("%d old stages removed", run.tidy(lab, NOTEBOOKS))
         case "reproduce":

@@ -3,7 +3,7 @@
 import ast
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,12 +110,13 @@ def same_question(text: str) -> str:
 
 
 def drawn(
-    items: Sequence[Any], sizes: Mapping[str, int], what: str, rng: random.Random
+    items: Sequence[Any], settings: QuestionSet, parts: Sequence[str], rng: random.Random
 ) -> dict[str, list[Any]]:
-    """Disjoint random parts of these sizes. Raises DataError if there are too few items."""
+    """Disjoint random parts of the set's sizes. Raises DataError if there are too few items."""
+    sizes = {part: getattr(settings, part) for part in parts}
     if (n := sum(sizes.values())) > len(items):
         there = f"{n} questions asked for, {len(items)} different there. Lower distill, dev or test"
-        raise DataError(f"{what}: {there} (or raise a world's entities).")
+        raise DataError(f"set {settings.name}: {there} (or raise a world's entities).")
     rest = iter(rng.sample(items, len(items)))
     return {part: [next(rest) for _ in range(size)] for part, size in sizes.items()}
 

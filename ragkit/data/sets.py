@@ -56,11 +56,7 @@ def make_questions(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
         read = read_questions(Path(one.questions), Passages(inputs["passages"] / PASSAGES))
         questions = without_repeats(read)
         left_out["repeated"] = len(read) - len(questions)
-        sizes, rng = (
-            {part: getattr(one, part) for part in PARTS},
-            random.Random(f"split {one.seed}"),
-        )
-        parts = drawn(questions, sizes, f"set {one.name}", rng)
+        parts = drawn(questions, one, PARTS, random.Random(f"split {one.seed}"))
     else:
         _, parts, left_out = from_hub(one)
     for part, asked in parts.items():
@@ -115,9 +111,8 @@ def load(table: HubTable, split: str, columns: Sequence[str]) -> Dataset:
     except (OSError, ValueError, DatasetsError, pa.ArrowException) as error:
         told = str(error.__cause__ or error).strip().partition("\n")[0][:300]
         raise DataError(
-            f"{where} cannot be loaded ({told or type(error).__name__}). A folder must hold its "
-            "whole files; the hub must be reached, have it at this revision and, where it is "
-            "gated, know you (`hf auth login`). Files that came whole are kept."
+            f"{where} cannot be loaded ({told or type(error).__name__}). A folder needs its whole "
+            "files; the hub must be reached, have it so, and may have to know you (`hf auth login`)."
         ) from None
     if (expected := table.rows.get(split, len(found))) != len(found):
         raise DataError(f"{where}: {len(found)} rows; the profile expects {expected}.")
@@ -158,7 +153,8 @@ def hub_rows(settings: HubSet, columns: Sequence[str]) -> tuple[list[Row], Count
     """The rows drawn, and how many were left out: no question stands in two parts. Of one asked
     twice the first row counts; one in both splits is kept for `test`."""
     heldout, rows, left_out = settings.heldout, list[Row](), Counter[str]()
-    tables = {one: load(settings.questions, one, columns) for one in (settings.train, heldout)}
+    split = {"distill": settings.train, "dev": settings.train, "test": heldout}
+    tables = {name: load(settings.questions, name, columns) for name in dict.fromkeys(split.values())}
     asked = {}
     for name, table in tables.items():
         asked[name] = pd.Series([same_question(str(text)) for text in table["question"]])
@@ -170,10 +166,8 @@ def hub_rows(settings: HubSet, columns: Sequence[str]) -> tuple[list[Row], Count
             shared = kept.isin(asked[heldout])
             left_out["in another split"] += int(shared.sum())
             kept = kept[~shared]
-        split = {"distill": settings.train, "dev": settings.train, "test": heldout}
-        sizes = {part: getattr(settings, part) for part in PARTS if split[part] == name}
-        chosen = drawn(kept.index.tolist(), sizes, f"set {settings.name}", rng)
-        for part, places in chosen.items():
+        own = [part for part in PARTS if split[part] == name]
+        for part, places in drawn(kept.index.tolist(), settings, own, rng).items():
             pairs = zip(places, table.select(places), strict=True)
             rows += [(part, f"{name}:{place}", row) for place, row in pairs]
     return rows, left_out

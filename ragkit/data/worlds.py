@@ -244,8 +244,7 @@ def build_world(settings: WorldSet, reserved: bool = True) -> Corpus:
     shares = (entities[2 * sixth :], entities[:sixth], entities[sixth : 2 * sixth])
     for part, own in zip(PARTS, shares, strict=True):
         asked = _questions(settings.name, own, gold, part == "distill", rng)
-        wanted, what = {part: getattr(settings, part)}, f"set {settings.name}, part {part}"
-        questions |= drawn(asked, wanted, what, rng)
+        questions |= drawn(asked, settings, [part], rng)
     return Corpus(settings.name, passages, questions)
 
 
