@@ -1,10 +1,10 @@
-"""The log of a training and the early word: torn lines, the rule, following a run."""
+"""The early word on a training: the rule, the log, following a run."""
 
+import json
 import math
 
 import pytest
 
-from ragkit.distillation.log import FILE, read_log, write_log
 from ragkit.distillation.monitor import (
     NOT_WORKING,
     TOO_EARLY,
@@ -14,19 +14,6 @@ from ragkit.distillation.monitor import (
     verdict,
 )
 from ragkit.errors import DistillError
-
-
-def test_a_torn_last_line_is_skipped(tmp_path):
-    torn = b'{"step": 1, "seconds": 2.0}\n{"step": 2, "seconds": 4.5}\n{"step": 3, "lo\xc3'
-    (tmp_path / FILE).write_bytes(torn)
-    assert [row["step"] for row in read_log(tmp_path)] == [1, 2]
-    assert read_log(tmp_path / "nowhere") == []
-
-
-def test_only_the_main_process_writes_and_only_numbers(tmp_path):
-    write_log(tmp_path, [{"epoch": 0, "loss": math.nan, "hr": 0.5}], is_main=True)
-    write_log(tmp_path, [], is_main=False)
-    assert (tmp_path / FILE).read_text() == '{"epoch": 0, "hr": 0.5}\n'
 
 
 def looks(hr, losses):
@@ -54,7 +41,6 @@ SLOW = [0.5, 0.505, 0.505, 0.505, 0.505]
         (looks([0.5, 0.6], [0.6]), [], TOO_EARLY, 1, "1 of 2 looks"),
         (looks([0.5], []), lifts(0.9, 1.0), NOT_WORKING, 0, "1.00 times"),
         (looks([0.5], []), lifts(0.9, 1.2), TOO_EARLY, 0, "0 of 2 looks"),
-        ([{"epoch": 0, "hr": 0.5}, {"epoch": 0.5, "stopped": "why"}], [], NOT_WORKING, 1, "why"),
     ],
 )
 def test_verdicts_of_step_2(rows, probes, word, taken, reason):
@@ -103,7 +89,7 @@ def test_nothing_is_said_of_nothing():
 def training(run, key, rows, finished=True):
     folder = run / (f"stages/step2/{key}" if finished else f"partial/step2-{key}")
     folder.mkdir(parents=True)
-    write_log(folder, rows, is_main=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_following_a_run_while_it_goes_on(tmp_path):
