@@ -1,8 +1,7 @@
 """Exact rows of attention and value norms, recorded while a reader runs its forward pass.
 
-Only the rows asked for are computed, nothing of size tokens x tokens is made, and the eager path is
-not used (Falcon's adds its ALiBi bias twice). The pass stops when the last layer's attention has
-been seen.
+Nothing of size tokens x tokens is made, and the eager path is not used where there is another
+(Falcon's adds its ALiBi bias twice). The pass stops when the last layer's attention was seen.
 """
 
 from collections.abc import Callable
@@ -60,8 +59,6 @@ def _check(ids: Tensor, mask: Tensor, rows: Tensor) -> None:
     """Raises AttentionError if ids, mask and rows do not fit each other."""
     if ids.dim() != 2 or ids.shape != mask.shape or ids.shape[1] == 0:
         raise AttentionError(f"Ids {list(ids.shape)} and mask {list(mask.shape)} do not fit.")
-    if not mask.bool().any(1).all():
-        raise AttentionError("A prompt of the batch has no token that is not padding.")
     if rows.dim() != 2 or len(rows) != len(ids) or rows.dtype != torch.long:
         found = f"{rows.dtype} {list(rows.shape)}"
         raise AttentionError(f"Rows must be whole numbers [batch {len(ids)}, rows], not {found}.")
@@ -82,8 +79,7 @@ def observe(reader: PreTrainedModel, ids: Tensor, mask: Tensor, rows: Tensor, vi
     layers = _decoder_layers(reader, encoder_decoder=False)
     _check(ids, mask, rows)
     ids, mask, rows = (given.to(reader.device) for given in (ids, mask, rows))
-    # Padding goes behind the tokens, wherever it stands: so a reader's own positions are right,
-    # however it counts them (RoBERTa's begin behind its padding index).
+    # Padding goes behind the tokens: so a reader's own positions are right, however it counts them.
     order = (mask == 0).int().argsort(dim=1, stable=True)
     back = order.argsort(dim=1)
     ids, mask, rows = ids.gather(1, order), mask.gather(1, order), back.gather(1, rows)

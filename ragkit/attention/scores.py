@@ -13,9 +13,9 @@ from .watch import Visit
 def pool(alpha: Tensor, norms: Tensor, uses: Tensor) -> tuple[Tensor, Tensor]:
     """Token contributions `[groups, ..., batch, tokens]`, without and with the value norm.
 
-    The mean over heads and over a group's rows of alpha (times the value norm). `alpha` `[...,
-    batch, heads, rows, tokens]`, `norms` `[..., batch, heads, tokens]`, of a layer or of all;
-    `uses` `[groups, batch, rows]` weighs the rows of a group (1 use, 0 leave out).
+    Means of `alpha` `[..., batch, heads, rows, tokens]` (times `norms` `[..., batch, heads,
+    tokens]`), of a layer or of all, over heads and a group's rows, weighed by `uses` `[groups,
+    batch, rows]`.
     """
     share = (uses / uses.sum(-1, keepdim=True)).to(alpha)
     by_head = torch.einsum("...bhrt,gbr->g...bht", alpha, share)

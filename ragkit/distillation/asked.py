@@ -24,8 +24,9 @@ class Asked:
     def open(cls, inputs: Mapping[str, Path], part: str, most: int, k: int) -> "Asked":
         """At most so many questions of a part, with k candidates each, from their stages."""
         corpus = Corpus.load("", inputs["passages"], inputs["questions"])
+        questions = corpus.questions[part][:most]
         found = load_file(inputs["candidates"] / "candidates.safetensors")[part]
-        return cls(corpus, corpus.questions[part][:most], found[:most, :k])
+        return cls(corpus, questions, found[: len(questions), :k])
 
     @property
     def passages(self) -> list[list[Passage]]:

@@ -14,6 +14,7 @@ CLEAR. A loss that is flat over ENOUGH_ROWS rows is *not working*. All else is *
 import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,11 +93,9 @@ def first_verdict(rows: Sequence[Row], probes: Sequence[Row] = ()) -> tuple[str,
 
 def read_log(folder: Path) -> list[Row]:
     """The rows of a training's log; none before it is written, or if it was just moved."""
-    try:
-        lines = (folder / "metrics.jsonl").read_text("utf8").splitlines()
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in lines]
+    with suppress(FileNotFoundError), open(folder / "metrics.jsonl", encoding="utf8") as lines:
+        return [json.loads(line) for line in lines]
+    return []
 
 
 def follow(run_folder: Path, keys: Iterable[str]) -> pd.DataFrame:

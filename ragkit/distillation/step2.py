@@ -90,10 +90,10 @@ class Lesson(nn.Module):
         """The first passages of each question of a part `[questions, depth]`."""
         corpus, encode = self.asked.corpus, self.retriever.encode
         queries = encode([q.text for q in corpus.questions[part]])
-        if not self.stays:
-            texts = [passage_text(passage) for passage in corpus.passages]
-            return search(queries, encode(texts, "passage"), depth)[0]
-        return device.agreed(self.index.search(queries, depth)[0] if device.is_main() else None)
+        if self.stays:
+            return device.agreed(self.index.search(queries, depth)[0] if device.is_main() else None)
+        texts = [passage_text(passage) for passage in corpus.passages]
+        return search(queries, encode(texts, "passage"), depth)[0]
 
     def hr(self) -> float:
         """HR@k on dev."""
@@ -161,8 +161,7 @@ def loss_of(asked: Asked, look: Scores | None, settings: Mapping[str, Any]) -> L
     if target.endswith(" EMDR2") and look is not None:
         logs = torch.from_numpy(look["answer_logs"]).to(device.device())
         return lambda chosen, scores: emdr2_loss(logs[chosen], scores, theta)
-    attention = AttentionSettings(**settings["attention"])
-    scores = scores_of(target, look, asked, attention)
+    scores = scores_of(target, look, asked, AttentionSettings(**settings["attention"]))
     made = target_of(target, scores, distill.entropy, settings["shuffle_seed"])
     targets = torch.from_numpy(made).float().to(device.device())
     divergence = kl_loss if distill.direction == "target || retriever" else reverse_kl_loss

@@ -113,7 +113,7 @@ BAD = {
     "no fractions": (lambda i, m: (i, m, torch.tensor([[1.0]])), "whole numbers"),
     "another batch": (lambda i, m: (i, m, torch.tensor([[1], [1]])), "batch 1"),
     "flat rows": (lambda i, m: (i, m, torch.tensor([1])), "batch 1"),
-    "all masked": (lambda i, m: (i, m * 0, torch.tensor([[1]])), "no token"),
+    "all masked": (lambda i, m: (i, m * 0, torch.tensor([[1]])), "on padding"),
     "no tokens": (lambda i, m: (i[:, :0], m[:, :0], torch.tensor([[0]])), "do not fit"),
     "short mask": (lambda i, m: (i, m[:, :3], torch.tensor([[1]])), "do not fit"),
     "long mask": (lambda i, m: (i[:, 2:], m, torch.tensor([[1]])), "do not fit"),
