@@ -7,6 +7,7 @@ import math
 import torch
 import transformers
 from transformers import (
+    BartConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -17,6 +18,7 @@ from transformers import (
     PhiConfig,
     Qwen2Config,
     Qwen3Config,
+    T5Config,
 )
 from transformers.models.gemma2 import modeling_gemma2
 
@@ -86,6 +88,23 @@ def make(name, implementation=None, seed=0):
     config = copy.deepcopy(CONFIGS[name])
     config._attn_implementation = implementation or ("eager" if name == "gemma2" else "sdpa")
     return getattr(transformers, KINDS[config.model_type])(config).eval()
+
+
+def encoder_decoder(kind):
+    """A tiny T5 or BART of two encoder and three decoder layers."""
+    torch.manual_seed(0)
+    if kind == "t5":
+        size = {"d_kv": 8, "d_ff": 64, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 4}
+        config = T5Config(vocab_size=60, d_model=32, **size, decoder_start_token_id=0)
+        model = transformers.T5ForConditionalGeneration(config)
+        for parameter in model.parameters():
+            parameter.data.mul_(3)
+        return model.eval()
+    size = {"encoder_layers": 2, "decoder_layers": 3, "encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+    size |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    size |= {"init_std": 0.3, "max_position_embeddings": 64}
+    config = BartConfig(vocab_size=60, d_model=32, **size)
+    return transformers.BartForConditionalGeneration(config).eval()
 
 
 def prompts(sizes, side="right", seed=1):

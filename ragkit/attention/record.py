@@ -1,11 +1,9 @@
 """Exact rows of attention and value norms, recorded while a reader runs its forward pass.
 
-Only the rows asked for are computed, nothing of size tokens x tokens is made, and the eager path is
-not used (Falcon's adds its ALiBi bias twice). The pass stops when the last layer's attention has
-been seen.
+Nothing of size tokens x tokens is made, and the eager path is not used where there is another
+(Falcon's adds its ALiBi bias twice). The pass stops when the last layer's attention was seen.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .kernels import AttentionError, unfit
-from .watch import Visit, Watch
-
-TRIED = 4  # tokens of text at most, and of padding, with which `_positions` tries a reader
+from .kernels import AttentionError
+from .watch import Visit, Watch, unfit
 
 
 @dataclass(frozen=True)
@@ -36,14 +32,14 @@ class Record:
 def _decoder_layers(reader: PreTrainedModel, encoder_decoder: bool) -> nn.ModuleList:
     """The layers of the decoder. Raises AttentionError if its attention cannot be recorded."""
     name, usual = type(reader).__name__, reader.config._attn_implementation
-    by_interface = reader._supports_attention_backend and reader._can_set_attn_implementation()
     if usual != "sdpa" and reader._supports_sdpa:
         raise AttentionError(
             f"{name} is set to attention by {usual!r}, which cannot be recorded: take that out of "
             "its config.json, or load it with attn_implementation='sdpa'."
         )
+    by_interface = reader._supports_attention_backend and reader._can_set_attn_implementation()
     if usual != "sdpa" and not by_interface:
-        raise unfit(reader, "computes attention in code of its own")
+        raise unfit(name, "computes attention in code of its own")
     if bool(reader.config.is_encoder_decoder) != encoder_decoder:
         kind, use = ("no", "record") if encoder_decoder else ("an", "record_cross")
         raise AttentionError(f"{name} is {kind} encoder-decoder: use {use}.")
@@ -56,53 +52,20 @@ def _decoder_layers(reader: PreTrainedModel, encoder_decoder: bool) -> nn.Module
     for module in stack.modules():
         if isinstance(module, nn.ModuleList) and len(module) == number:
             return module
-    raise unfit(reader, f"has no list of {number} layers, so they cannot be told apart")
+    raise unfit(name, f"has no list of {number} layers, so they cannot be told apart")
 
 
 def _check(ids: Tensor, mask: Tensor, rows: Tensor) -> None:
     """Raises AttentionError if ids, mask and rows do not fit each other."""
     if ids.dim() != 2 or ids.shape != mask.shape or ids.shape[1] == 0:
         raise AttentionError(f"Ids {list(ids.shape)} and mask {list(mask.shape)} do not fit.")
-    if not mask.bool().any(1).all():
-        raise AttentionError("A prompt of the batch has no token that is not padding.")
-    if rows.dim() != 2 or rows.shape[0] != len(ids) or rows.dtype != torch.long:
+    if rows.dim() != 2 or len(rows) != len(ids) or rows.dtype != torch.long:
         found = f"{rows.dtype} {list(rows.shape)}"
         raise AttentionError(f"Rows must be whole numbers [batch {len(ids)}, rows], not {found}.")
     if rows.numel() == 0 or int(rows.min()) < 0 or int(rows.max()) >= ids.shape[1]:
         raise AttentionError(f"Rows must be at least one, between 0 and {ids.shape[1] - 1}.")
     if not mask.gather(1, rows.to(mask.device)).bool().all():
         raise AttentionError("A row stands on padding: give places of real tokens.")
-
-
-@torch.no_grad()
-def _positions(reader: PreTrainedModel, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Position ids where padding before a token makes the reader's own wrong.
-
-    Raises AttentionError if a few tokens, tried with and without padding, show that the reader
-    counts positions in its own way (RoBERTa's begin behind its padding index).
-    """
-    real = mask.bool()
-    if not (~real).cumsum(1)[real].any():  # no padding stands before a token
-        return {}
-    takes = "position_ids" in inspect.signature(reader.base_model.forward).parameters
-    some, pad = ids[real][None, :TRIED], int(ids[~real][0])
-
-    def states(padding: int, given: bool) -> Tensor:
-        padded = nn.functional.pad(some, (padding, 0), value=pad)
-        at = torch.arange(padded.shape[1], device=ids.device)[None] - padding
-        inputs = {"input_ids": padded, "attention_mask": (at >= 0).long()}
-        inputs |= {"position_ids": at.clamp(min=0)} if given else {}
-        return reader.base_model(**inputs, use_cache=False)[0][:, padding:]
-
-    usual = states(0, False)
-    apart = (states(TRIED, takes) - usual).double().norm() / usual.double().norm()
-    right = bool(apart < torch.finfo(usual.dtype).eps ** 0.5)  # rounding may differ
-    if not right or (takes and not torch.equal(states(0, True), usual)):
-        raise AttentionError(
-            f"{type(reader).__name__} counts positions in its own way, shifted by padding on the "
-            "left: pad on the right, or read one prompt at a time."
-        )
-    return {"position_ids": (real.cumsum(1) - 1).clamp(min=0)} if takes else {}
 
 
 def observe(reader: PreTrainedModel, ids: Tensor, mask: Tensor, rows: Tensor, visit: Visit) -> None:
@@ -115,10 +78,18 @@ def observe(reader: PreTrainedModel, ids: Tensor, mask: Tensor, rows: Tensor, vi
     """
     layers = _decoder_layers(reader, encoder_decoder=False)
     _check(ids, mask, rows)
-    ids, mask = ids.to(reader.device), mask.to(reader.device)
-    inputs = {"input_ids": ids, "attention_mask": mask, **_positions(reader, ids, mask)}
-    with Watch(layers, mask.bool(), rows, visit).open(reader):
-        reader.base_model(**inputs, use_cache=False)
+    ids, mask, rows = (given.to(reader.device) for given in (ids, mask, rows))
+    # Padding goes behind the tokens: so a reader's own positions are right, however it counts them.
+    order = (mask == 0).int().argsort(dim=1, stable=True)
+    back = order.argsort(dim=1)
+    ids, mask, rows = ids.gather(1, order), mask.gather(1, order), back.gather(1, rows)
+
+    def in_place(alpha: Tensor, norms: Tensor) -> None:
+        by_row = back[:, None, None].expand_as(alpha)
+        visit(alpha.gather(-1, by_row), norms.gather(-1, back[:, None].expand_as(norms)))
+
+    with Watch(layers, mask.bool(), rows, in_place).open(reader):
+        reader.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
 
 
 def observe_cross(
@@ -138,20 +109,21 @@ def observe_cross(
         reader.get_decoder()(input_ids=ids, use_cache=False, **inputs)
 
 
-def _recorded(run: Callable[[Visit], None]) -> Record:
+def stacked(run: Callable[[Visit], None]) -> list[Tensor]:
+    """The two tensors that `run` shows of each layer, each `[layers, ...]`, without gradients."""
     layers: list[tuple[Tensor, Tensor]] = []
     with torch.no_grad():
-        run(lambda alpha, norms: layers.append((alpha, norms)))
-    return Record(*(torch.stack(part) for part in zip(*layers, strict=True)))
+        run(lambda *layer: layers.append(layer))
+    return [torch.stack(part) for part in zip(*layers, strict=True)]
 
 
 def record(reader: PreTrainedModel, ids: Tensor, mask: Tensor, rows: Tensor) -> Record:
     """The attention of `rows` in every layer and head; see `observe`."""
-    return _recorded(lambda visit: observe(reader, ids, mask, rows, visit))
+    return Record(*stacked(lambda visit: observe(reader, ids, mask, rows, visit)))
 
 
 def record_cross(
     reader: PreTrainedModel, states: Tensor, mask: Tensor, ids: Tensor, rows: Tensor
 ) -> Record:
     """The cross-attention of `rows` in every decoder layer and head; see `observe_cross`."""
-    return _recorded(lambda visit: observe_cross(reader, states, mask, ids, rows, visit))
+    return Record(*stacked(lambda visit: observe_cross(reader, states, mask, ids, rows, visit)))

@@ -6,20 +6,20 @@ import torch
 from torch import Tensor
 
 from .kernels import AttentionError
-from .record import Record
+from .record import Record, stacked
 from .watch import Visit
 
 
 def pool(alpha: Tensor, norms: Tensor, uses: Tensor) -> tuple[Tensor, Tensor]:
-    """Token contributions of one layer `[groups, batch, tokens]`, without and with the value norm.
+    """Token contributions `[groups, ..., batch, tokens]`, without and with the value norm.
 
-    The mean over heads and over a group's rows of alpha (times the value norm). `alpha` `[batch,
-    heads, rows, tokens]`, `norms` `[batch, heads, tokens]`; `uses` `[groups, batch, rows]` weighs
-    the rows of a group (1 use, 0 leave out).
+    Means of `alpha` `[..., batch, heads, rows, tokens]` (times `norms` `[..., batch, heads,
+    tokens]`), of a layer or of all, over heads and a group's rows, weighed by `uses` `[groups,
+    batch, rows]`.
     """
     share = (uses / uses.sum(-1, keepdim=True)).to(alpha)
-    by_head = torch.einsum("bhrt,gbr->gbht", alpha, share)
-    return by_head.mean(2), (by_head * norms).mean(2)
+    by_head = torch.einsum("...bhrt,gbr->g...bht", alpha, share)
+    return by_head.mean(-2), (by_head * norms).mean(-2)
 
 
 def pooled(run: Callable[[Visit], None], uses: Tensor) -> Tensor:
@@ -30,10 +30,11 @@ def pooled(run: Callable[[Visit], None], uses: Tensor) -> Tensor:
     """
     if not uses.sum(-1).gt(0).all():
         raise AttentionError("A group of rows is empty for a prompt of the batch: it has no mean.")
-    layers: list[tuple[Tensor, Tensor]] = []
-    with torch.no_grad():
-        run(lambda alpha, norms: layers.append(pool(alpha, norms, uses)))
-    return torch.stack([torch.stack(part) for part in zip(*layers, strict=True)])
+
+    def reduced(visit: Visit) -> None:
+        run(lambda alpha, norms: visit(*pool(alpha, norms, uses)))
+
+    return torch.stack(stacked(reduced))
 
 
 def contributions(record: Record, rows: Tensor, norm: bool = True) -> Tensor:
@@ -41,8 +42,7 @@ def contributions(record: Record, rows: Tensor, norm: bool = True) -> Tensor:
 
     `rows` `[batch, rows]` weighs the recorded rows. Without `norm` it is plain attention.
     """
-    layers = zip(record.alpha, record.norms, strict=True)
-    return torch.stack([pool(alpha, norms, rows[None])[int(norm)][0] for alpha, norms in layers])
+    return pool(record.alpha, record.norms, rows[None])[int(norm)][0]
 
 
 def passage_scores(tokens: Tensor, owner: Tensor, k: int, pooling: str = "sum") -> Tensor:
@@ -53,9 +53,8 @@ def passage_scores(tokens: Tensor, owner: Tensor, k: int, pooling: str = "sum") 
     """
     count = tokens.shape[-1]
     if k < 1 or owner.shape != (count,):
-        raise AttentionError(
-            f"Scores of {k} passages cannot be made from {count} tokens with {len(owner)} owners."
-        )
+        told = f"{count} tokens with {len(owner)} owners"
+        raise AttentionError(f"Scores of {k} passages cannot be made from {told}.")
     own = (owner[:, None] == torch.arange(k, device=owner.device)).to(tokens)
     sums = tokens @ own
     return sums / own.sum(0).clamp(min=1) if pooling == "mean" else sums

@@ -1,5 +1,11 @@
-"""Listens to a reader's layers while they run, and makes sure it hears the right call of each."""
+"""Listens to a reader's layers while they run, and makes sure it hears the right call of each.
 
+Every fused path of transformers ends in `torch.nn.functional.scaled_dot_product_attention`, which
+is heard as it is called. Where a reader has no such path (Gemma 2), transformers' attention
+interface has it call REGISTERED, which listens, and then the reader's own eager function.
+"""
+
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -8,18 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
 
-from . import kernels
-from .kernels import AttentionError, Call, unfit
+from .kernels import AttentionError, Call, attention_rows, value_norms
 
 # Called once a layer with alpha [batch, heads, rows, tokens] and norms [batch, heads, tokens].
 Visit = Callable[[Tensor, Tensor], None]
 NONE = 1e-6  # attention that is none: an additive mask may leave a trace of what it hides
+FUSED = torch.nn.functional.scaled_dot_product_attention
+PLACES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")  # of its arguments
+REGISTERED = "ragkit"
+# What an eager function may get: what `Call` holds, and what changes nothing when not in training.
+KNOWN = {"scaling", "softcap", "dropout", "sliding_window", "position_ids", "cache_position"}
+KNOWN |= {"use_cache", "return_dict", "output_attentions", "output_hidden_states"}
+AttentionMaskInterface.register(REGISTERED, eager_mask)
 
 
 class AllSeen(Exception):
     """The last layer's attention was seen: the rest of the forward pass is not needed."""
+
+
+def unfit(name: str, why: str) -> AttentionError:
+    """The error for a reader, or a layer of it, that cannot be recorded."""
+    return AttentionError(f"{name} {why}: its attention cannot be recorded. Use another reader.")
 
 
 class Watch(TorchFunctionMode):
@@ -34,64 +52,74 @@ class Watch(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.layers, self.seen, self.rows, self.visit, self.cross = layers, seen, rows, visit, cross
-        self.place, self.calls, self.queries, self.done, self.inside = "", 0, 0, 0, False
+        self.calls, self.queries, self.done, self.inside = 0, 0, 0, False
         self.sound = torch.ones((), dtype=torch.bool, device=seen.device)
         self.complete, self.causal = self.sound.clone(), self.sound.clone()
 
     def enter_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a layer: it must be the next one; how many queries it gets."""
-        self.place = f"Layer {self.done}"
         if layer is not self.layers[self.done]:
-            raise unfit(self.place, "ran out of turn")
+            raise unfit(f"Layer {self.done}", "ran out of turn")
         self.calls, self.inside = 0, True
         self.queries = (args[0] if args else kwargs["hidden_states"]).shape[1]
 
     def leave_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After a layer: its attention must have been seen."""
         if self.calls != 1 + self.cross:
-            raise unfit(self.place, f"made {self.calls} attention calls, not {1 + self.cross}")
+            why = f"made {self.calls} attention calls, not {1 + self.cross}"
+            raise unfit(f"Layer {self.done}", why)
         self.inside, self.done = False, self.done + 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention and self.inside:
-            self.see(kernels.fused_call(*args, **(kwargs or {})))
+        if func is FUSED and self.inside:
+            given = dict(zip(PLACES, args, strict=False)) | (kwargs or {})
+            tensors, device = [given[name] for name in PLACES[:3]], given["query"].device.type
+            if torch.is_autocast_enabled(device):  # then the kernel gets another dtype
+                tensors = [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+            self.see(Call(*tensors, *(given.get(n) for n in ("attn_mask", "is_causal", "scale"))))
         return func(*args, **(kwargs or {}))
+
+    def see_eager(self, module: nn.Module, *tensors: Any, **options: Any) -> tuple[Tensor, Any]:
+        """A reader's own eager attention, seen first; transformers sets the arguments.
+
+        Raises AttentionError if the reader hands it something that is not known here, such as
+        learned sinks: our rows would be another model's.
+        """
+        own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        unknown = [name for name in options if options[name] is not None and name not in KNOWN]
+        if own is None or unknown:
+            why = f"hands {', '.join(sorted(unknown)) or 'all'} to attention of its own"
+            raise unfit(type(module).__name__, why)
+        scale, softcap = options.get("scaling"), options.get("softcap")
+        self.see(replace(Call(*tensors), scale=scale, softcap=softcap))
+        return own(module, *tensors, **options)
 
     def see(self, call: Call) -> None:
         """Takes a layer's attention call; ends the forward pass after the last layer's."""
         self.calls += 1
         if self.calls != 1 + self.cross:
             return
-        call, keys, tokens = self.unpacked(call), call.key.shape[2], self.seen.shape[1]
-        if keys != tokens:
-            raise unfit(self.place, f"has {keys} keys for {tokens} tokens")
+        expected = (self.queries, self.seen.shape[1])
+        if (found := (call.query.shape[2], call.key.shape[2])) != expected:
+            why = (
+                f"attends from {found[0]} to {found[1]} places, not {expected[0]} to {expected[1]}"
+            )
+            raise unfit(f"Layer {self.done}", why)
         alpha = self.checked_rows(call, self.rows)
-        norms = kernels.value_norms(call).to(alpha.device).masked_fill(~self.seen[:, None], 0.0)
+        norms = value_norms(call).to(alpha.device).masked_fill(~self.seen[:, None], 0.0)
         self.sound &= alpha.isfinite().all() & norms.isfinite().all()
         self.complete &= ((alpha.sum(-1) - 1).abs() < 1e-3).all()
         if not self.cross:
             # The rows asked for may be the last, before which everything lies: the first one tells.
-            self.checked_rows(call, self.seen.int().argmax(1, keepdim=True))
+            self.checked_rows(call, torch.zeros_like(self.rows[:, :1]))
         self.visit(alpha, norms)
         if self.done == len(self.layers) - 1:
             self.done += 1
             raise AllSeen
 
-    def unpacked(self, call: Call) -> Call:
-        """The call with one query a head: transformers packs a lone query's by their key head."""
-        batch, _, queries, size = call.query.shape
-        if queries == self.queries:
-            return call
-        if self.queries != 1:
-            raise unfit(self.place, f"attends from {queries} queries, its input has {self.queries}")
-        mask = call.mask
-        if isinstance(mask, Tensor) and mask.shape[1] > 1:
-            mask = mask.reshape(batch, -1, 1, mask.shape[-1])
-        return replace(call, query=call.query.reshape(batch, -1, 1, size), mask=mask)
-
     def checked_rows(self, call: Call, rows: Tensor) -> Tensor:
         """Attention of `rows` `[batch, heads, rows, tokens]`, 0 on padding; notes causality."""
-        alpha = kernels.attention_rows(call, rows.to(call.query.device)).to(self.seen.device)
+        alpha = attention_rows(call, rows.to(call.query.device)).to(self.seen.device)
         alpha = alpha.masked_fill(~self.seen[:, None, None], 0.0)
         if not self.cross:
             places = torch.arange(alpha.shape[-1], device=alpha.device)
@@ -102,32 +130,30 @@ class Watch(TorchFunctionMode):
     @contextmanager
     def open(self, reader: PreTrainedModel) -> Iterator[None]:
         """While open, the reader's forward pass is watched; then all is as it was, and checked."""
-        usual, token = reader.config._attn_implementation, kernels.listener.set(self.see)
-        try:
-            with ExitStack() as hooks, self:
-                for layer in self.layers:
-                    enter = layer.register_forward_pre_hook(self.enter_layer, with_kwargs=True)
-                    hooks.callback(enter.remove)
-                    hooks.callback(layer.register_forward_hook(self.leave_layer).remove)
-                if usual != "sdpa":
-                    reader.set_attn_implementation(kernels.REGISTERED)
-                    hooks.callback(reader.set_attn_implementation, usual)
-                with suppress(AllSeen):
-                    yield
-        finally:
-            kernels.listener.reset(token)
+        usual, name = reader.config._attn_implementation, type(reader).__name__
+        with ExitStack() as hooks, self:
+            for layer in self.layers:
+                enter = layer.register_forward_pre_hook(self.enter_layer, with_kwargs=True)
+                hooks.callback(enter.remove)
+                hooks.callback(layer.register_forward_hook(self.leave_layer).remove)
+            if usual != "sdpa":
+                AttentionInterface.register(REGISTERED, self.see_eager)
+                reader.set_attn_implementation(REGISTERED)
+                hooks.callback(reader.set_attn_implementation, usual)
+            with suppress(AllSeen):
+                yield
         if self.done != len(self.layers):
-            raise unfit(reader, f"ran {self.done} layers where it has {len(self.layers)}")
+            raise unfit(name, f"ran {self.done} layers where it has {len(self.layers)}")
         if not self.sound:
             raise AttentionError(
-                f"{type(reader).__name__}'s attention is not a number. It is broken, or its "
-                "numbers overflow: then load it in float32 (`dtype`, in config.json or profile)."
+                f"{name}'s attention is not a number. It is broken, or its numbers overflow: then "
+                "load it in float32 (`dtype`, in config.json or profile)."
             )
         if not self.complete:
-            raise unfit(reader, "attends to padding, so its scores would be wrong")
+            raise unfit(name, "attends to padding, so its scores would be wrong")
         if not self.causal:
             raise AttentionError(
-                f"{type(reader).__name__} is not causal: a row has seen later tokens, which it "
-                "should predict. Use a causal reader; if this one is, its config.json must say so "
-                "(is_decoder or is_causal true, no bidirectional attention)."
+                f"{name} is not causal: a row has seen later tokens, which it should predict. Use "
+                "a causal reader; if this one is, its config.json must say so (is_decoder or "
+                "is_causal true, no bidirectional attention)."
             )

@@ -1,38 +1,39 @@
 """An early word on each training of a run, by a rule that was fixed before any curve was seen.
 
-**Step 2** is judged by HR on dev. It is *working* if HR stood more than GAIN above its start at
-each of the last AGREE looks; *not working* if HR stood at or below its start at each of them, or no
-more than GAIN above while the loss had not fallen by the share CLEAR. As long as HR leaves it open,
-it is *not working* if its teacher gives the tokens closest to the answer, and those closest to the
-question's nouns, no more attention than the average token.
+**Step 2** is *working* if HR on dev stood more than GAIN above its start at each of the last AGREE
+looks; *not working* if it stood at or below its start at each of them, or no more than GAIN above
+while the loss had not fallen by the share CLEAR. As long as HR leaves it open, it is *not working*
+if its teacher gives the tokens closest to the answer, and those closest to the question's nouns, no
+more attention than the average token.
 
-**Step 1** is judged by the reader's lifts at the last AGREE kept steps: *not working* if all are at
-or below the average token's, *working* if those near the answer are above it and the loss has
-fallen by CLEAR. A loss that is flat over ENOUGH_ROWS rows is *not working*.
-
-A training that its loss has stopped is *not working*; all else is *too early to tell*.
+**Step 1** is *not working* if at the last AGREE kept steps all the reader's lifts are at or below
+the average token's, *working* if those near the answer are above it and the loss has fallen by
+CLEAR. A loss that is flat over ENOUGH_ROWS rows is *not working*. All else is *too early to tell*.
 """
 
+import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ragkit.distillation.log import Row, read_log
 from ragkit.errors import DistillError
 
 AGREE, GAIN, CLEAR, ENOUGH_ROWS = 2, 0.01, 0.05, 10
 AVERAGE, LIFTS = 1.0, ("answer lift", "nouns lift")  # the average token's lift; those of a reader
 WORKING, NOT_WORKING, TOO_EARLY = "working", "not working", "too early to tell"
-COLUMNS = ("training", "state", "step", "epoch", "loss", "rate", "hr", "seconds", "left")
+COLUMNS = ["training", "state", "step", "epoch", "loss", "rate", "hr", "seconds", "left"]
+Row = dict[str, Any]
 
 
 def known(rows: Sequence[Row], *names: str) -> list[float]:
     """The values of these numbers in the rows that hold them."""
     values = [row.get(name) for name in names for row in rows]
-    return [v for v in values if isinstance(v, int | float) and math.isfinite(v)]
+    return [value for value in values if value is not None and math.isfinite(value)]
 
 
 def verdict(rows: Sequence[Row], probes: Sequence[Row] = ()) -> tuple[str, str]:
@@ -41,33 +42,23 @@ def verdict(rows: Sequence[Row], probes: Sequence[Row] = ()) -> tuple[str, str]:
     `rows` are a log's, the first is the start. `probes` hold LIFTS: of the readers that Step 1
     kept, in order, first that of its start; of the teacher of Step 2.
     """
-    for row in rows:
-        if isinstance(row.get("stopped"), str):
-            return NOT_WORKING, row["stopped"]
     losses = known(rows[1:], "loss") or [0.0]
     third = max(1, len(losses) // 3)
     first, last = float(np.mean(losses[:third])), float(np.mean(losses[-third:]))
     fall = (first - last) / (abs(first) or 1.0)
-    moved = f"the loss has{f' fallen by {fall:.0%}' if fall >= CLEAR else ' not clearly fallen'}"
+    moved = f"the loss has {f'fallen by {fall:.0%}' if fall >= CLEAR else 'not clearly fallen'}"
     if known(rows, "epoch"):
         return judge_step2(known(rows, "hr"), fall, moved, known(probes, *LIFTS))
     if len(losses) >= ENOUGH_ROWS and fall < CLEAR:
         return NOT_WORKING, f"{moved} ({-fall:+.0%} from the first third of the rows on)"
-    return judge_step1(probes[1:], fall, moved)
-
-
-def judge_step1(probes: Sequence[Row], fall: float, moved: str) -> tuple[str, str]:
-    """The verdict on the kept readers' lifts, and the share by which the loss fell."""
-    last = [probe for probe in probes if known([probe], *LIFTS)][-AGREE:]
-    if len(last) < AGREE:
-        return TOO_EARLY, f"{len(last)} of {AGREE} kept steps"
-    near = known(last, "answer lift")
+    near, nouns = (known(probes[1:], lift)[-AGREE:] for lift in LIFTS)
+    if len(near) < AGREE:
+        return TOO_EARLY, f"{len(near)} of {AGREE} kept steps"
     each = " and ".join(f"{lift:.2f}" for lift in near)
     told = f"lift near the answer at the last kept steps: {each}; {moved}"
-    if max(known(last, *LIFTS)) <= AVERAGE:
+    if max(near + nouns) <= AVERAGE:
         return NOT_WORKING, f"{told}: no more attention than the average token, near nouns neither"
-    works = len(near) == AGREE and min(near) > AVERAGE and fall >= CLEAR
-    return WORKING if works else TOO_EARLY, told
+    return WORKING if min(near) > AVERAGE and fall >= CLEAR else TOO_EARLY, told
 
 
 def judge_step2(hr: list[float], fall: float, moved: str, lifts: list[float]) -> tuple[str, str]:
@@ -100,8 +91,15 @@ def first_verdict(rows: Sequence[Row], probes: Sequence[Row] = ()) -> tuple[str,
     return TOO_EARLY, len(rows) - 1
 
 
+def read_log(folder: Path) -> list[Row]:
+    """The rows of a training's log; none before it is written, or if it was just moved."""
+    with suppress(FileNotFoundError), open(folder / "metrics.jsonl", encoding="utf8") as lines:
+        return [json.loads(line) for line in lines]
+    return []
+
+
 def follow(run_folder: Path, keys: Iterable[str]) -> pd.DataFrame:
-    """The logs of the trainings with these keys, row by row: COLUMNS, and what else they hold.
+    """The logs of the trainings with these keys, row by row, in COLUMNS.
 
     `training` is the key; `state` is 'unfinished' while it goes on, or was killed and will be gone
     on with. Raises DistillError if there is no log.
@@ -115,5 +113,4 @@ def follow(run_folder: Path, keys: Iterable[str]) -> pd.DataFrame:
     if not rows:
         told = "Start a run (make reproduce), and look again when Step 1 has begun."
         raise DistillError(f"No training has written a log in {run_folder} yet. {told}")
-    table = pd.DataFrame(rows)
-    return table.reindex(columns=list(dict.fromkeys([*COLUMNS, *table.columns])))
+    return pd.DataFrame(rows).reindex(columns=COLUMNS)

@@ -1,5 +1,6 @@
 """Step 2: the retriever moves until its scores say what the target says."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -13,20 +14,21 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ragkit.data.files import write_arrays, write_json
+from ragkit.data.files import write_arrays, write_json, write_whole
 from ragkit.data.passages import passage_text
 from ragkit.data.questions import hits
 from ragkit.distillation.asked import Asked
-from ragkit.distillation.log import LOOKS, Row, write_log
-from ragkit.distillation.targets import target_of
+from ragkit.distillation.targets import Scores, scores_of, target_of
 from ragkit.errors import DistillError
 from ragkit.models import device
 from ragkit.models.index import DEPTH, Index, open_index, search
 from ragkit.models.retriever import Retriever
 from ragkit.settings import AttentionSettings, DistillSettings, IndexSettings, RetrieverSettings
 
-CHECKPOINT = "checkpoint.pt"
+METRICS, CHECKPOINT = "metrics.jsonl", "checkpoint.pt"
+LOOKS = 2  # times an epoch that Step 2 is looked at
 LossOf = Callable[[Tensor, Tensor], Tensor]
+Row = dict[str, float]
 
 
 def kl_loss(target: Tensor, scores: Tensor, temperature: float) -> Tensor:
@@ -70,29 +72,28 @@ class Lesson(nn.Module):
         self.stays, self.loss_of = side == "query", loss_of
         self.texts = [question.text for question in asked.questions]
 
-    def forward(self, tokens: dict[str, Any], chosen: Tensor) -> Tensor:
-        """The mean loss of the questions chosen, given as tokens."""
-        queries = self.retriever(tokens).float()
-        vectors = self.vectors(self.asked.candidates[chosen.numpy()]).float()
-        return self.loss_of(chosen, torch.einsum("qd,qkd->qk", queries, vectors))
-
-    def vectors(self, places: NDArray[np.int64]) -> Tensor:
-        """The vectors of passages `[batch, k, d]`."""
+    def forward(self, chosen: Tensor) -> Tensor:
+        """The mean loss of the questions chosen."""
+        chosen = chosen.cpu()  # among several processes it may have been moved to a GPU
+        queries = self.retriever([self.texts[i] for i in chosen])
+        places = self.asked.candidates[chosen.numpy()]
         if self.stays:
-            return torch.from_numpy(self.index.vectors.take(places)).to(device.device())
-        unique, back = np.unique(places, return_inverse=True)
-        texts = [passage_text(self.asked.corpus.passages[i]) for i in unique]
-        vectors = self.retriever(texts, "passage")
-        return vectors[torch.from_numpy(back.reshape(places.shape)).to(device.device())]
+            vectors = torch.from_numpy(self.index.vectors.take(places)).to(queries.device)
+        else:
+            unique, back = np.unique(places, return_inverse=True)
+            texts = [passage_text(self.asked.corpus.passages[i]) for i in unique]
+            vectors = self.retriever(texts, "passage")[torch.from_numpy(back.reshape(places.shape))]
+        scores = torch.einsum("qd,qkd->qk", queries.float(), vectors.float())
+        return self.loss_of(chosen, scores)
 
     def find(self, part: str, depth: int) -> NDArray[np.int64]:
         """The first passages of each question of a part `[questions, depth]`."""
         corpus, encode = self.asked.corpus, self.retriever.encode
         queries = encode([q.text for q in corpus.questions[part]])
-        if not self.stays:
-            texts = list(map(passage_text, corpus.passages))
-            return search(queries, encode(texts, "passage"), depth)[0]
-        return device.agreed(self.index.search(queries, depth)[0] if device.is_main() else None)
+        if self.stays:
+            return device.agreed(self.index.search(queries, depth)[0] if device.is_main() else None)
+        texts = [passage_text(passage) for passage in corpus.passages]
+        return search(queries, encode(texts, "passage"), depth)[0]
 
     def hr(self) -> float:
         """HR@k on dev."""
@@ -105,10 +106,10 @@ class Lesson(nn.Module):
 def train(lesson: Lesson, settings: DistillSettings, seed: int, folder: Path) -> list[Row]:
     """Step 2: moves the lesson's retriever so that the loss falls.
 
-    Returns the rows of its log in `folder`, one for the start and each LOOKS-th of an epoch: mean
-    `loss` since the row before (NaN at the start), `hr` on dev, `seconds` since the start, `left`
-    by the pace so far. CHECKPOINT in `folder` lets a killed run go on with the same steps; the
-    caller removes it. Raises DistillError if the loss is not a number.
+    Returns the rows of METRICS in `folder`, one for the start and each LOOKS-th of an epoch: mean
+    `loss` since the row before (NaN at the start), `hr` on dev, `rate`, `seconds` since the start.
+    CHECKPOINT in `folder` lets a killed run go on with the same steps; the caller removes it.
+    Raises DistillError if the loss is not a number.
     """
     retriever = lesson.retriever
     accelerator = device.accelerator(retriever.settings.dtype)
@@ -122,59 +123,46 @@ def train(lesson: Lesson, settings: DistillSettings, seed: int, folder: Path) ->
         order = torch.Generator().manual_seed(1000 * seed + epoch)
         batches += torch.randperm(len(lesson.texts), generator=order).split(settings.batch)
     ends = np.linspace(0, len(batches), LOOKS * settings.epochs + 1).round().astype(int)
-
-    def step(batch: Tensor) -> float:
-        chosen, weight = device.share(batch)
-        tokens = retriever.tokens([lesson.texts[i] for i in chosen])
-        loss = module(tokens, chosen) * weight
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(retriever.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return device.mean_over_processes(float(loss.detach()))
-
-    if (saved := device.load_checkpoint(folder / CHECKPOINT)) is None:
-        rows: list[Row] = [{"epoch": 0, "loss": math.nan, "hr": lesson.hr(), "seconds": 0.0}]
-    else:
+    rows: list[Row] = []
+    if saved := device.load_checkpoint(folder / CHECKPOINT):
+        rows = saved["rows"]
         for name, part in kept.items():
             part.load_state_dict(saved[name])
-        rows = saved["rows"]
-    write_log(folder, rows, device.is_main())
-    done, before, began = len(rows) - 1, rows[-1]["seconds"], time.monotonic()
-    for look in tqdm(range(done + 1, len(ends)), desc="Step 2", leave=False):
-        row: Row = {"epoch": look / LOOKS}
-        mine, losses = batches[ends[look - 1] : ends[look]], []
+    began = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
+    for look in tqdm(range(len(rows), len(ends)), desc="Step 2", leave=False):
+        losses = []
         retriever.train()
-        for batch in mine:
-            losses.append(step(batch))
+        for batch in batches[ends[look - 1] : ends[look]] if look else []:
+            chosen, weight = device.share(batch)
+            loss = module(chosen) * weight
+            accelerator.backward(loss)
+            accelerator.clip_grad_norm_(retriever.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(device.mean_over_processes(float(loss.detach())))
             if not math.isfinite(losses[-1]):
-                at = f"Step 2: the loss is not a number before epoch {row['epoch']:g}"
-                row["stopped"] = f"{at}. Lower distill.rate."
-                write_log(folder, [*rows, row], device.is_main())
-                raise DistillError(row["stopped"])
+                at = f"Step 2: the loss is not a number before epoch {look / LOOKS:g}"
+                raise DistillError(f"{at}. Lower distill.rate.")
         retriever.eval()
-        row |= {"loss": float(np.mean(losses)) if losses else math.nan, "hr": lesson.hr()}
-        passed = time.monotonic() - began
-        left = passed * (len(ends) - 1 - look) / (look - done)
-        row |= {"rate": settings.rate, "seconds": round(before + passed, 2), "left": round(left, 1)}
-        rows.append(row)
-        write_log(folder, rows, device.is_main())
+        row = {"epoch": look / LOOKS, "loss": float(np.mean(losses)) if losses else math.nan}
+        seconds = round(time.monotonic() - began, 2)
+        rows.append({**row, "hr": lesson.hr(), "rate": settings.rate, "seconds": seconds})
+        if device.is_main():
+            write_whole(folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
         states = {name: part.state_dict() for name, part in kept.items()}
         device.save_checkpoint(folder / CHECKPOINT, {**states, "rows": rows})
     return rows
 
 
-def loss_of(
-    asked: Asked, look: Mapping[str, NDArray[np.float32]] | None, settings: Mapping[str, Any]
-) -> LossOf:
+def loss_of(asked: Asked, look: Scores | None, settings: Mapping[str, Any]) -> LossOf:
     """What Step 2 minimises: EMDR2's own loss, or the divergence from a target."""
     distill, target = DistillSettings(**settings["distill"]), settings["target"]
     theta = distill.retriever_temperature
     if target.endswith(" EMDR2") and look is not None:
         logs = torch.from_numpy(look["answer_logs"]).to(device.device())
         return lambda chosen, scores: emdr2_loss(logs[chosen], scores, theta)
-    attention = AttentionSettings(**settings["attention"])
-    made = target_of(target, look, asked, attention, distill.entropy, settings["shuffle_seed"])
+    scores = scores_of(target, look, asked, AttentionSettings(**settings["attention"]))
+    made = target_of(target, scores, distill.entropy, settings["shuffle_seed"])
     targets = torch.from_numpy(made).float().to(device.device())
     divergence = kl_loss if distill.direction == "target || retriever" else reverse_kl_loss
     return lambda chosen, scores: divergence(targets[chosen], scores, theta)
@@ -186,7 +174,7 @@ def make_step2(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
     distill = DistillSettings(**settings["distill"])
     asked = Asked.open(inputs, "distill", distill.questions, settings["k"])
     encoding = RetrieverSettings(**settings["retriever"])
-    retriever = Retriever.load(str(inputs["retriever"] / "model"), encoding)
+    retriever = Retriever.load(inputs["retriever"] / "model", encoding)
     index = open_index(inputs["vectors"], inputs["index"], IndexSettings(**settings["index"]))
     look = load_file(inputs["look"] / "scores.safetensors") if "look" in inputs else None
     torch.manual_seed(settings["seed"])

@@ -14,7 +14,6 @@ from ragkit.errors import DistillError
 from ragkit.settings import POOLINGS, ROWS, AttentionSettings
 
 Floats = NDArray[np.float64]
-Places = Sequence[Sequence[int]]  # of passages, for each question
 Scores = Mapping[str, NDArray[np.float32]]  # the arrays of `teacher.look`, or LOOP's under "loop"
 
 READERS = ("off-the-shelf", "fine-tuned")
@@ -34,9 +33,7 @@ TARGETS = {
 
 def teacher_of(target: str) -> tuple[str, str] | None:
     """The reader and the signal of a target; None for a control that needs no reader."""
-    if target == "shuffled":
-        return "fine-tuned", "attention"
-    reader, _, signal = target.rpartition(" ")
+    reader, _, signal = ("fine-tuned attention" if target == "shuffled" else target).rpartition(" ")
     return (reader, signal) if signal in SIGNALS else None
 
 
@@ -60,8 +57,8 @@ def standardise(scores: Floats) -> Floats:
 def temperature_for(scores: Floats, share: float) -> float:
     """The temperature at which the softmax of standardised scores has the wanted mean entropy.
 
-    `share` is that entropy as a share of log k. Where no temperature meets it: the sharpest if many
-    questions have equal scores, infinity (uniform) for a share of 1. Raises DistillError.
+    `share` is that entropy as a share of log k, below 1. Where so many questions have equal scores
+    that no temperature meets it: the sharpest. Raises DistillError if a score is not a number.
     """
     if not np.isfinite(scores).all():
         raise DistillError("A target's scores are not all numbers: look at the reader behind them.")
@@ -69,9 +66,7 @@ def temperature_for(scores: Floats, share: float) -> float:
     def gap(log_t: float) -> float:
         return entropy(softmax(scores, math.exp(log_t))) - share
 
-    if gap(-8) >= 0:
-        return math.exp(-8)
-    return math.inf if gap(8) <= 0 else math.exp(brentq(gap, -8, 8))
+    return math.exp(-8 if gap(-8) >= 0 else brentq(gap, -8, 8))
 
 
 def from_scores(scores: Floats, share: float) -> Floats:
@@ -80,7 +75,7 @@ def from_scores(scores: Floats, share: float) -> Floats:
     return softmax(standard, temperature_for(standard, share))
 
 
-def oracle_scores(candidates: Places, golds: Places) -> Floats:
+def oracle_scores(candidates: Sequence[Sequence[int]], golds: Sequence[Sequence[int]]) -> Floats:
     """1 for gold passages, 0 for others `[questions, k]`."""
     pairs = zip(candidates, golds, strict=True)
     return np.array([[float(place in gold) for place in row] for row, gold in pairs])
@@ -113,35 +108,27 @@ def scores_of(
 
     `look` holds the stored scores of the target's reader; None for a control that needs none.
     """
+    if target == "uniform":
+        return np.zeros(asked.candidates.shape)
     if target == "oracle":
         golds = asked.corpus.golds(asked.questions, asked.candidates)
         return oracle_scores(asked.candidates.tolist(), golds)
     if target == "answer string":
         pairs = zip(asked.passages, asked.questions, strict=True)
         return np.array([[float(holds_answer(p.text, q.answers)) for p in row] for row, q in pairs])
-    taught = teacher_of(target)
-    if taught is None or look is None:
+    _, signal = teacher_of(target) or ("", "")
+    if look is None or not signal:
         raise DistillError(f"There is no target {target!r}, or its reader's scores are missing.")
-    if taught[1] == "LOOP":
+    if signal == "LOOP":
         return look["loop"].astype(np.float64)
-    return attention_scores(look, attention) if taught[1] == "attention" else likelihood(look)
+    return attention_scores(look, attention) if signal == "attention" else likelihood(look)
 
 
-def target_of(
-    target: str,
-    look: Scores | None,
-    asked: Asked,
-    attention: AttentionSettings,
-    share: float,
-    shuffle_seed: int,
-) -> Floats:
+def target_of(target: str, scores: Floats, share: float, shuffle_seed: int) -> Floats:
     """A named target's distributions over the candidates `[questions, k]`, each summing to 1.
 
-    `share` is the mean entropy of every target but the uniform one (see `temperature_for`); the
-    rest as in `scores_of`.
+    `scores` are what it is made of, `share` is its mean entropy (see `temperature_for`).
     """
-    if target == "uniform":
-        return np.full(asked.candidates.shape, 1 / asked.candidates.shape[1])
-    made = from_scores(scores_of(target, look, asked, attention), share)
+    made = from_scores(scores, share)
     shuffle = np.random.default_rng(shuffle_seed)
     return shuffle.permuted(made, axis=1) if target == "shuffled" else made

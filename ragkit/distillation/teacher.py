@@ -1,7 +1,7 @@
 """The teacher's look: one reader reads every question's passages; all targets come from that."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ def in_order(
 
 
 def look(
-    reader: Reader, questions: list[Question], found: list[list[Passage]]
+    reader: Reader, questions: Sequence[Question], found: Sequence[list[Passage]]
 ) -> dict[str, NDArray[Any]]:
     """Scores of every question's passages, for all choices at once.
 
@@ -66,23 +66,22 @@ def look(
 
     def seen(batch: list[Prompt]) -> list[tuple[Array, Array]]:
         tokens, result = token_contributions(reader, batch).cpu().float(), []
-        for place, prompt in enumerate(batch):
-            owner = torch.tensor(prompt.owner)
-            own = tokens[..., place, : len(owner)]
+        for padded, prompt in zip(tokens.unbind(3), batch, strict=True):
+            own, owner = padded[..., : len(prompt.owner)], torch.tensor(prompt.owner)
             pools = [passage_scores(own, owner, k, pooling) for pooling in POOLINGS]
-            attention = torch.stack(pools, dim=3).permute(2, 0, 1, 3, 4)
             mean_row = own[0].mean(0)
             outside = mean_row[:, owner < 0].sum(-1) / mean_row.sum(-1)
-            result.append((attention.numpy(), outside.numpy()))
+            result.append((torch.stack(pools, 3).permute(2, 0, 1, 3, 4).numpy(), outside.numpy()))
         return result
 
+    at_once = reader.settings.at_once
     prompts = [reader.prompt(q, passages, q.answers[0]) for q, passages in pairs]
-    made = in_order(prompts, reader.settings.at_once, seen, "attention")
+    attention, outside = zip(*in_order(prompts, at_once, seen, "attention"), strict=True)
     alone = [reader.prompt(q, [p], q.answers[0]) for q, passages in pairs for p in passages]
-    logs = -answer_losses(reader, alone, 4 * reader.settings.at_once)
+    logs = -answer_losses(reader, alone, 4 * at_once)
     return {
-        "attention": np.stack([attention for attention, _ in made]),
-        "outside": np.stack([outside for _, outside in made]),
+        "attention": np.stack(attention),
+        "outside": np.stack(outside),
         "answer_logs": logs.reshape(len(questions), k, -1),
         "trimmed": np.array([p.trimmed for p in prompts]),
     }
@@ -99,7 +98,9 @@ def answer_losses(reader: Reader, prompts: list[Prompt], at_once: int) -> Array:
     return pad_sequence(rows, batch_first=True, padding_value=math.nan).numpy()
 
 
-def left_out_losses(reader: Reader, questions: list[Question], found: list[list[Passage]]) -> Array:
+def left_out_losses(
+    reader: Reader, questions: Sequence[Question], found: Sequence[list[Passage]]
+) -> Array:
     """LOOP's scores `[questions, k]` (ATLAS): the answer's mean loss without that passage."""
     prompts = []
     for question, passages in zip(questions, found, strict=True):

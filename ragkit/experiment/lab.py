@@ -239,10 +239,8 @@ class Lab:
 
     def target(self, set_name: str, target: str) -> NDArray[np.float64]:
         """A target's distributions over the candidates `[questions, k]`."""
-        asked = Asked(self.corpus(set_name), *self.asked(set_name))
-        stored, profile = self._stored(set_name, target), self.profile
-        entropy, seed = profile.distill.entropy, profile.seed
-        return targets.target_of(target, stored, asked, profile.attention, entropy, seed)
+        entropy, seed = self.profile.distill.entropy, self.profile.seed
+        return targets.target_of(target, self.scores(set_name, target), entropy, seed)
 
     def distilled(
         self, set_name: str, target: str, seed: int

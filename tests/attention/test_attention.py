@@ -5,24 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import CONFIGS, attention_matrix, caught, make, places, prompts
-from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    BloomConfig,
-    BloomForCausalLM,
-    DiffLlamaConfig,
-    DiffLlamaForCausalLM,
-    FalconForCausalLM,
-    GptOssConfig,
-    GptOssForCausalLM,
-    LlamaForCausalLM,
-    LlamaModel,
-    MptConfig,
-    MptForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from tiny_models import CONFIGS, attention_matrix, caught, encoder_decoder, make, places, prompts
+from transformers import FalconForCausalLM, LlamaForCausalLM, LlamaModel
+from transformers.models.gemma2 import modeling_gemma2
 
 from ragkit.attention import (
     AttentionError,
@@ -51,13 +36,8 @@ def expect_parity(model, ids, mask, rows, bound):
         whole = attention_matrix(**call)[each, :, rows].transpose(1, 2)
         expected = whole.masked_fill(~mask[:, None, None].bool(), 0)
         assert (seen.alpha[layer].double() - expected).abs().max() < bound
-        norms = (
-            call["value"]
-            .double()
-            .norm(dim=-1)
-            .repeat_interleave(call["query"].shape[1] // call["value"].shape[1], 1)
-            * mask[:, None]
-        )
+        served = call["query"].shape[1] // call["value"].shape[1]
+        norms = call["value"].double().norm(dim=-1).repeat_interleave(served, 1) * mask[:, None]
         assert torch.allclose(seen.norms[layer].double(), norms, rtol=bound)
     return seen
 
@@ -71,20 +51,14 @@ def test_rows_equal_an_independent_softmax(name, side):
     assert (seen.alpha[:, 0][..., mask[0] == 0] == 0).all()
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        (name, dtype)
-        for name in ("falcon-alibi", "llama", "gemma2", "gemma3")
-        for dtype in BOUND
-        if (name, dtype) != ("gemma2", torch.float64)
-    ],
-)  # Gemma 2's own softmax is float32 whatever its dtype: there is no float64 to compare with
+# Gemma 2's own softmax is float32 whatever its dtype: there is no float64 to compare with.
+DTYPES = [(name, dtype) for name in ("falcon-alibi", "llama", "gemma3") for dtype in BOUND]
+
+
+@pytest.mark.parametrize(("name", "dtype"), [*DTYPES, ("gemma2", torch.bfloat16)])
 def test_other_dtypes(name, dtype):
-    ids, mask = prompts([12, 17])
-    seen = expect_parity(
-        make(name).to(dtype), ids, mask, torch.tensor(SIDES["right"]), BOUND[dtype]
-    )
+    model, (ids, mask) = make(name).to(dtype), prompts([12, 17])
+    seen = expect_parity(model, ids, mask, torch.tensor(SIDES["right"]), BOUND[dtype])
     assert seen.alpha.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
@@ -92,18 +66,15 @@ def test_other_dtypes(name, dtype):
 def test_autocast_keeps_the_softmax_in_float32(name):
     ids, mask = prompts([12, 17])
     model, rows, calls = make(name), torch.tensor(SIDES["right"]), []
+    given = {"input_ids": ids, "attention_mask": mask, "position_ids": places(mask)}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         seen = record(model, ids, mask, rows)
         with caught(calls):
-            model.base_model(
-                input_ids=ids, attention_mask=mask, position_ids=places(mask), use_cache=False
-            )
+            model.base_model(**given, use_cache=False)
     assert seen.alpha.dtype == torch.float32
     for layer, call in enumerate(calls):
-        call["query"], call["key"] = (
-            call["query"].bfloat16(),
-            call["key"].bfloat16(),
-        )  # as the kernel gets them under autocast
+        for side in ("query", "key"):
+            call[side] = call[side].bfloat16()  # as the kernel gets them under autocast
         whole = attention_matrix(**call)[torch.arange(2)[:, None], :, rows].transpose(1, 2)
         assert (seen.alpha[layer].double() - whole * mask[:, None, None]).abs().max() < 1e-5
 
@@ -114,10 +85,9 @@ def test_agrees_with_the_eager_path_where_that_is_right(name):
     model, eager = make(name), make(name, "eager")
     eager.load_state_dict(model.state_dict())
     with torch.no_grad():
-        theirs = torch.stack(eager(ids, attention_mask=mask, output_attentions=True).attentions)[
-            :, :, :, [3, 16]
-        ]
-    assert (record(model, ids, mask, torch.tensor([[3, 16]] * 2)).alpha - theirs).abs().max() < 1e-5
+        theirs = torch.stack(eager(ids, attention_mask=mask, output_attentions=True).attentions)
+    ours = record(model, ids, mask, torch.tensor([[3, 16]] * 2)).alpha
+    assert (ours - theirs[:, :, :, [3, 16]]).abs().max() < 1e-5
 
 
 def test_falcons_eager_path_doubles_its_alibi_bias():
@@ -133,17 +103,12 @@ def test_falcons_eager_path_doubles_its_alibi_bias():
     with caught(calls):
         model.base_model(input_ids=ids, attention_mask=mask)
     query, key = calls[0]["query"].double()[0, :, 23], calls[0]["key"].double()[0]
-    bias = (
-        torch.arange(24) * torch.tensor([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8])[:, None]
-    )  # ALiBi's slopes for four heads
-    by_hand = {
-        times: ((torch.einsum("hd,hkd->hk", query, key) + times * bias) / 8**0.5).softmax(-1)
-        for times in (1, 2)
-    }
-    assert (
-        record(model, ids, mask, torch.tensor([[23]])).alpha[0, 0, :, 0].double() - by_hand[1]
-    ).abs().max() < 1e-5
-    assert (theirs - by_hand[2]).abs().max() < 1e-5
+    slopes = torch.tensor([2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8])  # ALiBi's, for four heads
+    plain, bias = torch.einsum("hd,hkd->hk", query, key), torch.arange(24) * slopes[:, None]
+    once, twice = (((plain + times * bias) / 8**0.5).softmax(-1) for times in (1, 2))
+    ours = record(model, ids, mask, torch.tensor([[23]])).alpha[0, 0, :, 0].double()
+    assert (ours - once).abs().max() < 1e-5
+    assert (theirs - twice).abs().max() < 1e-5
 
 
 @pytest.mark.skipif(
@@ -152,42 +117,27 @@ def test_falcons_eager_path_doubles_its_alibi_bias():
 )
 @pytest.mark.parametrize("dtype", BOUND)
 def test_trained_llama(dtype):
-    model = LlamaForCausalLM.from_pretrained(
-        Path(os.environ["RAGKIT_REAL_DATA"]) / "models/stories260k",
-        dtype=dtype,
-        attn_implementation="sdpa",
-    )
+    folder = Path(os.environ["RAGKIT_REAL_DATA"]) / "models/stories260k"
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     ids = torch.randint(3, 500, (2, 40), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 30:] = 0
     expect_parity(model, ids, mask, torch.tensor([[39, 12], [29, 3]]), BOUND[dtype])
 
 
-def test_recording_leaves_the_model_as_it_was():
-    for name in ("llama", "gemma2"):
-        model, (ids, mask) = make(name), prompts([9])
-        before = model(ids).logits
-        kernel = torch.nn.functional.scaled_dot_product_attention
-        record(model, ids, mask, torch.tensor([[8]]))
-        with pytest.raises(AttentionError):
-            record(model, ids, mask, torch.tensor([[9]]))
-        assert torch.nn.functional.scaled_dot_product_attention is kernel
-        assert torch.equal(before, model(ids).logits)
-        assert model.config._attn_implementation == ("sdpa" if name == "llama" else "eager")
-        assert not any(
-            layer._forward_hooks or layer._forward_pre_hooks for layer in model.model.layers
-        )
-
-
-def test_the_blockwise_forward_is_gemma2s_own(monkeypatch):
-    """It also makes the next layer's input: in blocks, it must be the same model."""
-    monkeypatch.setattr("ragkit.attention.kernels.BLOCK", 4)
-    model, (ids, mask) = make("gemma2"), prompts([13, 17], "left")
-    with torch.no_grad():
-        theirs = model(ids, attention_mask=mask, position_ids=places(mask)).logits
-        model.set_attn_implementation("ragkit_blockwise")
-        ours = model(ids, attention_mask=mask, position_ids=places(mask)).logits
-    assert (theirs - ours)[mask.bool()].abs().max() < 1e-4
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_recording_leaves_the_model_as_it_was(name):
+    model, (ids, mask) = make(name), prompts([9])
+    before, usual = model(ids).logits, model.config._attn_implementation
+    kernel, own = torch.nn.functional.scaled_dot_product_attention, vars(modeling_gemma2).copy()
+    record(model, ids, mask, torch.tensor([[8]]))
+    with pytest.raises(AttentionError):
+        record(model, ids, mask, torch.tensor([[9]]))
+    assert torch.nn.functional.scaled_dot_product_attention is kernel
+    assert vars(modeling_gemma2) == own
+    assert torch.equal(before, model(ids).logits)
+    assert model.config._attn_implementation == usual
+    assert not any(one._forward_hooks or one._forward_pre_hooks for one in model.model.layers)
 
 
 def test_the_head_and_the_last_layers_output_are_not_computed():
@@ -197,93 +147,37 @@ def test_the_head_and_the_last_layers_output_are_not_computed():
     record(model, ids, mask, torch.tensor([[8]]))
     assert "model.layers.1.mlp" in ran
     assert "model.layers.2.self_attn.k_proj" in ran
-    assert not {
-        "model.layers.2.self_attn.o_proj",
-        "model.layers.2.mlp",
-        "model.norm",
-        "lm_head",
-    } & set(ran)
+    unneeded = {"model.layers.2.self_attn.o_proj", "model.layers.2.mlp", "model.norm", "lm_head"}
+    assert not unneeded & set(ran)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_one_token(name):
-    """A lone query: transformers packs the heads that share a key head."""
-    model = make(name)
-    seen = record(model, torch.tensor([[5]]), torch.tensor([[1]]), torch.tensor([[0]]))
-    heads = model.config.num_attention_heads
-    assert torch.allclose(seen.alpha, torch.ones(model.config.num_hidden_layers, 1, heads, 1, 1))
-    calls = []
-    with caught(calls):
-        model.base_model(torch.tensor([[5]]), use_cache=False)
-    for norms, call in zip(seen.norms, calls, strict=True):
-        own = call["value"].norm(dim=-1)
-        assert torch.allclose(norms, own.repeat_interleave(heads // own.shape[1], 1), rtol=1e-5)
-
-
-def encoder_decoder(kind):
-    torch.manual_seed(0)
-    if kind == "t5":
-        config = T5Config(
-            vocab_size=60,
-            d_model=32,
-            d_kv=8,
-            d_ff=64,
-            num_layers=2,
-            num_decoder_layers=3,
-            num_heads=4,
-            decoder_start_token_id=0,
-        )
-        model = T5ForConditionalGeneration(config)
-        for parameter in model.parameters():
-            parameter.data.mul_(3)
-        return model.eval()
-    config = BartConfig(
-        vocab_size=60,
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=3,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        init_std=0.3,
-        max_position_embeddings=64,
-    )
-    return BartForConditionalGeneration(config).eval()
+    one = torch.tensor([[5]])
+    seen = expect_parity(make(name), one, torch.ones_like(one), one * 0, 1e-5)
+    assert torch.equal(seen.alpha.unique(), torch.ones(1))
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart"])
 def test_cross_attention(kind):
     model, (ids, mask) = encoder_decoder(kind), prompts([12, 17])
-    answer = torch.tensor([[0, 7, 8], [0, 9, 4]])
+    answer, calls = torch.tensor([[0, 7, 8], [0, 9, 4]]), []
     with torch.no_grad():
         states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
     seen = record_cross(model, states, mask, answer, torch.tensor([[0, 2]] * 2))
     assert seen.alpha.shape == (3, 2, 4, 2, 17)
-    calls = []
+    given = {"encoder_outputs": (states,), "attention_mask": mask, "decoder_input_ids": answer}
     with caught(calls):
-        model(
-            encoder_outputs=(states,),
-            attention_mask=mask,
-            decoder_input_ids=answer,
-            use_cache=False,
-        )
+        model(**given, use_cache=False)
     for layer, call in enumerate(calls[1::2]):
-        assert (
-            seen.alpha[layer].double() - attention_matrix(**call)[:, :, [0, 2]]
-        ).abs().max() < 1e-5
-        assert torch.allclose(
-            seen.norms[layer], call["value"].norm(dim=-1) * mask[:, None], atol=1e-5
-        )
+        expected = attention_matrix(**call)[:, :, [0, 2]]
+        assert (seen.alpha[layer].double() - expected).abs().max() < 1e-5
+        norms = call["value"].norm(dim=-1) * mask[:, None]
+        assert torch.allclose(seen.norms[layer], norms, atol=1e-5)
     model.set_attn_implementation("eager")
     with torch.no_grad():
-        theirs = model(
-            encoder_outputs=(states,),
-            attention_mask=mask,
-            decoder_input_ids=answer,
-            output_attentions=True,
-        ).cross_attentions
-    assert (seen.alpha - torch.stack(theirs)[:, :, :, [0, 2]]).abs().max() < 1e-5
+        theirs = torch.stack(model(**given, output_attentions=True).cross_attentions)
+    assert (seen.alpha - theirs[:, :, :, [0, 2]]).abs().max() < 1e-5
 
 
 def test_gradients_equal_finite_differences():
@@ -306,56 +200,6 @@ def test_gradients_equal_finite_differences():
     assert not record(model, ids, mask, torch.tensor([[6]])).alpha.requires_grad
 
 
-def refused(model, match):
-    ids, mask = prompts([5])
-    ran = []
-    model.base_model.register_forward_pre_hook(lambda *unused: ran.append(1))
-    with pytest.raises(AttentionError, match=match):
-        record(model, ids, mask, torch.tensor([[4]]))
-    return not ran
-
-
-def test_what_cannot_be_recorded_is_refused_before_any_work():
-    assert refused(make("gpt2", "eager"), "attn_implementation='sdpa'")
-    assert refused(
-        MptForCausalLM(MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=60)).eval(),
-        "code of its own",
-    )
-    assert refused(
-        BloomForCausalLM(BloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=60)).eval(),
-        "code of its own",
-    )
-    assert refused(make("llama").train(), r"reader\.eval")
-    assert refused(encoder_decoder("t5"), "record_cross")
-    with pytest.raises(AttentionError, match="no encoder-decoder"):
-        record_cross(
-            make("llama"),
-            torch.zeros(1, 3, 32),
-            torch.ones(1, 3),
-            torch.ones(1, 1).long(),
-            torch.zeros(1, 1).long(),
-        )
-
-
-def test_attention_of_another_kind_is_refused_at_its_first_layer():
-    shape = {
-        "vocab_size": 60,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    two_calls = DiffLlamaForCausalLM(DiffLlamaConfig(**shape, attn_implementation="sdpa")).eval()
-    assert not refused(two_calls, "Layer 0 made 2 attention calls")
-    sinks = GptOssForCausalLM(
-        GptOssConfig(
-            **shape, head_dim=8, num_local_experts=2, num_experts_per_tok=1, pad_token_id=0
-        )
-    ).eval()
-    assert not refused(sinks, "s_aux")
-
-
 def test_contributions_and_passage_scores_by_hand():
     model, (ids, mask) = make("gpt2"), prompts([6])
     seen = record(model, ids, mask, torch.tensor([[4, 5]]))
@@ -366,36 +210,29 @@ def test_contributions_and_passage_scores_by_hand():
             for row in range(2):
                 by_hand[layer] += seen.alpha[layer, 0, head, row] * seen.norms[layer, 0, head] / 8
     assert torch.allclose(ours[:, 0], by_hand, atol=1e-6)
-    owner = torch.tensor([-1, 0, 0, 1, -2, -1])
-    assert torch.allclose(
-        passage_scores(by_hand[0], owner, 3),
-        torch.stack([by_hand[0][1:3].sum(), by_hand[0][3], torch.tensor(0.0)]),
-    )
-    assert torch.allclose(passage_scores(by_hand[0], owner, 2, "mean")[0], by_hand[0][1:3].mean())
+    owner, first = torch.tensor([-1, 0, 0, 1, -2, -1]), by_hand[0]
+    expected = torch.stack([first[1:3].sum(), first[3], torch.tensor(0.0)])
+    assert torch.allclose(passage_scores(first, owner, 3), expected)
+    assert torch.allclose(passage_scores(first, owner, 2, "mean")[0], first[1:3].mean())
 
 
 def test_reduced_on_the_fly_is_the_same_as_from_the_record():
     model, (ids, mask) = make("falcon-alibi"), prompts([12, 17])
-    rows, uses = (
-        torch.tensor([[11, 7], [16, 16]]),
-        torch.tensor([[[1.0, 0], [1, 0]], [[1, 1], [1, 0]]]),
-    )
+    rows = torch.tensor([[11, 7], [16, 16]])
+    uses = torch.tensor([[[1.0, 0], [1, 0]], [[1, 1], [1, 0]]])
     reduced = pooled(lambda visit: observe(model, ids, mask, rows, visit), uses)
     seen = record(model, ids, mask, rows)
     for norm in (0, 1):
         for group in (0, 1):
-            assert torch.allclose(
-                reduced[norm, :, group], contributions(seen, uses[group], bool(norm)), atol=1e-7
-            )
+            expected = contributions(seen, uses[group], bool(norm))
+            assert torch.allclose(reduced[norm, :, group], expected, atol=1e-7)
 
 
 def test_nothing_of_size_tokens_times_tokens_is_made():
     """The largest tensor made, seen by a spy on every operation, grows with rows x tokens."""
 
     class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.size = 0
+        size = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
@@ -403,12 +240,11 @@ def test_nothing_of_size_tokens_times_tokens_is_made():
                 self.size = max(self.size, out.numel())
             return out
 
-    for name in ("llama", "gemma2"):
-        model, (ids, mask) = make(name), prompts([2048])
-        model.config.max_position_embeddings = 2048
-        with Largest() as largest:
-            record(model, ids, mask, torch.tensor([[2047, 5]]))
-        assert largest.size < 2048 * 2048 if name == "llama" else largest.size <= 256 * 2048 * 4
+    model, (ids, mask) = make("llama"), prompts([2048])
+    model.config.max_position_embeddings = 2048
+    with Largest() as largest:
+        record(model, ids, mask, torch.tensor([[2047, 5]]))
+    assert largest.size < 2048 * 2048
 
 
 def test_a_base_model_is_recorded_like_its_reader():

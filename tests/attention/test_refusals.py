@@ -5,50 +5,33 @@ import copy
 import pytest
 import torch
 import transformers
-from tiny_models import CONFIGS, SMALL, make, prompts
-from transformers import BertConfig, BertLMHeadModel, LlamaForCausalLM
+from tiny_models import CONFIGS, SMALL, encoder_decoder, make, prompts
 
-from ragkit.attention import AttentionError, observe, record
-from ragkit.attention.kernels import LazyMask
+from ragkit.attention import AttentionError, record, record_cross
 
-ROBERTAS = {
-    "Roberta": {},
-    "XLMRoberta": {},
-    "Camembert": {},
-    "RobertaPreLayerNorm": {},
-    "XLMRobertaXL": {},
-    "Data2VecText": {},
-    "Xmod": {"default_language": "en_XX"},
-}
-BERT = {
-    **SMALL,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 2,
-    "intermediate_size": 64,
-    "max_position_embeddings": 64,
-}
+ROBERTAS = ["Roberta", "XLMRoberta", "Camembert", "RobertaPreLayerNorm", "XLMRobertaXL"]
+ROBERTAS += ["Data2VecText", "Xmod"]
+SHAPE = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2}
+BERT = {**SMALL, **SHAPE, "intermediate_size": 64, "max_position_embeddings": 64}
 
 
-def roberta(name, **settings):
-    config = getattr(transformers, f"{name}Config")(**BERT, **ROBERTAS[name], **settings)
+def tiny(name, head="ForCausalLM", **settings):
+    config = getattr(transformers, f"{name}Config")(**settings)
     torch.manual_seed(0)
-    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    return getattr(transformers, f"{name}{head}")(config).eval()
 
 
 def not_causal(name):
-    torch.manual_seed(0)
     if name == "bert":
-        return BertLMHeadModel(BertConfig(**BERT)).eval()
+        return tiny("Bert", "LMHeadModel", **BERT)
     if name == "roberta encoder":
-        return roberta("Roberta", is_decoder=False)
+        return tiny("Roberta", **BERT, is_decoder=False)
     config = copy.deepcopy(CONFIGS["llama" if name == "llama" else "gemma3"])
-    setattr(
-        config, "is_causal" if name == "llama" else "use_bidirectional_attention", name != "llama"
-    )
+    setting = "is_causal" if name == "llama" else "use_bidirectional_attention"
+    setattr(config, setting, name != "llama")
     config._attn_implementation = "sdpa"
-    kind = LlamaForCausalLM if name == "llama" else transformers.Gemma3ForCausalLM
-    return kind(config).eval()
+    kind = "LlamaForCausalLM" if name == "llama" else "Gemma3ForCausalLM"
+    return getattr(transformers, kind)(config).eval()
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta encoder", "llama", "gemma3"])
@@ -62,8 +45,10 @@ def test_a_reader_that_is_not_causal_is_refused(name, row):
 
 @pytest.mark.parametrize("name", ROBERTAS)
 def test_the_roberta_family_keeps_its_own_positions(name):
-    model, (ids, mask) = roberta(name, is_decoder=True), prompts([12, 17])
-    eager = roberta(name, is_decoder=True, attn_implementation="eager")
+    """Padded on the left, too: they begin behind the padding index, wherever the padding is."""
+    own = {**BERT, "is_decoder": True, **({"default_language": "en_XX"} if name == "Xmod" else {})}
+    model, (ids, mask) = tiny(name, **own), prompts([12, 17])
+    eager = tiny(name, **own, attn_implementation="eager")
     eager.load_state_dict(model.state_dict())
     rows, each = torch.tensor([[11, 7], [16, 8]]), torch.arange(2)[:, None]
     with torch.no_grad():
@@ -72,37 +57,9 @@ def test_the_roberta_family_keeps_its_own_positions(name):
     for ours, whole in zip(seen, theirs, strict=True):
         expected = whole[each, :, rows].transpose(1, 2) * mask[:, None, None]
         assert (ours - expected).abs().max() < 1e-5
-    left, left_mask = prompts([12, 17], "left")
-    with pytest.raises(AttentionError, match="pad on the right"):
-        record(model, left, left_mask, torch.tensor([[16], [16]]))
-
-
-def test_positions_are_given_only_behind_padding():
-    model, given = make("llama"), []
-    forward = model.model.forward
-
-    def spy(position_ids=None, **rest):
-        given.append(position_ids)
-        return forward(position_ids=position_ids, **rest)
-
-    model.model.forward = spy
-    record(model, *prompts([4, 6]), torch.tensor([[3], [5]]))
-    assert given == [None]
-    record(model, *prompts([4, 6], "left"), torch.tensor([[5], [5]]))
-    assert given[-1].tolist() == [[0, 0, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5]]
-
-
-def test_a_reader_that_works_on_its_mask_is_refused():
-    mask = LazyMask({"q_offset": 0})
-    for work in (
-        lambda: mask[:, :, :4],
-        lambda: mask.shape,
-        lambda: torch.zeros(2) + mask,
-        lambda: torch.where(mask, 1, 0),
-    ):
-        with pytest.raises(AttentionError, match="changes its attention mask"):
-            work()
-    assert copy.copy(mask) == mask
+    ids[0], mask[0], rows[0] = ids[0].roll(5), mask[0].roll(5), rows[0] + 5
+    seen[:, 0] = seen[:, 0].roll(5, -1)
+    assert torch.equal(record(model, ids, mask, rows).alpha, seen)
 
 
 def test_another_kernel_is_refused_with_the_file_to_change():
@@ -110,8 +67,32 @@ def test_another_kernel_is_refused_with_the_file_to_change():
         record(make("gpt2", "eager"), *prompts([5]), torch.tensor([[4]]))
 
 
-def test_observing_keeps_the_callers_gradients():
-    model, (ids, mask), layers = make("gpt2"), prompts([5]), []
-    observe(model, ids, mask, torch.tensor([[4]]), lambda alpha, norms: layers.append(alpha))
-    assert all(alpha.requires_grad for alpha in layers)
-    assert not record(model, ids, mask, torch.tensor([[4]])).alpha.requires_grad
+def refused(model, match):
+    """Whether it is refused before any work."""
+    ids, mask = prompts([5])
+    ran = []
+    model.base_model.register_forward_pre_hook(lambda *unused: ran.append(1))
+    with pytest.raises(AttentionError, match=match):
+        record(model, ids, mask, torch.tensor([[4]]))
+    return not ran
+
+
+def test_what_cannot_be_recorded_is_refused_before_any_work():
+    assert refused(make("gpt2", "eager"), "attn_implementation='sdpa'")
+    assert refused(tiny("Mpt", d_model=32, n_heads=4, n_layers=2, vocab_size=60), "code of its own")
+    bloom = {"hidden_size": 32, "n_head": 4, "n_layer": 2, "vocab_size": 60}
+    assert refused(tiny("Bloom", **bloom), "code of its own")
+    assert refused(make("llama").train(), r"reader\.eval")
+    assert refused(encoder_decoder("t5"), "record_cross")
+    states, one = torch.zeros(1, 3, 32), torch.ones(1, 1).long()
+    with pytest.raises(AttentionError, match="no encoder-decoder"):
+        record_cross(make("llama"), states, torch.ones(1, 3), one, one * 0)
+
+
+def test_attention_of_another_kind_is_refused_at_its_first_layer():
+    shape = {"vocab_size": 60, **SHAPE, "intermediate_size": 64, "num_key_value_heads": 2}
+    two_calls = tiny("DiffLlama", **shape, attn_implementation="sdpa")
+    assert not refused(two_calls, "Layer 0 made 2 attention calls")
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    sinks = tiny("GptOss", **shape, head_dim=8, **experts, pad_token_id=0)
+    assert not refused(sinks, "s_aux")

@@ -17,62 +17,37 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from tqdm.auto import tqdm
 from transformers import FalconConfig, FalconModel, LlamaConfig, LlamaModel, PreTrainedModel
 
 from ragkit.attention import observe, pooled
-from ragkit.attention.cost import (
-    Shape,
-    eager_bytes,
-    fitted_rates,
-    fused_work,
-    recorded_bytes,
-    recorded_work,
-)
 
 ROWS = 8
 THREADS = 2
 EAGER_UP_TO = 4096  # beyond it, eager attention of this shape needs more than 24 GiB
 VOCABULARY = 1000  # the embedding is looked up, not computed with
 WAYS = ("fused", "ours", "eager")
-SHAPES = {
-    "falcon": Shape(12, 12, 64, 12, 2 * 768 * 3072),
-    "llama": Shape(12, 12, 64, 4, 3 * 768 * 2048),
-    "falcon-rw-1b": Shape(24, 32, 64, 32, 2 * 2048 * 8192),
+ON_GPU = "falcon-rw-1b"
+GPT2 = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+ALIBI = {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}
+GROUPED = {"num_key_value_heads": 4, "intermediate_size": 2048, "max_position_embeddings": 8192}
+SIZES = {
+    "falcon": {**GPT2, **ALIBI},
+    "llama": {**GPT2, **GROUPED},
+    ON_GPU: {**ALIBI, "hidden_size": 2048, "num_hidden_layers": 24, "num_attention_heads": 32},
 }
 
 
 def model_of(kind: str, implementation: str) -> PreTrainedModel:
-    shape = SHAPES[kind]
-    same = {
-        "hidden_size": shape.hidden,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "vocab_size": VOCABULARY,
-    }
-    torch.manual_seed(0)
-    if kind == "llama":
-        config = LlamaConfig(
-            **same,
-            intermediate_size=2048,
-            num_key_value_heads=shape.kv_heads,
-            max_position_embeddings=8192,
-        )
-        config._attn_implementation = implementation
-        return LlamaModel(config).eval()
-    config = FalconConfig(
-        **same,
-        alibi=True,
-        multi_query=False,
-        parallel_attn=False,
-        new_decoder_architecture=False,
-        bias=True,
+    of_config, of_model = (
+        (LlamaConfig, LlamaModel) if kind == "llama" else (FalconConfig, FalconModel)
     )
+    config = of_config(**SIZES[kind], vocab_size=VOCABULARY)
     config._attn_implementation = implementation
-    return FalconModel(config).eval()
+    torch.manual_seed(0)
+    return of_model(config).eval()
 
 
 def run(model: PreTrainedModel, way: str, tokens: int) -> None:
@@ -84,25 +59,17 @@ def run(model: PreTrainedModel, way: str, tokens: int) -> None:
         uses = torch.ones(1, 1, ROWS, device=model.device)
         pooled(lambda visit: observe(model, ids, mask, rows, visit), uses)
     else:
+        kept = {"use_cache": False, "output_attentions": way == "eager"}
         with torch.no_grad():
-            model(
-                input_ids=ids,
-                attention_mask=mask,
-                use_cache=False,
-                output_attentions=way == "eager",
-            )
+            model(input_ids=ids, attention_mask=mask, **kept)
     if model.device.type == "cuda":
         torch.cuda.synchronize()
 
 
 def resident(field: str) -> int:
     """Bytes of this process's memory: `VmRSS` now, `VmHWM` at most since the peak was reset."""
-    line = next(
-        line
-        for line in Path("/proc/self/status").read_text().splitlines()
-        if line.startswith(field)
-    )
-    return int(line.split()[1]) * 1024
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 def peak(model: PreTrainedModel, way: str, tokens: int) -> int:
@@ -120,12 +87,11 @@ def peak(model: PreTrainedModel, way: str, tokens: int) -> int:
 
 def measure(kind: str, tokens: int, ways: list[str], repeats: int) -> None:
     """In a process of its own: prints seconds (or, without repeats, peak bytes) of each way."""
-    on_gpu = kind == "falcon-rw-1b"
     torch.set_num_threads(THREADS)
     models = {}
     for implementation in {"eager" if way == "eager" else "sdpa" for way in ways}:
         models[implementation] = model_of(kind, implementation)
-        if on_gpu:
+        if kind == ON_GPU:
             models[implementation] = models[implementation].to("cuda", torch.bfloat16)
     chosen = {way: models["eager" if way == "eager" else "sdpa"] for way in ways}
     for way, model in chosen.items():
@@ -143,15 +109,11 @@ def measure(kind: str, tokens: int, ways: list[str], repeats: int) -> None:
 
 
 def apart(kind: str, tokens: int, ways: list[str], repeats: int) -> dict:
-    arguments = ["--measure", kind, str(tokens), ",".join(ways), str(repeats)]
+    command = [sys.executable, __file__, "--measure", kind, str(tokens), ",".join(ways)]
     # Freed tensors must go back to the system at once, or the peak holds what glibc kept for later.
     environment = os.environ if repeats else {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(
-        [sys.executable, __file__, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=environment,
+        [*command, str(repeats)], capture_output=True, text=True, check=False, env=environment
     )
     if done.returncode:
         said = done.stderr[-2000:]
@@ -160,84 +122,31 @@ def apart(kind: str, tokens: int, ways: list[str], repeats: int) -> dict:
 
 
 def table_of(kinds: list[str], lengths: list[int], repeats: int, folder: Path) -> pd.DataFrame:
-    """One line for each kind, length and way; see `modelled` for the last columns."""
+    """One line for each kind, length and way, with the ratios to the plain pass."""
     kept = folder / "measured.json"
     lines = json.loads(kept.read_text()) if kept.exists() else []
-    cases = [(kind, tokens) for tokens in lengths for kind in kinds if kind != "falcon-rw-1b"] + [
-        ("falcon-rw-1b", 2048)
-    ] * ("falcon-rw-1b" in kinds)
+    cases = [(kind, tokens) for tokens in lengths for kind in kinds if kind != ON_GPU]
+    cases += [(ON_GPU, 2048)] * (ON_GPU in kinds)
     for kind, tokens in tqdm(cases, desc="bench"):
         if any(line["kind"] == kind and line["tokens"] == tokens for line in lines):
             continue
         ways = [way for way in WAYS if way != "eager" or tokens <= EAGER_UP_TO]
         seconds = apart(kind, tokens, ways, repeats)
         for way in ways:
-            memory = apart(kind, tokens, [way], 0)[way]
-            lines.append(
-                {
-                    "kind": kind,
-                    "tokens": tokens,
-                    "way": way,
-                    "seconds": statistics.median(seconds[way]),
-                    "MB": memory / 1e6,
-                    "runs": repeats,
-                }
-            )
+            line = {"kind": kind, "tokens": tokens, "way": way}
+            line |= {"seconds": statistics.median(seconds[way])}
+            line |= {"MB": apart(kind, tokens, [way], 0)[way] / 1e6, "runs": repeats}
+            lines.append(line)
         kept.write_text(json.dumps(lines))
-    return modelled(
-        pd.DataFrame(lines).sort_values(["kind", "tokens"], kind="stable", ignore_index=True)
-    )
-
-
-def modelled(table: pd.DataFrame) -> pd.DataFrame:
-    """Adds the ratios to the plain pass, and what the cost model says (of eager only its memory).
-
-    The rates are fitted to the plain passes of a kind; the memory of ours is the plain pass's plus
-    the model's.
-    """
+    table = pd.DataFrame(lines).sort_values(["kind", "tokens"], kind="stable", ignore_index=True)
     plain = table[table["way"] == "fused"].set_index(["kind", "tokens"])
-    table["time ratio"] = [
-        s / plain.loc[(k, t), "seconds"]
-        for k, t, s in zip(table["kind"], table["tokens"], table["seconds"], strict=True)
-    ]
-    table["memory ratio"] = [
-        m / plain.loc[(k, t), "MB"]
-        for k, t, m in zip(table["kind"], table["tokens"], table["MB"], strict=True)
-    ]
-    for kind, part in table.groupby("kind"):
-        shape, fused = SHAPES[str(kind)], part[part["way"] == "fused"]
-        if len(fused) < 2:
-            continue  # two rates cannot be fitted to one length
-        rates = fitted_rates(shape, fused["tokens"].tolist(), fused["seconds"].to_numpy(np.float64))
-        for i, line in part.iterrows():
-            work = {
-                "fused": fused_work(shape, line["tokens"]),
-                "ours": recorded_work(shape, line["tokens"], ROWS),
-            }.get(line["way"])
-            table.loc[i, "modelled seconds"] = (
-                float("nan") if work is None else (work / rates).sum()
-            )
-            base = float(plain.loc[(kind, line["tokens"]), "MB"])
-            more = {
-                "fused": float("nan"),
-                "ours": base + recorded_bytes(shape, line["tokens"], ROWS) / 1e6,
-                "eager": eager_bytes(shape, line["tokens"]) / 1e6,
-            }
-            table.loc[i, "modelled MB"] = more[line["way"]]
-    table["device"] = [
-        "cuda" if kind == "falcon-rw-1b" else f"cpu, {THREADS} threads" for kind in table["kind"]
-    ]
+    for column, ratio in (("seconds", "time ratio"), ("MB", "memory ratio")):
+        base = plain[column].reindex(pd.MultiIndex.from_frame(table[["kind", "tokens"]]))
+        table[ratio] = table[column] / base.to_numpy()
+    on_cpu = f"cpu, {THREADS} threads"
+    table["device"] = ["cuda" if kind == ON_GPU else on_cpu for kind in table["kind"]]
     table["versions"] = f"torch {torch.__version__}"
-    return table.round(
-        {
-            "seconds": 4,
-            "MB": 1,
-            "time ratio": 3,
-            "memory ratio": 3,
-            "modelled seconds": 4,
-            "modelled MB": 1,
-        }
-    )
+    return table.round({"seconds": 4, "MB": 1, "time ratio": 3, "memory ratio": 3})
 
 
 def main() -> None:
@@ -251,7 +160,7 @@ def main() -> None:
         kind, tokens, ways, repeats = given.measure
         measure(kind, int(tokens), ways.split(","), int(repeats))
         return
-    kinds = ["falcon", "llama"] + (["falcon-rw-1b"] if torch.cuda.is_available() else [])
+    kinds = ["falcon", "llama"] + ([ON_GPU] if torch.cuda.is_available() else [])
     given.folder.mkdir(parents=True, exist_ok=True)
     table = table_of(kinds, given.tokens, given.repeats, given.folder)
     from ragkit.pages import plots  # not at the top: the measuring processes would pay for it

@@ -1,10 +1,10 @@
-"""The log of a training and the early word: torn lines, the rule, following a run."""
+"""The early word on a training: the rule, the log, following a run."""
 
+import json
 import math
 
 import pytest
 
-from ragkit.distillation.log import FILE, read_log, write_log
 from ragkit.distillation.monitor import (
     NOT_WORKING,
     TOO_EARLY,
@@ -14,19 +14,6 @@ from ragkit.distillation.monitor import (
     verdict,
 )
 from ragkit.errors import DistillError
-
-
-def test_a_torn_last_line_is_skipped(tmp_path):
-    torn = b'{"step": 1, "seconds": 2.0}\n{"step": 2, "seconds": 4.5}\n{"step": 3, "lo\xc3'
-    (tmp_path / FILE).write_bytes(torn)
-    assert [row["step"] for row in read_log(tmp_path)] == [1, 2]
-    assert read_log(tmp_path / "nowhere") == []
-
-
-def test_only_the_main_process_writes_and_only_numbers(tmp_path):
-    write_log(tmp_path, [{"epoch": 0, "loss": math.nan, "hr": 0.5}], is_main=True)
-    write_log(tmp_path, [], is_main=False)
-    assert (tmp_path / FILE).read_text() == '{"epoch": 0, "hr": 0.5}\n'
 
 
 def looks(hr, losses):
@@ -42,33 +29,6 @@ FALLING, FLAT = [0.6, 0.5, 0.4, 0.3], [0.4, 0.4, 0.4, 0.4]
 SLOW = [0.5, 0.505, 0.505, 0.505, 0.505]
 
 
-@pytest.mark.parametrize(
-    ("rows", "probes", "word", "taken", "reason"),
-    [
-        (looks([0.5, 0.6, 0.7, 0.7, 0.7], FALLING), [], WORKING, 2, "+0.200 and +0.200"),
-        (looks([0.5, 0.5, 0.4, 0.4, 0.3], FALLING), [], NOT_WORKING, 2, "-0.100 and -0.200"),
-        (looks([0.5, 0.49, 0.5, 0.5, 0.5], FLAT), [], NOT_WORKING, 2, "not clearly fallen"),
-        (looks(SLOW, FLAT), [], NOT_WORKING, 2, "+0.005 and +0.005"),
-        (looks(SLOW, FALLING), [], TOO_EARLY, 4, "+0.005"),
-        (looks([0.5, 0.6, 0.4, 0.6, 0.6], FALLING), [], WORKING, 4, "+0.100"),
-        (looks([0.5, 0.6], [0.6]), [], TOO_EARLY, 1, "1 of 2 looks"),
-        (looks([0.5], []), lifts(0.9, 1.0), NOT_WORKING, 0, "1.00 times"),
-        (looks([0.5], []), lifts(0.9, 1.2), TOO_EARLY, 0, "0 of 2 looks"),
-        ([{"epoch": 0, "hr": 0.5}, {"epoch": 0.5, "stopped": "why"}], [], NOT_WORKING, 1, "why"),
-    ],
-)
-def test_verdicts_of_step_2(rows, probes, word, taken, reason):
-    assert verdict(rows, probes)[0] == word
-    assert reason in verdict(rows, probes)[1]
-    assert first_verdict(rows, probes) == (word, taken)
-
-
-def test_what_hr_says_outweighs_the_teachers_attention():
-    rows = looks([0.5, 0.6, 0.7], [0.6, 0.5])
-    assert first_verdict(rows, lifts(0.5, 0.5)) == (NOT_WORKING, 0)
-    assert verdict(rows, lifts(0.5, 0.5))[0] == WORKING
-
-
 def steps(*losses):
     """A log of Step 1 with a row each 10 steps."""
     return [{"step": 10 * n, "loss": loss} for n, loss in enumerate([math.nan, *losses])]
@@ -82,6 +42,15 @@ def kept(*lifts):
 @pytest.mark.parametrize(
     ("rows", "probes", "word", "taken", "reason"),
     [
+        (looks([0.5, 0.6, 0.7, 0.7, 0.7], FALLING), [], WORKING, 2, "+0.200 and +0.200"),
+        (looks([0.5, 0.5, 0.4, 0.4, 0.3], FALLING), [], NOT_WORKING, 2, "-0.100 and -0.200"),
+        (looks([0.5, 0.49, 0.5, 0.5, 0.5], FLAT), [], NOT_WORKING, 2, "not clearly fallen"),
+        (looks(SLOW, FLAT), [], NOT_WORKING, 2, "+0.005 and +0.005"),
+        (looks(SLOW, FALLING), [], TOO_EARLY, 4, "+0.005"),
+        (looks([0.5, 0.6, 0.4, 0.6, 0.6], FALLING), [], WORKING, 4, "+0.100"),
+        (looks([0.5, 0.6], [0.6]), [], TOO_EARLY, 1, "1 of 2 looks"),
+        (looks([0.5], []), lifts(0.9, 1.0), NOT_WORKING, 0, "1.00 times"),
+        (looks([0.5], []), lifts(0.9, 1.2), TOO_EARLY, 0, "0 of 2 looks"),
         (steps(3, 2, 1.5, 1), kept(0.9, 1.2, 1.5), WORKING, 4, "1.20 and 1.50"),
         (steps(3, 2, 1.5, 1), kept(1.1, 0.9, 1.0), NOT_WORKING, 4, "than the average token"),
         (steps(3, 2, 1.5, 1), kept(0.9, 0.9, 1.5), TOO_EARLY, 4, "0.90 and 1.50"),
@@ -90,20 +59,22 @@ def kept(*lifts):
         (steps(3, 2), [], TOO_EARLY, 2, "0 of 2 kept steps"),
     ],
 )
-def test_verdicts_of_step_1(rows, probes, word, taken, reason):
+def test_verdicts(rows, probes, word, taken, reason):
     assert verdict(rows, probes)[0] == word
     assert reason in verdict(rows, probes)[1]
     assert first_verdict(rows, probes) == (word, taken)
 
 
-def test_nothing_is_said_of_nothing():
-    assert verdict([])[0] == TOO_EARLY
+def test_what_hr_says_outweighs_the_teachers_attention():
+    rows = looks([0.5, 0.6, 0.7], [0.6, 0.5])
+    assert first_verdict(rows, lifts(0.5, 0.5)) == (NOT_WORKING, 0)
+    assert verdict(rows, lifts(0.5, 0.5))[0] == WORKING
 
 
 def training(run, key, rows, finished=True):
     folder = run / (f"stages/step2/{key}" if finished else f"partial/step2-{key}")
     folder.mkdir(parents=True)
-    write_log(folder, rows, is_main=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_following_a_run_while_it_goes_on(tmp_path):

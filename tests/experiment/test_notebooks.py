@@ -11,7 +11,7 @@ import pytest
 from nbclient import NotebookClient
 from safetensors.numpy import load_file
 
-from ragkit.distillation.log import read_log
+from ragkit.distillation.monitor import read_log
 from ragkit.experiment import tables
 from ragkit.experiment.lab import Lab
 from ragkit.pages import course
