@@ -13,10 +13,10 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ragkit.data.asked import Asked
 from ragkit.data.files import write_arrays, write_json
 from ragkit.data.passages import passage_text
 from ragkit.data.questions import hits
-from ragkit.distillation.asked import Asked
 from ragkit.distillation.log import LOOKS, Row, write_log
 from ragkit.distillation.targets import target_of
 from ragkit.errors import DistillError

@@ -86,7 +86,8 @@ def inputs(tmp_path_factory, reader):
             weight += 0.1 * weight.std() * torch.randn_like(weight) if weight.numel() > 1 else 0
     place = reader_folder(roles["step1"], "fine-tuned")
     place.mkdir(exist_ok=True)
-    taught.save(place)
+    taught.model.save_pretrained(place)
+    taught.tokenizer.save_pretrained(place)
     return roles
 
 
