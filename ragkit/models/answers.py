@@ -26,8 +26,7 @@ def answered(reader: Reader, pairs: Sequence[Pair]) -> tuple[list[str], float, i
 def write(folder: Path, trimmed: int, prompts: int, **made: Any) -> None:
     """Writes what a stage made, a JSON file each, and how many of its prompts were too long."""
     if device.is_main():
-        counts = {"trimmed": trimmed, "prompts": prompts}
-        for name, value in {**made, "trimmed": counts}.items():
+        for name, value in {**made, "trimmed": {"trimmed": trimmed, "prompts": prompts}}.items():
             write_json(folder / f"{name}.json", value)
 
 
@@ -55,7 +54,6 @@ def make_answers(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str
 
 def premise_cases(asked: Asked, k: int, seed: int) -> dict[str, list[Pair]]:
     """Questions of dev with passages that show what a reader can do.
-
     Where no gold passage of a question is known or found, it is left out of the cases that need
     one; where no kinds of facts are known, as on real text, so is the case of one kind."""
     corpus, rng = asked.corpus, random.Random(seed)

@@ -114,21 +114,18 @@ def load_reader(name: str | Path, settings: ReaderSettings, to_train: bool = Fal
     return reader
 
 
-def reader_folder(step1: Path, which: str) -> Path:
-    """Where `make_step1` kept a reader: `fine-tuned`, or one on the way such as `step 100`."""
-    return step1 / which.replace(" ", "-")
-
-
 def open_reader(
     inputs: Mapping[str, Path], settings: Mapping[str, Any], to_train: bool = False
 ) -> Reader:
     """The reader `settings["which"]` of a stage: kept by `step1`, if that is among the inputs, else
     untaught and asked as `style` says. Answers are as long as those for distillation."""
-    chosen = ReaderSettings(**settings["reader"])
-    kept = reader_folder(inputs["step1"], settings["which"]) if "step1" in inputs else chosen.model
-    reader = load_reader(kept, chosen, to_train)
-    if "style" in inputs and "step1" not in inputs:
-        styles = json.loads((inputs["style"] / "style.json").read_text("utf8"))
-        reader.style = styles[settings["which"]]
+    chosen, style = ReaderSettings(**settings["reader"]), "question"
+    name: str | Path = chosen.model
+    if "step1" in inputs:
+        name = inputs["step1"] / settings["which"].replace(" ", "-")
+    elif "style" in inputs:
+        style = json.loads((inputs["style"] / "style.json").read_text("utf8"))[settings["which"]]
+    reader = load_reader(name, chosen, to_train)
+    reader.style = style
     reader.fit(Corpus.load("", inputs["passages"], inputs["questions"]).questions["distill"])
     return reader

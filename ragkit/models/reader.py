@@ -32,7 +32,6 @@ Coded = tuple[list[int], list[int]]  # tokens, and the owner of each
 @dataclass(frozen=True)
 class Prompt:
     """A prompt as tokens `ids`, and the `owner` of each: a passage's number, or a value of PART.
-
     `answer_start` is the place of the first answer token (the prompt's length without an answer),
     `trimmed` how many tokens its passages lost, `blocks` the lengths of what is read on its own."""
 
@@ -95,9 +94,8 @@ class Reader:
         return [*([*asked, *parts] if first else [*parts, *asked]), ("answer:", other)]
 
     def tokens(self, pieces: Sequence[Piece]) -> Coded:
-        """The texts as one text's tokens, and the owner of each, by its first character that is no
-        space. A causal reader's tokens end with the text: the tokenizer's own end token is dropped.
-        """
+        """The texts as one text's tokens, each with its owner by its first character that is no
+        space. A causal reader's end with the text: an end token of the tokenizer is dropped."""
         text, owners = "", list[int]()  # an owner a character
         for piece, who in pieces:
             text += readable(piece)
@@ -172,8 +170,7 @@ class Reader:
         return [self.text_of(row) for row in out[:, ids.shape[1] :]]
 
     def text_of(self, row: Tensor) -> str:
-        """The answer that new tokens `[tokens]` spell: it ends at the end token or a line break,
-        the rest of a cloze with its sentence."""
+        """The answer that new tokens `[tokens]` spell: one line; the rest of a cloze's sentence."""
         text = str(self.tokenizer.decode(row, skip_special_tokens=True)).strip().split("\n")[0]
         return (text.split(".")[0] if self.style == "cloze" else text).strip()
 
@@ -200,7 +197,6 @@ class Reader:
 
     def attention(self, prompts: Sequence[Prompt], rows: Tensor, uses: Tensor) -> Tensor:
         """Token contributions `[norm (off, on), layers, groups, prompts, tokens]`, right-padded.
-
         `rows` `[prompts, rows]` are places in the prompts, `uses` `[groups, prompts, rows]` says
         which rows make a group. Raises ReaderError if the reader's attention cannot be recorded."""
         try:
@@ -218,8 +214,7 @@ class Reader:
 def in_order(
     prompts: Sequence[Prompt], size: int, work: Callable[[list[Prompt]], Iterable[Any]], desc: str
 ) -> list[Any]:
-    """What `work` gives for each prompt, in order. It gets batches of like length and this size;
-    the processes of a run share them."""
+    """What `work` gives for each prompt, in order; processes share its batches of like length."""
     batches = device.by_length([len(p.ids) for p in prompts], size)
     parts = device.spread(batches, lambda chosen: [prompts[i] for i in chosen], work, desc)
     made = dict(zip(chain(*batches), chain(*parts), strict=True))
@@ -227,8 +222,7 @@ def in_order(
 
 
 def embedded_reader() -> Path:
-    """The folder of the reader that ships with the package. Raises ReaderError if a file in it is
-    not the one that was shipped."""
+    """The folder of the reader that ships. Raises ReaderError if a file in it was changed."""
     folder = asset("reader")
     for line in (folder / "sha256.txt").read_text("utf8").splitlines():
         expected, name = line.split()

@@ -28,7 +28,7 @@ from ragkit.data.questions import Corpus, Question
 from ragkit.data.worlds import build_world
 from ragkit.errors import ReaderError
 from ragkit.models import device
-from ragkit.models.fid import open_reader, reader_folder
+from ragkit.models.fid import open_reader
 from ragkit.models.index import search
 from ragkit.models.reader import Prompt, Reader
 from ragkit.models.retriever import Retriever
@@ -106,7 +106,6 @@ class Step1(Trainer):
 
 class Progress(TrainerCallback):
     """Follows a training: the loss of each step, METRICS, and the readers that are kept.
-
     Rows of METRICS hold step, loss (mean since the row before), rate, seconds, and left: seconds to
     go by the pace so far. They are made from the trainer's own log, which its checkpoints hold."""
 
@@ -131,7 +130,7 @@ class Progress(TrainerCallback):
         row |= {"seconds": round(seconds, 3), "left": round(seconds / step * (steps - step), 1)}
         history.append({**row, "trimmed": device.size() * device.mean_over_processes(sum(trimmed))})
         if step in self.kept:
-            self.keep("fine-tuned" if step == steps else f"step {step}")
+            self.keep("fine-tuned" if step == steps else f"step-{step}")
         if step in self.marks and device.is_main():
             ends = [place for place, one in enumerate(history, 1) if one["step"] in self.marks]
             lines, parts = "", np.split([one["loss"] for one in history], ends[:-1])
@@ -173,7 +172,7 @@ def fine_tune(
     """Teaches the reader to answer questions; returns the loss (nats a token) of each step.
 
     `draw` gives a question with its passages. The reader as it stands after each of `kept_steps`
-    and at the end is kept in its `reader_folder`, the log in METRICS. A checkpoint lets a killed
+    is kept in `step-N`, at the end in `fine-tuned`, the log in METRICS. A checkpoint lets a killed
     run go on with the same steps. Raises ReaderError if the loss is not a number, or the processes
     of the run cannot share a batch."""
     settings, rank = reader.settings, reader.settings.lora_rank
@@ -192,11 +191,11 @@ def fine_tune(
     def prompts(some: list[Pair]) -> dict[str, list[Prompt]]:
         return {"prompts": [reader.prompt(q, found, q.answers[0]) for q, found in some]}
 
-    def keep(which: str) -> None:
+    def keep(name: str) -> None:
         if device.is_main():
             whole = copy.deepcopy(adapted).merge_and_unload() if rank else reader.model
             for part in (whole, reader.tokenizer):
-                part.save_pretrained(reader_folder(folder, which))
+                part.save_pretrained(folder / name)
         device.wait()
 
     whole: dict[int, str] = {}  # checkpoints by their steps: its state is written last
