@@ -44,7 +44,6 @@ class Prompt:
 
 class Reader:
     """A causal language model with its tokenizer and the way its prompts are written.
-
     `style` is `question` (passages, question, answer) or `cloze` (passages, the beginning of a
     statement; only the embedded worlds have those). It answers in `answer_tokens` at most."""
 
@@ -69,9 +68,8 @@ class Reader:
                 raise ReaderError(f"{settings.model}: {told}.")
         self.end, self.pad = int(end), int(end if pad is None or pad >= self.known else pad)
         special = {"pad_token_id": self.pad, "eos_token_id": self.end}
-        model.generation_config = GenerationConfig(  # else `generate` takes the folder's own
-            do_sample=False, num_beams=1, decoder_start_token_id=self.start, **special
-        )
+        greedy = {"do_sample": False, "num_beams": 1, "decoder_start_token_id": self.start}
+        model.generation_config = GenerationConfig(**greedy, **special)  # not the folder's own
 
     def fit(self, questions: Sequence[Question]) -> None:
         """Lets answers be as long as the longest first gold one, if the settings leave it open."""

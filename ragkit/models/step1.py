@@ -170,7 +170,6 @@ def fine_tune(
     reader: Reader, draw: Callable[[random.Random], Pair], folder: Path, seed: int
 ) -> list[float]:
     """Teaches the reader to answer questions; returns the loss (nats a token) of each step.
-
     `draw` gives a question with its passages. The reader as it stands after each of `kept_steps`
     is kept in `step-N`, at the end in `fine-tuned`, the log in METRICS. A checkpoint lets a killed
     run go on with the same steps. Raises ReaderError if the loss is not a number, or the processes
