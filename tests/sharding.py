@@ -71,8 +71,11 @@ def main(out: Path) -> None:
         if device.is_main():
             (out / name).mkdir()
         device.wait()
-        untaught = {role: place for role, place in inputs.items() if role != "step1"}
-        make(out / name, untaught | {"ranking": inputs.get("candidates", out)}, SETTINGS)
+        given = {role: place for role, place in inputs.items() if role != "style"}
+        if name == "answers":
+            given = {role: inputs[role] for role in ("passages", "questions", "style")}
+            given["ranking"] = inputs["candidates"]
+        make(out / name, given, SETTINGS)
         device.wait()
         inputs[name] = out / name
     corpus = Corpus.load("a", out, out)

@@ -154,7 +154,9 @@ def hub_rows(settings: HubSet, columns: Sequence[str]) -> tuple[list[Row], Count
     twice the first row counts; one in both splits is kept for `test`."""
     heldout, rows, left_out = settings.heldout, list[Row](), Counter[str]()
     split = {"distill": settings.train, "dev": settings.train, "test": heldout}
-    tables = {name: load(settings.questions, name, columns) for name in dict.fromkeys(split.values())}
+    tables = {
+        name: load(settings.questions, name, columns) for name in dict.fromkeys(split.values())
+    }
     asked = {}
     for name, table in tables.items():
         asked[name] = pd.Series([same_question(str(text)) for text in table["question"]])

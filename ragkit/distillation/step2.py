@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ragkit.data.asked import Asked
 from ragkit.data.files import write_arrays, write_json, write_whole
 from ragkit.data.passages import passage_text
 from ragkit.data.questions import hits
-from ragkit.distillation.asked import Asked
 from ragkit.distillation.targets import Scores, scores_of, target_of
 from ragkit.errors import DistillError
 from ragkit.models import device

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from scipy import special
 from scipy.optimize import brentq
 
+from ragkit.data.asked import Asked
 from ragkit.data.text import holds_answer
-from ragkit.distillation.asked import Asked
 from ragkit.errors import DistillError
 from ragkit.settings import POOLINGS, ROWS, AttentionSettings
 

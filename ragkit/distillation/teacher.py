@@ -1,8 +1,7 @@
 """The teacher's look: one reader reads every question's passages; all targets come from that."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ragkit.attention import passage_scores
-from ragkit.data.files import write_arrays
+from ragkit.data.asked import Asked
+from ragkit.data.files import write_arrays, write_json
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
-from ragkit.distillation.asked import Asked
 from ragkit.models import device
 from ragkit.models.fid import open_reader
-from ragkit.models.reader import Prompt, Reader, note_trimmed
+from ragkit.models.reader import Prompt, Reader, in_order
 from ragkit.settings import POOLINGS
 
 Array = NDArray[np.float32]
@@ -37,19 +36,6 @@ def token_contributions(reader: Reader, prompts: list[Prompt]) -> Tensor:
     steps = torch.arange(int(answers.max()) + 1).expand(len(prompts), -1)
     uses = torch.stack([steps == 0, steps < answers, (steps > 0) & (steps <= answers)])
     return reader.attention(prompts, before + steps.minimum(answers), uses.float())
-
-
-def in_order(
-    prompts: list[Prompt], at_once: int, work: Callable[[list[Prompt]], Iterable[Any]], desc: str
-) -> list[Any]:
-    """What `work` gives for each prompt, in order; it gets batches of like length.
-
-    The processes of a run share the batches.
-    """
-    batches = device.by_length([len(p.ids) for p in prompts], at_once)
-    parts = device.spread(batches, lambda chosen: [prompts[i] for i in chosen], work, desc)
-    made = dict(zip(chain.from_iterable(batches), chain.from_iterable(parts), strict=True))
-    return [made[i] for i in range(len(prompts))]
 
 
 def look(
@@ -117,7 +103,8 @@ def make_teacher(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str
     scores = look(open_reader(inputs, settings), asked.questions, asked.passages)
     if device.is_main():
         write_arrays(folder / "scores.safetensors", scores)
-    note_trimmed(int((scores["trimmed"] > 0).sum()), len(asked.questions), folder)
+        counts = {"trimmed": int((scores["trimmed"] > 0).sum()), "prompts": len(asked.questions)}
+        write_json(folder / "trimmed.json", counts)
 
 
 def make_loop(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from ragkit.data.asked import Asked
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Corpus, Question
 from ragkit.distillation import targets
-from ragkit.distillation.asked import Asked
 from ragkit.distillation.targets import Scores
 from ragkit.errors import NounsError, ProfileError
 from ragkit.experiment.graph import Graph, Of
@@ -195,7 +195,7 @@ class Lab:
         self.start()
         made = "style" if which in targets.UNTAUGHT else "step1"
         reading = self.graph.setting("reader", "tokens", Of(set_name, which))
-        place = {made: self.open(made, set_name)}
+        place = {kind: self.open(kind, set_name) for kind in ("passages", "questions", made)}
         return open_reader(place, {"reader": reading, "which": which})
 
     def style(self, set_name: str, which: str) -> str:

@@ -14,10 +14,10 @@ from safetensors.numpy import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ragkit.data.asked import Asked
 from ragkit.data.files import write_arrays, write_json
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
-from ragkit.distillation.asked import Asked
 from ragkit.indicators import measures
 from ragkit.indicators.measures import Floats, Ints, Tokens
 from ragkit.indicators.tokens import look_at_tokens

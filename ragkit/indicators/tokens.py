@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ragkit.data.asked import Asked
 from ragkit.data.files import write_arrays, write_json
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
-from ragkit.distillation.asked import Asked
-from ragkit.distillation.teacher import in_order, token_contributions
+from ragkit.distillation.teacher import token_contributions
 from ragkit.indicators.measures import Ints, Tokens
 from ragkit.models import device
 from ragkit.models.fid import open_reader
-from ragkit.models.reader import PART, Prompt, Reader
+from ragkit.models.reader import PART, Prompt, Reader, in_order
 
 Seen = dict[str, NDArray[np.float32]]  # `contribution` and `mass`, as `Tokens` holds them
 

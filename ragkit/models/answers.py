@@ -1,6 +1,4 @@
-"""Answers of readers as stages: how an untaught one is asked best, the test questions, and the
-premises on dev.
-"""
+"""Answers of readers as stages: how an untaught one is asked best, test questions, premises."""
 
 import random
 from collections.abc import Mapping, Sequence
@@ -8,127 +6,81 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
+from ragkit.data.asked import Asked, Pair
 from ragkit.data.files import write_json
-from ragkit.data.passages import Passage
-from ragkit.data.questions import Corpus, Question
 from ragkit.data.text import exact_match
 from ragkit.models import device
-from ragkit.models.fid import fitted, load_reader, open_reader
-from ragkit.models.reader import Reader, note_trimmed
-from ragkit.settings import ReaderSettings
+from ragkit.models.fid import open_reader
+from ragkit.models.reader import Reader
 
 
-def ranking_of(folder: Path, part: str) -> list[list[int]]:
-    """The places of a part's passages, a row a question, as a stage of candidates or of Step 2
-    ranked them.
-    """
-    files = [folder / f"{name}.safetensors" for name in ("ranking", "candidates")]
-    return load_file(next(file for file in files if file.is_file()))[part].tolist()
+def answered(reader: Reader, pairs: Sequence[Pair]) -> tuple[list[str], float, int]:
+    """The reader's answers, their mean exact match, and how many prompts were too long."""
+    prompts = [reader.prompt(question, found) for question, found in pairs]
+    answers, golds = reader.answer(prompts), [question.answers for question, _ in pairs]
+    exact = float(np.mean(list(map(exact_match, answers, golds))))
+    return answers, exact, sum(p.trimmed > 0 for p in prompts)
 
 
-def answered(
-    reader: Reader, questions: Sequence[Question], found: Sequence[Sequence[Passage]]
-) -> tuple[list[str], int]:
-    """The reader's answers, and how many of its prompts were too long."""
-    prompts = [reader.prompt(q, passages) for q, passages in zip(questions, found, strict=True)]
-    return reader.answer(prompts), sum(p.trimmed > 0 for p in prompts)
-
-
-def mean_exact_match(answers: Sequence[str], questions: Sequence[Question]) -> float:
-    scores = [exact_match(a, q.answers) for a, q in zip(answers, questions, strict=True)]
-    return float(np.mean(scores))
+def write(folder: Path, trimmed: int, prompts: int, **made: Any) -> None:
+    """Writes what a stage made, a JSON file each, and how many of its prompts were too long."""
+    if device.is_main():
+        for name, value in {**made, "trimmed": {"trimmed": trimmed, "prompts": prompts}}.items():
+            write_json(folder / f"{name}.json", value)
 
 
 def make_style(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """How the off-the-shelf reader is asked: as it answers better on dev; the weaker prompt as it
-    answers worse.
-
-    It is tried with the question and, where there are clozes, with those.
-    """
-    chosen, k = ReaderSettings(**settings["reader"]), settings["k"]
-    corpus = Corpus.load("", inputs["passages"], inputs["questions"])
-    questions = corpus.questions["dev"][: settings["answered"]]
-    rows = ranking_of(inputs["candidates"], "dev")[: len(questions)]
-    found = [[corpus.passages[i] for i in row[:k]] for row in rows]
-    scores, trimmed = {}, 0
+    """How the off-the-shelf reader is asked, by question or (where there are any) cloze: as it
+    answers better on dev; the weaker prompt as it answers worse."""
+    pairs = Asked.open(inputs, "dev", settings["answered"], settings["k"]).pairs
+    reader, scores, trimmed = open_reader(inputs, settings), dict[str, float](), 0
     for style in ("question", "cloze") if settings["clozes"] else ("question",):
-        reader = fitted(load_reader(chosen.model, chosen, style), inputs)
-        answers, cut = answered(reader, questions, found)
-        scores[style] = mean_exact_match(answers, questions)
+        reader.style = style
+        _, scores[style], cut = answered(reader, pairs)
         trimmed += cut
-    note_trimmed(trimmed, len(scores) * len(questions), folder)
     best_first = sorted(scores, key=lambda style: -scores[style])  # of a tie, the question
-    if device.is_main():
-        styles = {"off-the-shelf": best_first[0], "weaker prompt": best_first[-1]}
-        write_json(folder / "style.json", styles | {"EM": scores})
+    styles = {"off-the-shelf": best_first[0], "weaker prompt": best_first[-1], "EM": scores}
+    write(folder, trimmed, len(scores) * len(pairs), style=styles)
 
 
 def make_answers(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """A reader's answers to the first test questions, with the k best passages of a ranking or with
-    none.
-    """
-    corpus = Corpus.load("", inputs["passages"], inputs["questions"])
-    questions = corpus.questions["test"][: settings["answered"]]
+    """Answers to the first test questions, with the k best passages of a ranking or with none."""
     k = 0 if settings["closed_book"] else settings["k"]
-    rows = ranking_of(inputs["ranking"], "test")[: len(questions)]
-    found = [[corpus.passages[i] for i in row[:k]] for row in rows]
-    answers, trimmed = answered(open_reader(inputs, settings), questions, found)
-    note_trimmed(trimmed, len(questions), folder)
-    if device.is_main():
-        write_json(folder / "answers.json", answers)
+    pairs = Asked.open(inputs, "test", settings["answered"], k).pairs
+    answers, _, trimmed = answered(open_reader(inputs, settings), pairs)
+    write(folder, trimmed, len(pairs), answers=answers)
 
 
-Case = tuple[list[Question], list[list[Passage]]]
-
-
-def premise_cases(
-    corpus: Corpus, ranking: Sequence[Sequence[int]], answered: int, k: int, seed: int
-) -> dict[str, Case]:
+def premise_cases(asked: Asked, k: int, seed: int) -> dict[str, list[Pair]]:
     """Questions of dev with passages that show what a reader can do.
-
     Where no gold passage of a question is known or found, it is left out of the cases that need
-    one; where no kinds of facts are known, as on real text, so is the case of one kind.
-    """
-    dev = corpus.questions["dev"]
-    rng = random.Random(seed)
+    one; where no kinds of facts are known, as on real text, so is the case of one kind."""
+    corpus, rng = asked.corpus, random.Random(seed)
     names = ("gold among the passages", "the same, permuted", "same kind of fact, other entities")
-    cases: dict[str, Case] = {name: ([], []) for name in names}
-    for q, row in zip(dev[:answered], ranking, strict=False):
-        if not (places := corpus.gold(q, list(row))):
+    cases: dict[str, list[Pair]] = {name: [] for name in names}
+    for q, row in zip(asked.questions, asked.candidates.tolist(), strict=True):
+        if not (places := corpus.gold(q, row)):
             continue
-        gold = corpus.passages[places[0]]
-        found = [corpus.passages[i] for i in row[:k]]
-        rest = [p for p in found if p.id != gold.id][: k - 1]
-        with_gold = rng.sample([gold, *rest], len(rest) + 1)
-        given = [with_gold, rng.sample(with_gold, len(with_gold))]
-        others = [
-            corpus.passages[o.gold[0]]
-            for o in dev
-            if q.relation and o.relation == q.relation and o.entity != q.entity
-        ]
-        chosen = rng.sample(others, min(len(others), k - 1))
-        given.append(rng.sample([gold, *chosen], len(chosen) + 1))
-        for name, passages in zip(names if q.relation else names[:2], given, strict=False):
-            cases[name][0].append(q)
-            cases[name][1].append(passages)
-    cases["no passages"] = (dev[:answered], [[] for _ in dev[:answered]])
-    return {name: case for name, case in cases.items() if case[0]}
+        gold, dev = corpus.passages[places[0]], corpus.questions["dev"] if q.relation else []
+        rest = [p for p in map(corpus.passages.__getitem__, row[:k]) if p.id != gold.id][: k - 1]
+        found = rng.sample([gold, *rest], len(rest) + 1)
+        permuted = rng.sample(found, len(found))
+        alike = [o for o in dev if o.relation == q.relation and o.entity != q.entity]
+        others = [corpus.passages[o.gold[0]] for o in rng.sample(alike, min(len(alike), k - 1))]
+        of_one_kind = rng.sample([gold, *others], len(others) + 1)
+        cases[names[0]].append((q, found))
+        cases[names[1]].append((q, permuted))
+        cases[names[2]] += [(q, of_one_kind)] if q.relation else []
+    cases["no passages"] = [(q, []) for q in asked.questions]
+    return {name: pairs for name, pairs in cases.items() if pairs}
 
 
 def make_premises(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """A reader's answers, and their exact match, in every one of `premise_cases`."""
-    corpus = Corpus.load("", inputs["passages"], inputs["questions"])
-    rows = ranking_of(inputs["candidates"], "dev")
-    cases = premise_cases(corpus, rows, settings["answered"], settings["k"], settings["seed"])
+    """A reader's exact match in every one of `premise_cases`."""
+    asked = Asked.open(inputs, "dev", settings["answered"])
+    cases = premise_cases(asked, settings["k"], settings["seed"])
     reader = open_reader(inputs, settings)
-    answers, exact, trimmed = {}, {}, 0
-    for name, (questions, found) in cases.items():
-        answers[name], cut = answered(reader, questions, found)
-        exact[name] = mean_exact_match(answers[name], questions)
-        trimmed += cut
-    note_trimmed(trimmed, sum(len(case[0]) for case in cases.values()), folder)
-    if device.is_main():
-        write_json(folder / "answers.json", answers)
-        write_json(folder / "exact.json", exact)
+    made = {name: answered(reader, pairs) for name, pairs in cases.items()}
+    trimmed, prompts = sum(cut for _, _, cut in made.values()), sum(map(len, cases.values()))
+    write(folder, trimmed, prompts, exact={name: exact for name, (_, exact, _) in made.items()})

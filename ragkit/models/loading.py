@@ -9,15 +9,6 @@ import transformers
 
 from ragkit.errors import RagkitError
 
-IN_A_FOLDER = (
-    "its folder does not hold a whole model with safetensors weights and a tokenizer that fit each "
-    "other and this machine. Save or fetch it again, or take another"
-)
-FROM_THE_HUB = (
-    "it is no folder here, and the hub did not give it (no network, a wrong name, or gated: "
-    "accept its terms there and run `hf auth login`). Give a local folder in the profile"
-)
-
 
 @contextmanager
 def loading(name: str) -> Iterator[None]:
@@ -30,26 +21,22 @@ def loading(name: str) -> Iterator[None]:
     except RagkitError:
         raise
     except Exception as error:  # libraries raise anything over an odd folder
-        why = IN_A_FOLDER if Path(name).is_dir() else FROM_THE_HUB
-        what = (str(error).strip().splitlines() or [""])[0]
-        raise RagkitError(
-            f"Model {name!r} cannot be loaded: {why}. ({type(error).__name__}: {what})"
-        ) from error
+        why = "its folder lacks safetensors weights or a tokenizer that work here. Fetch it again"
+        if not Path(name).is_dir():
+            why = "there is no such folder, and the hub did not give it (no network, a wrong name, "
+            why += "or terms to accept: `hf auth login`). Give a local folder"
+        what = f"{type(error).__name__}: {' '.join(str(error).strip().splitlines()[:1])}"
+        raise RagkitError(f"Model {name!r} cannot be loaded: {why}. ({what})") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
 
 
 def refuse_missing(name: str, loaded: Mapping[str, Any]) -> None:
-    """Raises RagkitError if weights were missing, by the loading info of `from_pretrained`.
-
-    But for BERT's pooler, which nothing here uses.
-    """
-    missing = sorted(key for key in loaded["missing_keys"] if not key.startswith("pooler."))
-    if missing:
-        raise RagkitError(
-            f"Model {name!r} lacks {len(missing)} of its weights ({', '.join(missing[:3])}...): "
-            "they would be random. Save or fetch it again."
-        )
+    """Raises RagkitError if weights were missing, by the loading info of `from_pretrained`; not for
+    BERT's pooler, which nothing here uses."""
+    if lacks := sorted(one for one in loaded["missing_keys"] if not one.startswith("pooler.")):
+        told = f"Model {name!r} lacks {len(lacks)} of its weights ({', '.join(lacks[:3])}...): "
+        raise RagkitError(told + "they would be random. Save or fetch it again.")
 
 
 def readable(text: str) -> str:

@@ -1,19 +1,21 @@
 """The reader: a causal language model that answers a question from the passages in its prompt."""
 
-import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ragkit.attention import AttentionError, observe, pooled
-from ragkit.data.files import file_hash, write_json
+from ragkit.data.files import file_hash
 from ragkit.data.passages import Passage, block
 from ragkit.data.questions import Question
 from ragkit.errors import ReaderError
@@ -21,92 +23,65 @@ from ragkit.models import device
 from ragkit.models.loading import readable
 from ragkit.settings import ReaderSettings, asset
 
-log = logging.getLogger(__name__)
 ANSWER_TOKENS = 32  # where neither the settings nor the questions say it
 PART = {"other": -1, "question": -2, "answer": -3, "title": -4}  # owners that are no passage
+Piece = tuple[str, int]  # a text of a prompt, and its owner
+Coded = tuple[list[int], list[int]]  # tokens, and the owner of each
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt as tokens: `ids` `[tokens]`, and for each its owner: a passage's number or a value
-    of PART.
-
-    `answer_start` is the position of the first answer token (the length of the prompt if there is
-    no answer), `trimmed` how many tokens its passages lost.
-    """
+    """A prompt as tokens `ids`, and the `owner` of each: a passage's number, or a value of PART.
+    `answer_start` is the place of the first answer token (the prompt's length without an answer),
+    `trimmed` how many tokens its passages lost, `blocks` the lengths of what is read on its own."""
 
     ids: list[int]
     owner: list[int]
     answer_start: int
-    trimmed: int = 0
+    trimmed: int
+    blocks: list[int]
 
 
 class Reader:
     """A causal language model with its tokenizer and the way its prompts are written.
-
     `style` is `question` (passages, question, answer) or `cloze` (passages, the beginning of a
-    statement; only the embedded worlds have those). `answer_tokens` is how many it may answer with.
-    """
+    statement; only the embedded worlds have those). It answers in `answer_tokens` at most."""
 
     def __init__(
-        self,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        settings: ReaderSettings,
-        style: str = "question",
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: ReaderSettings
     ) -> None:
-        self.settings, self.style = settings, style
-        self.model, self.tokenizer = model.eval(), tokenizer
-        if not tokenizer.is_fast:
-            raise ReaderError(
-                f"{settings.model}: a fast tokenizer (tokenizer.json) is needed "
-                "to find each passage's tokens."
-            )
-        config = model.config.get_text_config(decoder=True)
-        limit = getattr(config, "max_position_embeddings", None) or 0
-        if 0 < limit < settings.context and not getattr(config, "alibi", False):
-            raise ReaderError(
-                f"{settings.model} has {limit} positions. "
-                f"Lower reader.context from {settings.context} to that or less."
-            )
+        self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
+        self.style, self.answer_tokens = "question", settings.answer_tokens or ANSWER_TOKENS
         self.known = int(model.get_input_embeddings().weight.shape[0])
         end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-        if end is None or end >= self.known:
-            raise ReaderError(
-                f"{settings.model}: its tokenizer names no end token that the model knows. "
-                "Name one in tokenizer_config.json (eos_token)."
-            )
+        text = model.config.get_text_config(decoder=True)
+        limit = getattr(text, "max_position_embeddings", None) or 0
+        short = 0 < limit < settings.context and not getattr(text, "alibi", False)
+        no_end, two_parts = end is None or end >= self.known, model.config.is_encoder_decoder
+        self.start = model.config.decoder_start_token_id if two_parts else None
+        for is_wrong, told in (
+            (short, f"it has {limit} positions. Lower reader.context from {settings.context}"),
+            (no_end, "it knows no end token. Name one in tokenizer_config.json (eos_token)"),
+            (two_parts and self.start is None, "name a decoder_start_token_id in its config.json"),
+        ):
+            if is_wrong:
+                raise ReaderError(f"{settings.model}: {told}.")
         self.end, self.pad = int(end), int(end if pad is None or pad >= self.known else pad)
-        self.answer_tokens = settings.answer_tokens or ANSWER_TOKENS
-        model.generation_config = self.greedy()  # else `generate` fills in the folder's own
-
-    def greedy(self) -> GenerationConfig:
-        """How answers are generated, whatever the folder's generation_config.json says."""
-        return GenerationConfig(
-            do_sample=False,
-            num_beams=1,
-            max_new_tokens=self.answer_tokens,
-            pad_token_id=self.pad,
-            eos_token_id=self.end,
-        )
+        special = {"pad_token_id": self.pad, "eos_token_id": self.end}
+        greedy = {"do_sample": False, "num_beams": 1, "decoder_start_token_id": self.start}
+        model.generation_config = GenerationConfig(**greedy, **special)  # not the folder's own
 
     def fit(self, questions: Sequence[Question]) -> None:
         """Lets answers be as long as the longest first gold one, if the settings leave it open."""
-        if self.settings.answer_tokens is None and questions:
+        if self.settings.answer_tokens is None:
             answers = [" " + readable(q.answers[0]) for q in questions]
-            ids = self.tokenizer(answers, add_special_tokens=False)["input_ids"]
-            self.answer_tokens = max(map(len, ids)) + 1  # with the end token
+            encoded = self.tokenizer(answers, add_special_tokens=False)["input_ids"]
+            self.answer_tokens = max(map(len, encoded)) + 1  # with the end token
 
-    def save(self, folder: Path) -> None:
-        """Writes model and tokenizer in Hugging Face's format."""
-        if device.is_main():
-            self.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-
-    def pieces(self, question: Question, passages: Sequence[Passage]) -> list[tuple[str, int]]:
+    def pieces(self, question: Question, passages: Sequence[Passage]) -> list[Piece]:
         """The prompt as texts with their owners; its end is what the answer goes on from."""
         other, first = PART["other"], self.settings.order == "question first"
-        parts: list[tuple[str, int]] = []
+        parts: list[Piece] = []
         for number, passage in enumerate(passages):
             parts.append((block(passage.title, ""), PART["title"]))
             parts += [(passage.text, number), ("\n", other)]
@@ -116,25 +91,19 @@ class Reader:
         asked = [("question: ", other), (question.text, PART["question"]), ("\n", other)]
         return [*([*asked, *parts] if first else [*parts, *asked]), ("answer:", other)]
 
-    def tokens(self, pieces: Sequence[tuple[str, int]]) -> tuple[list[int], list[int]]:
-        """The texts as one text's tokens, and the owner of each, by its first character that is no
-        space. A causal reader's tokens end with the text: the tokenizer's own end token is dropped.
-        """
-        text, spans = "", []
+    def tokens(self, pieces: Sequence[Piece]) -> Coded:
+        """The texts as one text's tokens, each with its owner by its first character that is no
+        space. A causal reader's end with the text: an end token of the tokenizer is dropped."""
+        text, owners = "", list[int]()  # an owner a character
         for piece, who in pieces:
             text += readable(piece)
-            spans.append((len(text), who))
+            owners += [who] * (len(text) - len(owners))
         encoded = self.tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
-        ids, special = list(encoded["input_ids"]), encoded["special_tokens_mask"]
-        span = 0
-        owner: list[int] = []
+        ids, owner = list(encoded["input_ids"]), list[int]()
         for start, end in encoded["offset_mapping"]:
-            first = next(
-                (i for i in range(start, end) if not text[i].isspace()), max(start, end - 1)
-            )
-            while span < len(spans) - 1 and first >= spans[span][0]:
-                span += 1
-            owner.append(spans[span][1] if end > start else PART["other"])
+            first = min(end - len(text[start:end].lstrip()), end - 1)
+            owner.append(owners[first] if end > start else PART["other"])
+        special = encoded["special_tokens_mask"]
         while not self.model.config.is_encoder_decoder and ids and special[len(ids) - 1]:
             del ids[-1], owner[-1]
         return ids, owner
@@ -145,154 +114,117 @@ class Reader:
         """The prompt, with the answer and an end token behind it if given, cut as one text.
 
         A prompt longer than the reader's context loses tokens at the end of its passages, the same
-        share from each; never of the question. Raises ReaderError if that alone does not fit.
-        """
-        pieces = self.pieces(question, passages)
-        if answer is not None:
-            pieces.append((" " + answer, PART["answer"]))
-        ids, owner = self.tokens(pieces)
-        tail: list[int] = []
-        if answer is not None:
-            start = owner.index(PART["answer"]) if PART["answer"] in owner else len(ids)
-            tail = [*ids[start:], self.end]
-            ids, owner = ids[:start], owner[:start]
-        spare = self.settings.context - len(ids) - max(len(tail), self.answer_tokens)
-        if spare < 0:
-            ids, owner = self.trim(ids, owner, -spare, len(passages))
-        return Prompt(ids + tail, owner + [PART["answer"]] * len(tail), len(ids), max(0, -spare))
+        share from each; never of the question. Raises ReaderError if that alone does not fit."""
+        told = [] if answer is None else [(" " + answer, PART["answer"])]
+        ids, owner = self.tokens([*self.pieces(question, passages), *told])
+        start = owner.index(PART["answer"]) if PART["answer"] in owner else len(ids)
+        tail = [] if answer is None else [*ids[start:], self.end]
+        room = self.settings.context - max(len(tail), self.answer_tokens)
+        return self.joined([(ids[:start], owner[:start])], room, tail)
 
-    def trim(
-        self, ids: list[int], owner: list[int], excess: int, k: int
-    ) -> tuple[list[int], list[int]]:
-        """Cuts the same share from the end of each passage, `excess` tokens in all."""
-        sizes = [owner.count(i) for i in range(k)]
-        if excess > sum(sizes):
-            raise ReaderError(
-                "The question alone is longer than the reader's context of "
-                f"{self.settings.context} tokens. Raise reader.context."
-            )
-        total = max(1, sum(sizes))
-        keep = [size - size * excess // total for size in sizes]
-        by_remainder = sorted(range(k), key=lambda i: -(sizes[i] * excess % total))
-        for i in by_remainder[: sum(keep) - (sum(sizes) - excess)]:
-            keep[i] -= 1
-        seen, chosen = [0] * k, []
-        for i, who in enumerate(owner):
-            if who >= 0:
-                seen[who] += 1
-            if who < 0 or seen[who] <= keep[who]:
-                chosen.append(i)
-        return [ids[i] for i in chosen], [owner[i] for i in chosen]
+    def joined(self, blocks: Sequence[Coded], room: int, tail: list[int]) -> Prompt:
+        """The prompt of blocks, each cut to the room, with the tokens of an answer behind them."""
+        ids, owner, lengths = list[int](), list[int](), list[int]()
+        for block_ids, owners in blocks:
+            kept = self.trim(owners, max(0, len(owners) - room))
+            ids += [block_ids[i] for i in kept]
+            owner += [owners[i] for i in kept]
+            lengths.append(len(kept))
+        trimmed, start = sum(len(owners) for _, owners in blocks) - len(ids), len(ids)
+        return Prompt(ids + tail, owner + [PART["answer"]] * len(tail), start, trimmed, lengths)
 
-    def batch(self, prompts: Sequence[Prompt], left: bool = False) -> tuple[Tensor, Tensor]:
-        """Padded ids and mask `[prompts, tokens]`, on the model's device."""
-        longest = max(len(p.ids) for p in prompts)
-        ids = torch.full((len(prompts), longest), self.pad)
-        mask = torch.zeros_like(ids)
-        for i, prompt in enumerate(prompts):
-            start = longest - len(prompt.ids) if left else 0
-            place = slice(start, start + len(prompt.ids))
-            ids[i, place], mask[i, place] = torch.tensor(prompt.ids), 1
+    def trim(self, owner: list[int], excess: int) -> list[int]:
+        """The places that stay if each passage loses the same share of its end, `excess` in all."""
+        who = np.array(owner)
+        sizes = np.bincount(who[who >= 0], minlength=1)
+        if excess > sizes.sum():
+            context = f"the reader's context of {self.settings.context} tokens"
+            raise ReaderError(f"The question is longer than {context}. Raise reader.context.")
+        lost, remainder = np.divmod(sizes * excess, max(1, sizes.sum()))
+        lost[np.argsort(-remainder, kind="stable")[: excess - lost.sum()]] += 1
+        ends = [np.flatnonzero(who == i)[size - lost[i] :] for i, size in enumerate(sizes)]
+        return np.delete(np.arange(len(who)), np.concatenate(ends)).tolist()
+
+    def batch(self, prompts: Sequence[Prompt], side: str = "right") -> tuple[Tensor, Tensor]:
+        """Ids and mask `[prompts, tokens]`, padded on one side, on the model's device."""
+        rows = [torch.tensor(p.ids) for p in prompts]
+        ids = pad_sequence(rows, True, self.pad, side)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, side)
         if (most := int(ids.max())) >= self.known:
-            raise ReaderError(
-                f"{self.settings.model}: token {most} ({self.tokenizer.decode([most])!r}) "
-                f"lies beyond its {self.known} embeddings. Save model and tokenizer together again."
-            )
+            token = f"{self.settings.model}: token {most} ({self.tokenizer.decode([most])!r})"
+            told = f"lies beyond its {self.known} embeddings. Save model and tokenizer together."
+            raise ReaderError(f"{token} {told}")
         return ids.to(self.model.device), mask.to(self.model.device)
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
         """Greedy answers, in order; the processes of a run share the prompts."""
-        batches = device.by_length([len(p.ids) for p in prompts], 2 * self.settings.at_once)
-        made = device.spread(
-            batches, lambda chosen: [prompts[i] for i in chosen], self.generated, "answer"
-        )
-        answers = [""] * len(prompts)
-        for chosen, texts in zip(batches, made, strict=True):
-            for i, text in zip(chosen, texts, strict=True):
-                answers[i] = text
-        return answers
+        return in_order(prompts, 2 * self.settings.at_once, self.generated, "answer")
 
     @torch.no_grad()
     def generated(self, prompts: Sequence[Prompt]) -> list[str]:
         """The answers to one batch of prompts."""
-        ids, mask = self.batch(prompts, left=True)
-        out = self.model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=self.greedy()
-        )
+        ids, mask = self.batch(prompts, "left")
+        out = self.model.generate(ids, attention_mask=mask, max_new_tokens=self.answer_tokens)
         return [self.text_of(row) for row in out[:, ids.shape[1] :]]
 
     def text_of(self, row: Tensor) -> str:
-        """The answer that new tokens `[tokens]` spell.
-
-        It ends at the end token or a line break; the rest of a cloze ends with its sentence.
-        """
+        """The answer that new tokens `[tokens]` spell: one line; the rest of a cloze's sentence."""
         text = str(self.tokenizer.decode(row, skip_special_tokens=True)).strip().split("\n")[0]
         return (text.split(".")[0] if self.style == "cloze" else text).strip()
 
     def token_losses(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Negative log-likelihood (nats) of the tokens of each prompt's answer `[prompts, answer
-        tokens]`.
+        """Negative log-likelihood (nats) of each prompt's answer tokens `[prompts, answer tokens]`,
+        with gradients; NaN behind an answer's end."""
+        answers = [torch.tensor(p.ids[p.answer_start :]) for p in prompts]
+        logits = self.predicted(prompts).float()
+        labels = torch.cat(answers).to(logits.device)
+        losses = nn.functional.cross_entropy(logits, labels, reduction="none")
+        return pad_sequence(list(losses.split(list(map(len, answers)))), True, math.nan)
 
-        With gradients; NaN behind an answer's end.
-        """
+    def predicted(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Logits of all answers' tokens, one prompt after another `[tokens, vocabulary]`."""
         ids, mask = self.batch(prompts)
-        rows = torch.arange(ids.shape[1] - 1, device=ids.device)[None]
-        starts = torch.tensor([p.answer_start for p in prompts], device=ids.device)[:, None]
-        is_answer = (rows + 1 >= starts) & mask[:, 1:].bool()
         states = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        predicting = states.last_hidden_state[:, :-1][is_answer]  # the head is not needed elsewhere
-        logits = self.model.get_output_embeddings()(predicting).float()
-        loss = torch.nn.functional.cross_entropy(logits, ids[:, 1:][is_answer], reduction="none")
-        each = loss.split(is_answer.sum(1).tolist())
-        return pad_sequence(list(each), batch_first=True, padding_value=math.nan)
+        rows = zip(states.last_hidden_state, prompts, strict=True)
+        predicting = [row[p.answer_start - 1 : len(p.ids) - 1] for row, p in rows]
+        return self.model.get_output_embeddings()(torch.cat(predicting))
 
     def losses(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Mean negative log-likelihood (nats a token) of each prompt's answer `[prompts]`, with
-        gradients.
-        """
+        """The mean of each prompt's `token_losses` `[prompts]`, with gradients."""
         return self.token_losses(prompts).nanmean(1)
 
     def attention(self, prompts: Sequence[Prompt], rows: Tensor, uses: Tensor) -> Tensor:
-        """Token contributions `[norm (off, on), layers, groups, prompts, tokens]`, right-padded
-        like `batch`.
-
+        """Token contributions `[norm (off, on), layers, groups, prompts, tokens]`, right-padded.
         `rows` `[prompts, rows]` are places in the prompts, `uses` `[groups, prompts, rows]` says
-        which rows make a group. Raises ReaderError if the reader's attention cannot be recorded.
-        """
-        ids, mask = self.batch(prompts)
+        which rows make a group. Raises ReaderError if the reader's attention cannot be recorded."""
         try:
-            return pooled(lambda visit: observe(self.model, ids, mask, rows, visit), uses)
+            tokens = pooled(self.watched(prompts, rows), uses)
         except AttentionError as error:
             raise ReaderError(f"{self.settings.model}: {error}") from None
+        longest = max(len(p.ids) for p in prompts)
+        return nn.functional.pad(tokens, (0, longest - tokens.shape[-1]))
+
+    def watched(self, prompts: Sequence[Prompt], rows: Tensor) -> Callable[..., None]:
+        """The pass over the prompts that hands each layer's rows of attention to a visitor."""
+        return partial(observe, self.model, *self.batch(prompts), rows)
+
+
+def in_order(
+    prompts: Sequence[Prompt], size: int, work: Callable[[list[Prompt]], Iterable[Any]], desc: str
+) -> list[Any]:
+    """What `work` gives for each prompt, in order; processes share its batches of like length."""
+    batches = device.by_length([len(p.ids) for p in prompts], size)
+    parts = device.spread(batches, lambda chosen: [prompts[i] for i in chosen], work, desc)
+    made = dict(zip(chain(*batches), chain(*parts), strict=True))
+    return [made[i] for i in range(len(prompts))]
 
 
 def embedded_reader() -> Path:
-    """The folder of the reader that ships with the package.
-
-    Raises ReaderError if a file in it is not the one that was shipped.
-    """
+    """The folder of the reader that ships. Raises ReaderError if a file in it was changed."""
     folder = asset("reader")
     for line in (folder / "sha256.txt").read_text("utf8").splitlines():
         expected, name = line.split()
         if not (folder / name).is_file() or file_hash(folder / name) != expected:
-            raise ReaderError(
-                f"The embedded reader's {folder / name} is damaged or missing. "
-                "Get it back: git checkout -- ragkit/assets/reader, or install again."
-            )
+            back = "git checkout -- ragkit/assets/reader, or install again"
+            raise ReaderError(f"{folder / name} is damaged or missing. Get it back: {back}.")
     return folder
-
-
-def note_trimmed(trimmed: int, prompts: int, folder: Path) -> None:
-    """Keeps in a stage's folder how many of its prompts were too long for the reader, and says
-    so.
-    """
-    if not device.is_main():
-        return
-    write_json(folder / "trimmed.json", {"trimmed": trimmed, "prompts": prompts})
-    if trimmed:
-        log.warning(
-            "%d of %d prompts were longer than the reader's context; "
-            "each lost the same share of all its passages.",
-            trimmed,
-            prompts,
-        )

@@ -1,61 +1,83 @@
-"""Step 1: the reader learns to answer questions from the passages that the retriever finds."""
+"""Step 1: the reader learns to answer from passages; never questions of the measured parts."""
 
 import copy
 import json
 import logging
-import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.numpy import load_file
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.utils import WEIGHTS_NAME
 
+from ragkit.data.asked import Asked, Pair
 from ragkit.data.files import write_json, write_whole
-from ragkit.data.passages import Passage
+from ragkit.data.passages import Passage, passage_text
 from ragkit.data.questions import Corpus, Question
+from ragkit.data.worlds import build_world
 from ragkit.errors import ReaderError
 from ragkit.models import device
-from ragkit.models.fid import fitted, load_reader, reader_folder
-from ragkit.models.lessons import Lessons, corpus_lessons, world_lessons
-from ragkit.models.reader import Prompt, Reader, note_trimmed
+from ragkit.models.fid import open_reader
+from ragkit.models.index import search
+from ragkit.models.reader import Prompt, Reader
 from ragkit.models.retriever import Retriever
 from ragkit.settings import ReaderSettings, RetrieverSettings, WorldSet
 
 log = logging.getLogger(__name__)
+TRAINING_WORLDS, TRAINING_ENTITIES, TRAINING_QUESTIONS = 8, 48, 576
+SAME_KIND_SHARE = 0.3  # of the draws: all passages state one kind of fact of different entities
 CHECKPOINT_EVERY = 50  # steps
 METRICS, ROWS = "metrics.jsonl", 80  # of them in a whole training
 WARM_UP, DECAY = 30, 0.3  # steps, share of the steps
 
-Draw = Callable[[random.Random], tuple[Question, list[Passage]]]
+
+@dataclass(frozen=True)
+class Lesson:
+    """A question, the k passages found for it, its gold ones, others of the same kind of fact."""
+
+    question: Question
+    found: list[Passage]
+    gold: list[Passage]
+    same_kind: list[Passage]
+
+    def draw(self, gold_share: float, rng: random.Random) -> Pair:
+        """The question and k passages in random order; where no gold one was found, one is put
+        among them in `gold_share` of the draws."""
+        passages, others = list(self.found), len(self.found) - 1
+        if self.gold and len(self.same_kind) >= others and rng.random() < SAME_KIND_SHARE:
+            passages = [rng.choice(self.gold), *rng.sample(self.same_kind, others)]
+        elif self.gold and not any(p in self.gold for p in passages) and rng.random() < gold_share:
+            passages[rng.randrange(len(passages))] = rng.choice(self.gold)
+        return self.question, rng.sample(passages, len(passages))
 
 
-class Prompts(Dataset[Prompt]):
-    """The prompts of all steps in a row: the same ones in every process, and after a kill."""
+def lessons_of(asked: Asked, k: int) -> list[Lesson]:
+    """The questions asked with the first k of their candidates."""
+    passages, by_kind, lessons = asked.corpus.passages, defaultdict[str, set[int]](set), []
+    for q in asked.questions:
+        by_kind[q.relation] |= set(q.gold[:1]) if q.relation else set()
+    for q, row in zip(asked.questions, asked.candidates.tolist(), strict=True):
+        others = sorted(by_kind[q.relation] - set(q.gold))
+        places = (row[:k], asked.corpus.gold(q, row), others)
+        lessons.append(Lesson(q, *([passages[i] for i in some] for some in places)))
+    return lessons
 
-    def __init__(self, reader: Reader, draw: Draw, seed: int) -> None:
-        self.reader, self.draw, self.seed = reader, draw, seed
-        self.step, self.prompts = -1, list[Prompt]()
 
-    def __len__(self) -> int:
-        return self.reader.settings.steps * self.reader.settings.batch
-
-    def __getitem__(self, place: int) -> Prompt:
-        step, i = divmod(place, self.reader.settings.batch)
-        if step != self.step:
-            rng = random.Random(f"step 1 {self.seed} {step}")
-            drawn = [self.draw(rng) for _ in range(self.reader.settings.batch)]
-            self.prompts = [self.reader.prompt(q, found, q.answers[0]) for q, found in drawn]
-            self.step = step
-        return self.prompts[i]
+def training_world(settings: WorldSet, seed: int) -> Corpus:
+    """A small redrawn world: other names than the measured one, no held-out wording."""
+    sizes = {"entities": TRAINING_ENTITIES, "distill": TRAINING_QUESTIONS, "dev": 1, "test": 1}
+    return build_world(settings.model_copy(update={"seed": seed, **sizes}), reserved=False)
 
 
 class Loss(nn.Module):
@@ -72,202 +94,155 @@ class Loss(nn.Module):
         return (loss,)
 
 
-def scale(step: int, steps: int) -> float:
-    """The learning rate's share of its peak: it rises over WARM_UP steps, falls over the last."""
-    return min(1.0, (step + 1) / WARM_UP, (steps - step) / (DECAY * steps))
-
-
 class Step1(Trainer):
-    """transformers' Trainer with Step 1's optimizer and rate; its checkpoints know tied weights."""
+    """transformers' Trainer, whose checkpoints may hold tied weights."""
 
-    model: Any
-    optimizer: Any
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        learnt = [p for p in self.model.parameters() if p.requires_grad]
-        rate = self.args.learning_rate
-        self.optimizer = torch.optim.AdamW(learnt, rate, betas=(0.9, 0.98), weight_decay=0.01)
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        def share(step: int) -> float:
-            return scale(step, num_training_steps)
-
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, share)
-        return self.lr_scheduler
-
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        if self.args.should_save and output_dir is not None:
+    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
             Path(output_dir).mkdir(exist_ok=True)
-            torch.save(self.model.state_dict(), Path(output_dir) / "weights.pt")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        place = Path(resume_from_checkpoint) / "weights.pt"
-        self.model.load_state_dict(torch.load(place, map_location="cpu", weights_only=True))
+            weights = self.accelerator.get_state_dict(self.model)
+            torch.save(weights, Path(output_dir) / WEIGHTS_NAME)
 
 
 class Progress(TrainerCallback):
     """Follows a training: the loss of each step, METRICS, and the readers that are kept.
-
     Rows of METRICS hold step, loss (mean since the row before), rate, seconds, and left: seconds to
-    go by the pace so far. They are made from the trainer's own log, which its checkpoints hold.
-    """
+    go by the pace so far. They are made from the trainer's own log, which its checkpoints hold."""
 
     def __init__(self, loss: Loss, folder: Path, keep: Callable[[str], None]) -> None:
         self.loss, self.keep, self.file = loss, keep, folder / METRICS
         self.settings = settings = loss.reader.settings
         self.kept = {*settings.kept_steps, settings.steps}
         self.marks = {*range(0, settings.steps, max(1, settings.steps // ROWS)), *self.kept}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.began, self.clock = state.global_step, time.monotonic()
-        self.before = state.log_history[-1]["seconds"] if state.log_history else 0.0
+        self.clock = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        step, steps = state.global_step, self.settings.steps
+        step, steps, history = state.global_step, self.settings.steps, state.log_history
         losses, trimmed = zip(*self.loss.passes, strict=True)
         self.loss.passes.clear()
         loss = device.mean_over_processes(float(np.mean(losses)))
-        if not math.isfinite(loss):
-            raise ReaderError(
-                f"Step 1: the loss is not a number at step {step - 1}. Lower reader.rate."
-            )
-        seconds = time.monotonic() - self.clock
+        if not np.isfinite(loss):
+            told = f"Step 1: the loss is not a number at step {step - 1}"
+            raise ReaderError(f"{told}. Lower reader.rate.")
+        before, self.clock = self.clock, time.monotonic()
+        seconds = self.clock - before + (history[-1]["seconds"] if history else 0.0)
         row = {"step": step, "loss": loss, "rate": self.settings.rate * scale(step - 1, steps)}
-        row["seconds"] = round(self.before + seconds, 2)
-        row["left"] = round(seconds / (step - self.began) * (steps - step), 1)
-        row["trimmed"] = device.size() * device.mean_over_processes(sum(trimmed))
-        state.log_history.append(row)
+        row |= {"seconds": round(seconds, 3), "left": round(seconds / step * (steps - step), 1)}
+        history.append({**row, "trimmed": device.size() * device.mean_over_processes(sum(trimmed))})
         if step in self.kept:
-            self.keep("fine-tuned" if step == steps else f"step {step}")
+            self.keep("fine-tuned" if step == steps else f"step-{step}")
         if step in self.marks and device.is_main():
-            write_whole(self.file, "".join(json.dumps(row) + "\n" for row in self.rows(state)))
+            ends = [place for place, one in enumerate(history, 1) if one["step"] in self.marks]
+            lines, parts = "", np.split([one["loss"] for one in history], ends[:-1])
+            for end, part in zip(ends, parts, strict=True):
+                shown = {name: history[end - 1][name] for name in row}
+                lines += json.dumps(shown | {"loss": float(np.mean(part))}) + "\n"
+            write_whole(self.file, lines)
         if step == steps:
             control.should_save = False  # it is done
 
-    def rows(self, state: Any) -> list[dict[str, float]]:
-        """The rows of METRICS up to now."""
-        rows: list[dict[str, float]] = []
-        losses: list[float] = []
-        for step in state.log_history:
-            losses.append(step["loss"])
-            if step["step"] in self.marks:
-                rows.append({**step, "loss": float(np.mean(losses))})
-                del rows[-1]["trimmed"], losses[:]
-        return rows
+
+def scale(step: int, steps: int) -> float:
+    """The learning rate's share of its peak: it rises over WARM_UP steps, falls over the last."""
+    return min(1.0, (step + 1) / WARM_UP, (steps - step) / (DECAY * steps))
 
 
 def arguments(settings: ReaderSettings, folder: Path, seed: int) -> TrainingArguments:
     """Of a training in which every step sees `batch` prompts, at most `at_once` in a pass."""
     mine, odd = divmod(settings.batch, device.size())
     if odd:
-        raise ReaderError(
-            f"reader.batch: {settings.batch} prompts cannot be shared evenly by "
-            f"{device.size()} processes. Make it a multiple."
-        )
+        told = f"a multiple of the {device.size()} processes, to share it evenly"
+        raise ReaderError(f"reader.batch is {settings.batch}. Make it {told}.")
     in_a_pass = max(n for n in range(1, min(mine, settings.at_once) + 1) if mine % n == 0)
+    given: dict[str, Any] = {"max_steps": settings.steps, "train_sampling_strategy": "sequential"}
+    given |= {"per_device_train_batch_size": in_a_pass, "remove_unused_columns": False}
+    given |= {"gradient_accumulation_steps": mine // in_a_pass, "ddp_find_unused_parameters": True}
+    given |= {"bf16": settings.dtype == "bfloat16", "fp16": settings.dtype == "float16"}
+    given |= {"save_steps": CHECKPOINT_EVERY, "save_total_limit": 1, "seed": seed}
+    given |= {"logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
     AcceleratorState._reset_state()  # models may differ in precision; the processes stay connected
-    made = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=settings.steps,
-        learning_rate=settings.rate,
-        per_device_train_batch_size=in_a_pass,
-        gradient_accumulation_steps=mine // in_a_pass,
-        train_sampling_strategy="sequential",
-        save_steps=CHECKPOINT_EVERY,
-        save_total_limit=1,
-        bf16=settings.dtype == "bfloat16",
-        fp16=settings.dtype == "float16",
-        use_cpu=device.device().type == "cpu",
-        ddp_find_unused_parameters=True,
-        remove_unused_columns=False,
-        logging_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        seed=seed,
-    )
+    made = TrainingArguments(str(folder), use_cpu=device.device().type == "cpu", **given)
     made._n_gpu = 1  # one a process; else it would share the prompts over all that it sees
     return made
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint in a folder: its state is written last."""
-    found = folder.glob("checkpoint-*")
-    for path in sorted(found, key=lambda path: -int(path.name.split("-")[1])):
-        try:
-            json.loads((path / "trainer_state.json").read_text("utf8"))
-        except (OSError, ValueError):
-            continue
-        log.info("going on from the checkpoint %s", path)
-        return str(path)
-    return None
-
-
-def adapted(model: Any, rank: int) -> Callable[[], Any]:
-    """Freezes a model but for adapters in its linear layers (LoRA); returns what merges a copy."""
-    from peft import LoraConfig, get_peft_model  # it takes seconds, and few need it
-
-    chosen = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    whole: Any = get_peft_model(model, chosen)
-    return lambda: copy.deepcopy(whole).merge_and_unload()
-
-
-def fine_tune(reader: Reader, draw: Draw, folder: Path, seed: int) -> list[float]:
+def fine_tune(
+    reader: Reader, draw: Callable[[random.Random], Pair], folder: Path, seed: int
+) -> list[float]:
     """Teaches the reader to answer questions; returns the loss (nats a token) of each step.
-
     `draw` gives a question with its passages. The reader as it stands after each of `kept_steps`
-    and at the end is kept in its `reader_folder`, the log in METRICS. A checkpoint lets a killed
+    is kept in `step-N`, at the end in `fine-tuned`, the log in METRICS. A checkpoint lets a killed
     run go on with the same steps. Raises ReaderError if the loss is not a number, or the processes
-    of the run cannot share a batch.
-    """
-    settings = reader.settings
+    of the run cannot share a batch."""
+    settings, rank = reader.settings, reader.settings.lora_rank
     torch.manual_seed(seed)
-    rank = settings.lora_rank
-    merged = adapted(reader.model, rank) if rank else lambda: reader.model
+    if rank:  # adapters in the linear layers learn, no other weight
+        lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
+        adapted: Any = get_peft_model(reader.model, lora)
     if settings.gradient_checkpointing:
         reader.model.activation_checkpointing_enable()
         reader.model.enable_input_require_grads()
+    asked: list[Any] = []  # of all steps in a row: the same in every process, and after a kill
+    for step in range(settings.steps):
+        rng = random.Random(f"step 1 {seed} {step}")
+        asked += [draw(rng) for _ in range(settings.batch)]
 
-    def keep(which: str) -> None:
+    def prompts(some: list[Pair]) -> dict[str, list[Prompt]]:
+        return {"prompts": [reader.prompt(q, found, q.answers[0]) for q, found in some]}
+
+    def keep(name: str) -> None:
         if device.is_main():
-            kept = type(reader)(merged(), reader.tokenizer, settings, reader.style)
-            kept.save(reader_folder(folder, which))
-            reader.model.train()
+            whole = copy.deepcopy(adapted).merge_and_unload() if rank else reader.model
+            for part in (whole, reader.tokenizer):
+                part.save_pretrained(folder / name)
         device.wait()
 
+    whole: dict[int, str] = {}  # checkpoints by their steps: its state is written last
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        with suppress(ValueError):
+            whole[json.loads(state.read_text("utf8"))["global_step"]] = str(state.parent)
+    if newest := whole[max(whole)] if whole else None:
+        log.info("going on from the checkpoint %s", newest)
     loss = Loss(reader)
+    learnt = [weight for weight in loss.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, settings.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: scale(step, settings.steps))
     trainer = Step1(
         model=loss,
         args=arguments(settings, folder, seed),
-        train_dataset=Prompts(reader, draw, seed),
-        data_collator=lambda prompts: {"prompts": prompts},
+        train_dataset=asked,
+        data_collator=prompts,
+        optimizers=(optimizer, rates),
         callbacks=[Progress(loss, folder, keep)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=device.agreed(last_checkpoint(folder)))
-    rows: Sequence[Any] = trainer.state.log_history[: settings.steps]
-    trimmed = round(sum(row["trimmed"] for row in rows))
-    note_trimmed(trimmed, settings.steps * settings.batch, folder)
+    trainer.train(resume_from_checkpoint=device.agreed(newest))
     reader.model.eval()
+    rows: list[Any] = trainer.state.log_history[: settings.steps]
+    if device.is_main():
+        trimmed = round(sum(row["trimmed"] for row in rows))
+        write_json(folder / "trimmed.json", {"trimmed": trimmed, "prompts": len(asked)})
     return [row["loss"] for row in rows]
 
 
 def make_step1(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """The reader after Step 1 and on the way.
-
-    In an embedded world it learns from fresh worlds, on real text from the distill part.
-    """
-    chosen, k, seed = ReaderSettings(**settings["reader"]), settings["k"], settings["seed"]
-    if settings["set"]["source"] == "world":
-        encoding = RetrieverSettings(**settings["retriever"])
+    """The reader after Step 1 and on the way. In an embedded world it learns from fresh worlds that
+    the initial retriever searches, on real text from the distill part."""
+    chosen, k, seed = settings["set"], settings["k"], settings["seed"]
+    encoding, lessons = RetrieverSettings(**settings["retriever"]), list[Lesson]()
+    if chosen["source"] == "world":
         retriever = Retriever.load(inputs["retriever"] / "model", encoding)
-        lessons = world_lessons(WorldSet(**settings["set"]), retriever, k, seed)
+        for number in range(TRAINING_WORLDS):
+            corpus = training_world(WorldSet(**chosen), 1000 * seed + number)
+            questions = corpus.questions["distill"]
+            queries = retriever.encode([q.text for q in questions])
+            passages = retriever.encode([passage_text(p) for p in corpus.passages], "passage")
+            asked = Asked(corpus, questions, search(queries, passages, k)[0])
+            lessons += lessons_of(asked, k)
     else:
-        corpus = Corpus.load("", inputs["passages"], inputs["questions"])
-        candidates = load_file(inputs["candidates"] / "candidates.safetensors")
-        lessons = corpus_lessons(corpus, candidates["distill"].tolist(), k)
-    reader = fitted(load_reader(chosen.model, chosen, to_train=True), inputs)
-    losses = fine_tune(reader, Lessons(lessons, k, chosen.gold_share).draw, folder, seed)
+        lessons = lessons_of(Asked.open(inputs, "distill"), k)
+    share, reader = settings["reader"]["gold_share"], open_reader(inputs, settings, to_train=True)
+    losses = fine_tune(reader, lambda rng: rng.choice(lessons).draw(share, rng), folder, seed)
     if device.is_main():
         write_json(folder / "losses.json", losses)
         for path in folder.glob("checkpoint-*"):

@@ -12,11 +12,11 @@ from safetensors.numpy import load_file
 from sentence_transformers.losses import DistillKLDivLoss
 from sentence_transformers.util import pairwise_dot_score
 
+from ragkit.data.asked import Asked
 from ragkit.data.files import write_arrays, write_jsonl
 from ragkit.data.passages import Passage, write_passages
 from ragkit.data.questions import Corpus, Question
 from ragkit.distillation import step2
-from ragkit.distillation.asked import Asked
 from ragkit.distillation.monitor import read_log
 from ragkit.errors import DistillError
 from ragkit.models.index import make_vectors

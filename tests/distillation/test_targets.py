@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import entropy as scipy_entropy
 
+from ragkit.data.asked import Asked
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Corpus, Question
 from ragkit.distillation import targets
-from ragkit.distillation.asked import Asked
 from ragkit.errors import DistillError
 from ragkit.settings import POOLINGS, ROWS, AttentionSettings
 

@@ -25,7 +25,6 @@ from ragkit.indicators.measures import CONTROLS, SPACES, Tokens
 from ragkit.models.fid import load_reader
 from ragkit.models.reader import PART
 from ragkit.models.retriever import train_by_cropping
-from ragkit.models.step1 import reader_folder
 from ragkit.settings import AttentionSettings, ReaderSettings, RetrieverSettings
 
 PASSAGES = [
@@ -84,9 +83,10 @@ def inputs(tmp_path_factory, reader):
     with torch.no_grad():
         for weight in taught.model.parameters():
             weight += 0.1 * weight.std() * torch.randn_like(weight) if weight.numel() > 1 else 0
-    place = reader_folder(roles["step1"], "fine-tuned")
+    place = roles["step1"] / "fine-tuned"
     place.mkdir(exist_ok=True)
-    taught.save(place)
+    taught.model.save_pretrained(place)
+    taught.tokenizer.save_pretrained(place)
     return roles
 
 
@@ -236,7 +236,7 @@ def test_closeness_is_measured_in_every_space(tmp_path, inputs, reader, which):
     weights = load_file(inputs["retriever"] / "model" / "model.safetensors")
     own = reader
     if which == "fine-tuned":
-        own = load_reader(reader_folder(inputs["step1"], which), READER)
+        own = load_reader(inputs["step1"] / which, READER)
     tables = {
         "input": reader.model.get_input_embeddings().weight,
         "own": own.model.get_input_embeddings().weight,
@@ -303,7 +303,7 @@ def test_an_encoder_decoder_has_no_contextual_closeness(tmp_path, inputs, monkey
 def test_a_probe_holds_the_means_of_the_indicators(tmp_path, inputs, reader):
     closeness.make_probe(tmp_path, inputs, SETTINGS | {"which": "fine-tuned"})
     probe = json.loads((tmp_path / "indicators.json").read_text("utf8"))
-    taught = load_reader(reader_folder(inputs["step1"], "fine-tuned"), READER)
+    taught = load_reader(inputs["step1"] / "fine-tuned", READER)
     seen = tokens.look_at_tokens(taught, QUESTIONS, FOUND)
     table = reader.model.get_input_embeddings().weight.detach().double().numpy()
     for goal, texts in WANTED.items():

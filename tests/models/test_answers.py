@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from ragkit.data.asked import Asked
 from ragkit.data.files import write_jsonl
 from ragkit.data.passages import write_passages
 from ragkit.data.questions import Corpus
@@ -32,7 +33,7 @@ def stages(tmp_path_factory):
         rows = [[(q.gold[0] + 1) % 40 + 60, q.gold[0], 7, 8] for q in corpus.questions[part]]
         ranking[part] = np.array(rows)
     save_file(ranking, folder / "candidates.safetensors")
-    return dict.fromkeys(("passages", "questions", "candidates", "ranking"), folder), corpus
+    return dict.fromkeys(("passages", "questions", "candidates"), folder), corpus
 
 
 def read(path):
@@ -57,14 +58,14 @@ def test_an_untaught_reader_is_asked_as_it_answers_better(style, stages, tmp_pat
 
 
 def test_prompts_that_answer_alike_stay_two(stages, tmp_path, monkeypatch):
-    monkeypatch.setattr(answers, "mean_exact_match", lambda *_: 0.5)
+    monkeypatch.setattr(answers, "exact_match", lambda *_: 0.5)
     make_style(tmp_path, stages[0], {**SETTINGS, "clozes": True})
     made = read(tmp_path / "style.json")
     assert (made["off-the-shelf"], made["weaker prompt"]) == ("question", "cloze")
 
 
 def test_answers_come_from_the_first_k_passages_or_none(style, stages, tmp_path):
-    inputs = {**stages[0], "style": style}
+    inputs = {**stages[0], "style": style, "ranking": stages[0]["candidates"]}
     settings = {**SETTINGS, "which": "off-the-shelf"}
     made = {}
     for name, changes in {"k": {}, "one": {"k": 1}, "none": {"closed_book": True}}.items():
@@ -79,44 +80,41 @@ def test_answers_come_from_the_first_k_passages_or_none(style, stages, tmp_path)
     assert made["one"] != made["k"]
 
 
-def test_a_ranking_of_step_2_is_taken_before_candidates(tmp_path):
-    save_file({"test": np.array([[1]])}, tmp_path / "candidates.safetensors")
-    assert answers.ranking_of(tmp_path, "test") == [[1]]
-    save_file({"test": np.array([[2]])}, tmp_path / "ranking.safetensors")
-    assert answers.ranking_of(tmp_path, "test") == [[2]]
+def test_a_ranking_of_step_2_is_taken_before_candidates(stages, tmp_path):
+    inputs = {**stages[0], "ranking": tmp_path}
+    for place, name in enumerate(("candidates", "ranking")):
+        save_file({"test": np.full((8, 2), place)}, tmp_path / f"{name}.safetensors")
+        asked = Asked.open(inputs, "test", 3, 1)
+        assert asked.candidates.tolist() == [[place]] * 3
+        assert asked.pairs == [(q, [stages[1].passages[place]]) for q in asked.questions]
 
 
 def test_premises_show_gold_passages_and_none(style, stages, tmp_path):
     settings = {**SETTINGS, "which": "off-the-shelf"}
     make_premises(tmp_path, {**stages[0], "style": style}, settings)
-    exact, made = read(tmp_path / "exact.json"), read(tmp_path / "answers.json")
-    assert exact.keys() == made.keys()
+    exact = read(tmp_path / "exact.json")
     assert exact["gold among the passages"] > exact["no passages"]
     assert len(exact) == 4
 
 
 def test_cases_hold_what_their_names_say(stages):
-    corpus, inputs = stages[1], stages[0]
-    rows = answers.ranking_of(inputs["candidates"], "dev")
-    cases = premise_cases(corpus, rows, 6, 3, 0)
-    for name, (questions, found) in cases.items():
-        golds = [corpus.passages[q.gold[0]] for q in questions]
-        assert len(questions) == len(found) == 6
-        holds = [gold in passages for gold, passages in zip(golds, found, strict=True)]
+    asked = Asked.open(stages[0], "dev", 6)
+    cases = premise_cases(asked, 3, 0)
+    for name, pairs in cases.items():
+        assert [q for q, _ in pairs] == asked.questions
+        holds = [asked.corpus.passages[q.gold[0]] in passages for q, passages in pairs]
         assert all(holds) is (name != "no passages")
-    one, two = (cases[name][1] for name in ("gold among the passages", "the same, permuted"))
-    assert [set(a) for a in one] == [set(b) for b in two]
+    one, two = cases["gold among the passages"], cases["the same, permuted"]
+    assert [set(found) for _, found in one] == [set(found) for _, found in two]
     assert one != two
 
 
 def test_questions_without_a_known_gold_passage_count_in_no_gold_case(stages):
     """Real text: gold is what holds an answer among those found; some questions have none."""
-    corpus = stages[1]
-    asked = [replace(q, gold=(), relation="") for q in corpus.questions["dev"]]
+    world = Asked.open(stages[0], "dev", 6)
+    asked = [replace(q, gold=(), relation="") for q in world.questions]
     asked[0] = replace(asked[0], answers=("no such words",))
-    real = Corpus("r", corpus.passages, {**corpus.questions, "dev": asked})
-    rows = answers.ranking_of(stages[0]["candidates"], "dev")
-    cases = premise_cases(real, rows, 6, 3, 0)
-    assert set(cases) == {"gold among the passages", "the same, permuted", "no passages"}
-    assert len(cases["gold among the passages"][0]) == 5
-    assert len(cases["no passages"][0]) == 6
+    real = Corpus("r", world.corpus.passages, {**world.corpus.questions, "dev": asked})
+    cases = premise_cases(Asked(real, asked, world.candidates), 3, 0)
+    expected = {"gold among the passages": 5, "the same, permuted": 5, "no passages": 6}
+    assert {name: len(pairs) for name, pairs in cases.items()} == expected

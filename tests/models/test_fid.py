@@ -4,12 +4,8 @@ pass.
 
 import pytest
 import torch
-from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import BartConfig, T5Config, T5ForConditionalGeneration
+from transformers import BartForConditionalGeneration as Bart
 
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
@@ -36,15 +32,9 @@ def make(**settings):
     tokenizer = build_tokenizer()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     size = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "dropout_rate": 0.0}
+    size |= {"vocab_size": len(tokenizer), "num_layers": 2, "num_decoder_layers": 3}
     special = {"pad_token_id": pad, "decoder_start_token_id": pad}
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        num_layers=2,
-        num_decoder_layers=3,
-        eos_token_id=tokenizer.eos_token_id,
-        **size,
-        **special,
-    )
+    config = T5Config(**size, **special, eos_token_id=tokenizer.eos_token_id)
     return FidReader(T5ForConditionalGeneration(config), tokenizer, ReaderSettings(**settings))
 
 
@@ -58,17 +48,12 @@ def test_owners_give_back_the_texts_and_blocks_the_passages():
         block, owner = prompt.ids[start : start + length], prompt.owner[start : start + length]
         start += length
         assert set(owner) <= {number, *PART.values()}
-        for text, who in (
-            (passage.text, number),
-            (QUESTION.text, PART["question"]),
-            (passage.title, PART["title"]),
-        ):
-            assert [i for i, w in zip(block, owner, strict=True) if w == who] == one.tokenizer(
-                text, add_special_tokens=False
-            ).input_ids
-    assert prompt.owner[prompt.answer_start :] == [PART["answer"]] * (
-        len(prompt.ids) - prompt.answer_start
-    )
+        texts = {number: passage.text, PART["title"]: passage.title}
+        texts[PART["question"]] = QUESTION.text
+        for who, text in texts.items():
+            own = [i for i, w in zip(block, owner, strict=True) if w == who]
+            assert own == one.tokenizer(text, add_special_tokens=False).input_ids
+    assert set(prompt.owner[prompt.answer_start :]) == {PART["answer"]}
     assert prompt.ids[-1] == one.end
     assert len(one.prompt(QUESTION, []).blocks) == 1
 
@@ -90,22 +75,14 @@ def test_losses_equal_the_models_own_forward():
     one = make()
     prompts = [one.prompt(QUESTION, PASSAGES[:1], "Ulm"), one.prompt(OTHER, PASSAGES, "Lyda river")]
     batched = one.losses(prompts)
-    labels = torch.tensor([prompts[0].ids[prompts[0].answer_start :]])
-    assert torch.isclose(
-        batched[0],
-        one.model(
-            input_ids=torch.tensor([prompts[0].ids[: prompts[0].answer_start]]), labels=labels
-        ).loss,
-        atol=1e-5,
-    )
-    blocks = torch.tensor(prompts[1].ids[: prompts[1].answer_start]).split(list(prompts[1].blocks))
-    states = torch.cat(
-        [one.model.encoder(block[None]).last_hidden_state for block in blocks], dim=1
-    )
-    labels = torch.tensor([prompts[1].ids[prompts[1].answer_start :]])
-    assert torch.isclose(
-        batched[1], one.model(encoder_outputs=(states,), labels=labels).loss, atol=1e-5
-    )
+    parts = [torch.tensor([p.ids]).tensor_split([p.answer_start], 1) for p in prompts]
+    ids, labels = zip(*parts, strict=True)
+    alone = one.model(input_ids=ids[0], labels=labels[0]).loss
+    assert torch.isclose(batched[0], alone, atol=1e-5)
+    blocks = ids[1].split(prompts[1].blocks, 1)
+    states = torch.cat([one.model.encoder(block).last_hidden_state for block in blocks], dim=1)
+    together = one.model(encoder_outputs=(states,), labels=labels[1]).loss
+    assert torch.isclose(batched[1], together, atol=1e-5)
 
 
 def test_attention_equals_the_models_own_cross_attention():
@@ -120,65 +97,41 @@ def test_attention_equals_the_models_own_cross_attention():
     tokens = one.attention(prompts, rows, uses)
     assert tokens.shape == (2, 3, 3, 2, max(len(p.ids) for p in prompts))
     one.model.set_attn_implementation("eager")
-    for i, prompt in enumerate(prompts):
+    for i, (prompt, length) in enumerate(zip(prompts, answers, strict=True)):
         with torch.no_grad():
-            states, mask = one.states([prompt])
-            answer = torch.tensor([[one.start, *prompt.ids[prompt.answer_start : -1]]])
-            out = one.model(
-                encoder_outputs=(states,),
-                attention_mask=mask,
-                decoder_input_ids=answer,
-                output_attentions=True,
-            )
+            encoded, read = one.encoded([prompt]), one.read([prompt])
+            out = one.model(**encoded, decoder_input_ids=read, output_attentions=True)
+        states = encoded["encoder_outputs"].last_hidden_state
         for layer, alpha in enumerate(out.cross_attentions):
-            value = (
-                one.model.decoder.block[layer]
-                .layer[1]
-                .EncDecAttention.v(states)
-                .view(1, -1, 4, 8)
-                .norm(dim=-1)
-                .transpose(1, 2)
-            )
-            for group, rows in enumerate(
-                ([0], range(len(answer[0]) - 1), range(1, len(answer[0])))
-            ):
-                plain = alpha[0, :, list(rows)].mean(1)
-                for norm, expected in enumerate((plain.mean(0), (plain * value[0]).mean(0))):
+            value = one.model.decoder.block[layer].layer[1].EncDecAttention.v(states)
+            norms = value.view(-1, 4, 8).norm(dim=-1).T
+            for group, read in enumerate(([0], range(length - 1), range(1, length))):
+                plain = alpha[0, :, list(read)].mean(1)
+                for norm, expected in enumerate((plain.mean(0), (plain * norms).mean(0))):
                     ours = tokens[norm, layer, group, i]
                     assert torch.allclose(ours[: prompt.answer_start], expected, atol=1e-6)
                     assert (ours[prompt.answer_start :] == 0).all()
 
 
+@torch.no_grad()
 def test_batched_answers_are_the_models_own_greedy_ones():
     one = make(answer_tokens=4)
-    prompts = [
-        one.prompt(QUESTION, PASSAGES),
-        one.prompt(QUESTION, PASSAGES[:1]),
-        one.prompt(OTHER, []),
-    ]
-    answers = one.answer(prompts)
-    for prompt, answer in zip(prompts, answers, strict=True):
-        with torch.no_grad():
-            states, mask = one.states([prompt])
-            ids = torch.tensor([[one.start]])
-            for _ in range(4):
-                best = (
-                    one.model(encoder_outputs=(states,), attention_mask=mask, decoder_input_ids=ids)
-                    .logits[:, -1:]
-                    .argmax(-1)
-                )
-                ids = torch.cat([ids, best], 1)
-                if int(best) == one.end:
-                    break
+    asked = [(QUESTION, PASSAGES), (QUESTION, PASSAGES[:1]), (OTHER, [])]
+    prompts = [one.prompt(*pair) for pair in asked]
+    for prompt, answer in zip(prompts, one.answer(prompts), strict=True):
+        encoded, ids = one.encoded([prompt]), torch.tensor([[one.start]])
+        for _ in range(4):
+            best = one.model(**encoded, decoder_input_ids=ids).logits[:, -1:].argmax(-1)
+            ids = torch.cat([ids, best], 1)
+            if int(best) == one.end:
+                break
         assert answer == one.text_of(ids[0, 1:])
 
 
 def draw(rng):
     place = rng.choice(["ulm", "old", "port"])
-    return Question("q", "where was orla venn born", (place,), (0,)), [
-        Passage("0", "Orla Venn", f"Orla Venn was born in {place}."),
-        PASSAGES[1],
-    ]
+    passages = [Passage("0", "Orla Venn", f"Orla Venn was born in {place}."), PASSAGES[1]]
+    return Question("q", "where was orla venn born", (place,), (0,)), passages
 
 
 def test_end_to_end(tmp_path):
@@ -193,14 +146,8 @@ def test_end_to_end(tmp_path):
 
 
 def test_a_model_that_names_no_start_is_refused():
-    config = BartConfig(
-        vocab_size=60,
-        d_model=8,
-        encoder_layers=1,
-        decoder_layers=1,
-        encoder_attention_heads=2,
-        decoder_attention_heads=2,
-    )
+    size = {"vocab_size": 60, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1}
+    config = BartConfig(**size, encoder_attention_heads=2, decoder_attention_heads=2)
     config.decoder_start_token_id = None
     with pytest.raises(ReaderError, match="decoder_start_token_id"):
-        FidReader(BartForConditionalGeneration(config), build_tokenizer(), ReaderSettings())
+        FidReader(Bart(config), build_tokenizer(), ReaderSettings())

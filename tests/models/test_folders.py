@@ -96,7 +96,9 @@ def edit(path, **changes):
 
 
 def load(folder, style="question", **settings):
-    return load_reader(folder, ReaderSettings(context=256, **settings), style)
+    one = load_reader(folder, ReaderSettings(context=256, **settings))
+    one.style = style
+    return one
 
 
 # Prompts and answers are one text

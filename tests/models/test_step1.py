@@ -16,25 +16,19 @@ from ragkit.data.worlds import build_world
 from ragkit.errors import ReaderError
 from ragkit.models import step1
 from ragkit.models.fid import load_reader
-from ragkit.models.lessons import SAME_KIND_SHARE, Lesson, Lessons, training_world
-from ragkit.models.step1 import fine_tune
+from ragkit.models.reader import Reader
+from ragkit.models.step1 import SAME_KIND_SHARE, Lesson, fine_tune, training_world
 from ragkit.settings import ReaderSettings, WorldSet
 
-PASSAGES = [
-    Passage("0", "Orla Venn", "Orla Venn was born in Ulm."),
-    Passage("1", "Port Tarn", "Port Tarn lies by the sea. Orla Venn never saw it."),
-]
+OTHER = Passage("1", "Port Tarn", "Port Tarn lies by the sea. Orla Venn never saw it.")
+LINEAR = ("query_key_value.weight", "dense.weight", "dense_h_to_4h.weight", "dense_4h_to_h.weight")
 
 
 def draw(rng):
-    name, town = (
-        rng.choice(["Orla Venn", "Ben Rill", "Ada Mott"]),
-        rng.choice(["Ulm", "Tarn", "Port Vell"]),
-    )
-    return Question("q", f"where was {name} born", (town,), (0,)), [
-        Passage("0", name, f"{name} was born in {town}."),
-        *PASSAGES[1:],
-    ]
+    name = rng.choice(["Orla Venn", "Ben Rill", "Ada Mott"])
+    town = rng.choice(["Ulm", "Tarn", "Port Vell"])
+    passages = [Passage("0", name, f"{name} was born in {town}."), OTHER]
+    return Question("q", f"where was {name} born", (town,), (0,)), passages
 
 
 def taught(folder, **settings):
@@ -56,10 +50,8 @@ def plain(tmp_path_factory):
 def test_less_memory_changes_no_result(tmp_path, plain, settings):
     losses = taught(tmp_path / "step1", **settings)
     assert np.allclose(losses, plain[0], rtol=1e-3)
-    one, two = (
-        load_file(folder / "fine-tuned/model.safetensors")
-        for folder in (plain[1], tmp_path / "step1")
-    )
+    folders = (plain[1], tmp_path / "step1")
+    one, two = (load_file(folder / "fine-tuned/model.safetensors") for folder in folders)
     assert all(torch.allclose(one[name], two[name], atol=2e-3) for name in one)
 
 
@@ -67,9 +59,8 @@ def test_half_precision_learns_much_the_same_and_keeps_float32_weights(tmp_path,
     losses = taught(tmp_path / "step1", dtype="bfloat16")
     assert np.allclose(losses, plain[0], rtol=0.05)
     assert losses != plain[0]
-    assert {
-        t.dtype for t in load_file(tmp_path / "step1/fine-tuned/model.safetensors").values()
-    } == {torch.float32}
+    weights = load_file(tmp_path / "step1/fine-tuned/model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     scoring = load_reader(tmp_path / "step1/fine-tuned", ReaderSettings(dtype="bfloat16"))
     assert next(scoring.model.parameters()).dtype == torch.bfloat16
 
@@ -79,23 +70,12 @@ def test_adapters_move_the_linear_layers_only_and_are_merged(tmp_path, plain):
     assert losses[-1] < losses[0]
     before = dict(load_reader("embedded", ReaderSettings()).model.named_parameters())
     for kept in (tmp_path / "step1/fine-tuned", tmp_path / "step1/step-3"):
-        after = dict(
-            AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32).named_parameters()
-        )
+        model = AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32)
+        after = dict(model.named_parameters())
         assert after.keys() == before.keys()  # a plain model again: no adapter is left in it
         moved = {name for name in after if not torch.equal(after[name], before[name])}
         assert moved
-        assert all(
-            name.endswith(
-                (
-                    "query_key_value.weight",
-                    "dense.weight",
-                    "dense_h_to_4h.weight",
-                    "dense_4h_to_h.weight",
-                )
-            )
-            for name in moved
-        )
+        assert all(name.endswith(LINEAR) for name in moved)
         change = next(after[name] - before[name] for name in sorted(moved))
         assert torch.linalg.matrix_rank(change.double(), rtol=1e-4) <= 4
 
@@ -110,27 +90,27 @@ def test_a_killed_training_ends_with_the_same_result(tmp_path, monkeypatch):
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     losses = fine_tune(start(), draw, tmp_path / "whole", 0)
-    calls = []
+    one, calls, losses_of = start(), itertools.count(1), Reader.losses
 
-    def dies(rng):
-        calls.append(1)
-        if len(calls) > 2 * 9:
+    def dies(self, prompts):
+        if next(calls) > 9:
             raise KeyboardInterrupt
-        return draw(rng)
+        return losses_of(self, prompts)
 
+    monkeypatch.setattr(Reader, "losses", dies)
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(start(), dies, tmp_path / "cut", 0)
+        fine_tune(one, draw, tmp_path / "cut", 0)
+    monkeypatch.setattr(Reader, "losses", losses_of)
     kept = tmp_path / "cut" / "checkpoint-8"
-    files = ("weights.pt", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
-    assert {path.name for path in kept.iterdir()} >= set(files)
+    files = {"pytorch_model.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    assert {path.name for path in kept.iterdir()} >= files | {"trainer_state.json"}
     torch.manual_seed(99)
     (tmp_path / "cut" / "checkpoint-9").mkdir()  # one that a kill left half written
     again = fine_tune(start(), draw, tmp_path / "cut", 0)
     assert again == losses
     for kept in ("step-5", "fine-tuned"):
-        one, two = (
-            load_file(tmp_path / name / kept / "model.safetensors") for name in ("whole", "cut")
-        )
+        files = (tmp_path / name / kept / "model.safetensors" for name in ("whole", "cut"))
+        one, two = map(load_file, files)
         assert all(torch.equal(one[name], two[name]) for name in one)
     rows = [json.loads(line) for line in (tmp_path / "cut/metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == list(range(1, 11))
@@ -151,23 +131,23 @@ def test_a_gold_passage_is_put_among_those_found_as_often_as_asked():
     gold, other = Passage("0", "A", "gold"), Passage("1", "B", "other")
     question = Question("q", "who", ("x",), (0,))
     for share, expected in ((0.0, 0), (0.5, 0.5), (1.0, 1)):
-        lessons = Lessons([Lesson(question, [other, other], [gold], [])], 2, share)
-        drawn = [lessons.draw(random.Random(i))[1] for i in range(400)]
+        lesson = Lesson(question, [other, other], [gold], [])
+        drawn = [lesson.draw(share, random.Random(i))[1] for i in range(400)]
         assert np.mean([gold in passages for passages in drawn]) == pytest.approx(expected, abs=0.1)
 
 
 def test_passages_of_one_kind_of_fact_are_shown_together():
     passages = [Passage(str(i), "A", str(i)) for i in range(9)]
     question = Question("q", "who", ("x",), (0,))
-    lesson = Lesson(question, passages[5:], passages[:1], passages[1:5])
-    drawn = [Lessons([lesson], 3, 0.0).draw(random.Random(i))[1] for i in range(400)]
+    lesson = Lesson(question, passages[5:8], passages[:1], passages[1:5])
+    drawn = [lesson.draw(0.0, random.Random(i))[1] for i in range(400)]
     alike = [passages[0] in some and set(some) <= set(passages[:5]) for some in drawn]
     assert np.mean(alike) == pytest.approx(SAME_KIND_SHARE, abs=0.1)
     assert all(len(some) == 3 for some, same in zip(drawn, alike, strict=True) if same)
 
 
 def test_training_worlds_share_no_name_with_the_measured_ones():
-    settings = WorldSet(source="world", name="a", world="almanac", seed=5, entities=24)
-    settings = settings.model_copy(update={"distill": 20, "dev": 4, "test": 4})
+    sizes = {"entities": 24, "distill": 20, "dev": 4, "test": 4}
+    settings = WorldSet(source="world", name="a", world="almanac", seed=5, **sizes)
     measured = {p.title for p in build_world(settings).passages}
     assert not measured & {p.title for p in training_world(settings, 1).passages}

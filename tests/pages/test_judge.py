@@ -349,7 +349,8 @@ def test_a_chat_reader_and_what_the_verdict_cannot_know(reader, caplog, tmp_path
     for name, template in (("plain", None), ("chat", "{{ messages }}")):
         one, page = judging.load(reader), tmp_path / f"{name}.html"
         one.tokenizer.chat_template = template
-        one.save(tmp_path / name)
+        one.model.save_pretrained(tmp_path / name)
+        one.tokenizer.save_pretrained(tmp_path / name)
         caplog.clear()
         judge_page.write_html(judge(str(tmp_path / name), [row()], "none"), page)
         assert (judging.CHAT in caplog.text) == (name == "chat")
