@@ -1,8 +1,7 @@
 """The teacher's look: one reader reads every question's passages; all targets come from that."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +38,6 @@ def token_contributions(reader: Reader, prompts: list[Prompt]) -> Tensor:
     return reader.attention(prompts, before + steps.minimum(answers), uses.float())
 
 
-def in_order(
-    prompts: list[Prompt], at_once: int, work: Callable[[list[Prompt]], Iterable[Any]], desc: str
-) -> list[Any]:
-    """What `work` gives for each prompt, in order; it gets batches of like length.
-
-    The processes of a run share the batches.
-    """
-    batches = device.by_length([len(p.ids) for p in prompts], at_once)
-    parts = device.spread(batches, lambda chosen: [prompts[i] for i in chosen], work, desc)
-    made = dict(zip(chain.from_iterable(batches), chain.from_iterable(parts), strict=True))
-    return [made[i] for i in range(len(prompts))]
-
-
 def look(
     reader: Reader, questions: list[Question], found: list[list[Passage]]
 ) -> dict[str, NDArray[Any]]:
@@ -77,7 +63,7 @@ def look(
         return result
 
     prompts = [reader.prompt(q, passages, q.answers[0]) for q, passages in pairs]
-    made = in_order(prompts, reader.settings.at_once, seen, "attention")
+    made = device.spread(prompts, reader.settings.at_once, seen, "attention")
     alone = [reader.prompt(q, [p], q.answers[0]) for q, passages in pairs for p in passages]
     logs = -answer_losses(reader, alone, 4 * reader.settings.at_once)
     return {
@@ -95,7 +81,7 @@ def answer_losses(reader: Reader, prompts: list[Prompt], at_once: int) -> Array:
     def of_batch(batch: list[Prompt]) -> list[Tensor]:
         return list(reader.token_losses(batch).float().cpu())
 
-    rows = in_order(prompts, at_once, of_batch, "likelihood")
+    rows = device.spread(prompts, at_once, of_batch, "likelihood")
     return pad_sequence(rows, batch_first=True, padding_value=math.nan).numpy()
 
 

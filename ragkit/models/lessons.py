@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ragkit.data.passages import Passage, passage_text
 from ragkit.data.questions import Corpus, Question
 from ragkit.data.worlds import build_world
-from ragkit.models.index import search
+from ragkit.models.index import Index
 from ragkit.models.retriever import Retriever
 from ragkit.settings import WorldSet
 
@@ -72,7 +72,7 @@ def world_lessons(settings: WorldSet, retriever: Retriever, k: int, seed: int) -
         corpus = training_world(settings, 1000 * seed + number)
         queries = retriever.encode([q.text for q in corpus.questions["distill"]])
         encoded = retriever.encode([passage_text(p) for p in corpus.passages], "passage")
-        lessons += corpus_lessons(corpus, search(queries, encoded, k)[0].tolist(), k)
+        lessons += corpus_lessons(corpus, Index(encoded).search(queries, k).tolist(), k)
     return lessons
 
 

@@ -40,6 +40,9 @@ class Prompt:
     answer_start: int
     trimmed: int = 0
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
 
 class Reader:
     """A causal language model with its tokenizer and the way its prompts are written.
@@ -202,15 +205,7 @@ class Reader:
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
         """Greedy answers, in order; the processes of a run share the prompts."""
-        batches = device.by_length([len(p.ids) for p in prompts], 2 * self.settings.at_once)
-        made = device.spread(
-            batches, lambda chosen: [prompts[i] for i in chosen], self.generated, "answer"
-        )
-        answers = [""] * len(prompts)
-        for chosen, texts in zip(batches, made, strict=True):
-            for i, text in zip(chosen, texts, strict=True):
-                answers[i] = text
-        return answers
+        return device.spread(prompts, 2 * self.settings.at_once, self.generated, "answer")
 
     @torch.no_grad()
     def generated(self, prompts: Sequence[Prompt]) -> list[str]:
