@@ -93,10 +93,8 @@ def wanted_ids(
     reader: Reader, questions: Sequence[Question], nouns: Spans | None
 ) -> dict[str, list[list[int]]]:
     """The tokens that closeness is measured to, by goal: each question's first answer, as it stands
-    behind its prompt without the end token, and its nouns.
-
-    Raises ReaderError for a question longer than the reader's context.
-    """
+    behind its prompt without the end token, and its nouns. Raises ReaderError for a question longer
+    than the reader's context."""
     prompts = [reader.prompt(question, [], question.answers[0]) for question in questions]
     wanted = {"answer": [prompt.ids[prompt.answer_start : -1] for prompt in prompts]}
     if nouns is not None:
@@ -168,8 +166,8 @@ def opened(
 def make_tokens(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """The test questions' tokens as a reader sees them: `tokens.safetensors` (Tokens), and
     `words.json`: how the vocabulary spells each token that occurs, by its id."""
-    reader = open_reader(inputs, settings)
     asked = Asked.open(inputs, "test", settings["questions"], settings["k"])
+    reader = open_reader(inputs, settings)
     tokens = look_at_tokens(reader, asked.questions, asked.passages)
     if device.is_main():
         write_arrays(folder / "tokens.safetensors", vars(tokens))
@@ -191,9 +189,9 @@ def make_contextual(folder: Path, inputs: Mapping[str, Path], settings: Mapping[
 
 def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """`closeness.safetensors`: of the test questions' tokens as a reader saw them, for each goal
-    (`answer`, `nouns`) `{goal}/exact`, and `{goal}/{space}` in each of SPACES and CONTROLS.
+    (`answer`, `nouns`) `{goal}/exact`, and `{goal}/{space}` in each of SPACES and CONTROLS, but
+    `contextual` only where this reader saw the off-the-shelf one's passage tokens.
 
-    `contextual` is left out where this reader saw other passage tokens than the off-the-shelf one.
     Beside it, for whoever measures by hand: `vectors.safetensors` (the input space's vectors of all
     `ids` that occur, sorted), and `answers.json`, the tokens of each question's answer.
     """
@@ -217,8 +215,8 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
     if device.is_main():
         write_arrays(folder / "closeness.safetensors", arrays)
         ids = np.unique(np.concatenate([tokens.ids, *map(np.array, wanted["answer"])]))
-        vectors = {"ids": ids, "vectors": spaces["input"](ids)}
-        write_arrays(folder / "vectors.safetensors", vectors)
+        by_hand = {"ids": ids, "vectors": spaces["input"](ids)}
+        write_arrays(folder / "vectors.safetensors", by_hand)
         write_json(folder / "answers.json", wanted["answer"])
 
 

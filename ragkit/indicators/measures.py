@@ -114,11 +114,9 @@ def exact(tokens: Tokens, wanted: Wanted) -> Bools:
 def closeness_to(
     tokens: Tokens, wanted: Wanted, embed: Embed, dealt: np.random.Generator | None = None
 ) -> Floats:
-    """Closeness of each token `[tokens]` to the wanted tokens of its question.
-
-    With `dealt` the vectors are dealt out anew among all ids that occur, for each question again:
-    dealt once for all, common words would have the same luck everywhere, which no interval shows.
-    """
+    """Closeness of each token `[tokens]` to the wanted tokens of its question. With `dealt` the
+    vectors are dealt out anew among all ids that occur, for each question again: dealt once for
+    all, common words would have the same luck everywhere, which no interval shows."""
     goals = [np.array(ids, dtype=np.int64) for ids in wanted]
     every = np.unique(np.concatenate([tokens.ids, *goals]))
     vectors, order, parts = embed(every), np.arange(len(every)), []

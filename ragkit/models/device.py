@@ -1,8 +1,6 @@
-"""What a run computes on: one process, or several that work as one (torchrun and Accelerate).
-
-All walk through the same stages: `spread` deals out lists of work, `share` the batches of a
-training. Only the main process writes files.
-"""
+"""What a run computes on: one process, or several (torchrun and Accelerate) that walk through the
+same stages: `spread` deals out lists of work, `share` the batches of a training, and only the main
+process writes files."""
 
 import logging
 import pickle
@@ -79,18 +77,17 @@ def spread(
     mine = batches[PartialState().process_index :: size()]
     shown = tqdm(mine, desc=desc, leave=False) if len(mine) >= 20 and is_main() else mine
     made = [list(work([items[i] for i in batch])) for batch in shown]
-    found: dict[int, Any] = {}
+    found = [None] * len(items)
     for batch, results in gather_object(list(zip(mine, made, strict=True))):
-        found.update(zip(batch, results, strict=True))
-    return [found[i] for i in range(len(items))]
+        for place, one in zip(batch, results, strict=True):
+            found[place] = one
+    return found
 
 
 def share(batch: Any) -> tuple[Any, float]:
-    """This process's part of a training batch (a list or a tensor), and its mean loss's weight.
-
-    Gradients are averaged over processes, so n of N items weigh n * processes / N. Who gets none
-    takes the first with weight 0: all must compute, or the others wait for ever.
-    """
+    """This process's part of a training batch (a list or a tensor), and its mean loss's weight:
+    gradients are averaged over processes, so n of N items weigh n * processes / N. Who gets none
+    takes the first with weight 0: all must compute, or the others wait for ever."""
     mine = batch[PartialState().process_index :: size()]
     return (mine, len(mine) * size() / len(batch)) if len(mine) else (batch[:1], 0.0)
 
@@ -99,9 +96,8 @@ def accelerator(dtype: str) -> Accelerator:
     """What prepares a model and its optimizer for several processes and mixed precision."""
     AcceleratorState._reset_state()  # models may differ in precision; the processes stay connected
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # such as BERT's pooler
-    precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
-    on_cpu = device().type == "cpu"
-    return Accelerator(cpu=on_cpu, kwargs_handlers=[unused], mixed_precision=precision)
+    lower, on_cpu = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "no"), device().type == "cpu"
+    return Accelerator(cpu=on_cpu, kwargs_handlers=[unused], mixed_precision=lower)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -36,11 +36,9 @@ PROMPTS = {"query": ("query",), "passage": ("document", "passage", "corpus")}  #
 
 
 class Retriever(nn.Module):
-    """Encodes questions and passages; a passage is read as `title text`, see `passage_text`.
-
-    `kind` is `query` or `passage`: it chooses the prompt, such as e5's `query: `, that the model's
-    folder names for it. `model` and `tokenizer` are those of transformers inside it.
-    """
+    """Encodes questions and passages (`title text`, see `passage_text`), by `kind`: `query` or
+    `passage`, each with the prompt, such as e5's `query: `, that the model's folder names for it.
+    `model` and `tokenizer` are those of transformers inside it."""
 
     def __init__(self, encoder: SentenceTransformer, settings: RetrieverSettings) -> None:
         super().__init__()
@@ -61,9 +59,7 @@ class Retriever(nn.Module):
 
     def encode(self, texts: Sequence[str], kind: str = "query") -> NDArray[np.float32]:
         """Vectors `[texts, dimensions]` in every process, computed together in `settings.dtype`.
-
-        Raises RetrieverError if they are not finite.
-        """
+        Raises RetrieverError if they are not finite."""
         options: dict[str, Any] = {"prompt": self.prompts[kind], "show_progress_bar": False}
         options["batch_size"] = self.settings.at_once
 
@@ -73,12 +69,10 @@ class Retriever(nn.Module):
         dtype = getattr(torch, self.settings.dtype)
         with torch.autocast(device.device().type, dtype, enabled=dtype != torch.float32):
             rows = device.spread(texts, CHUNK * self.settings.at_once, work, "encode")
-        if not np.isfinite(made := np.stack(rows).astype(np.float32)).all():
-            raise RetrieverError(
-                "Some vectors hold values that are not finite: the retriever is damaged, "
-                "or its training went astray (lower distill.rate)."
-            )
-        return made
+        if np.isfinite(made := np.stack(rows).astype(np.float32)).all():
+            return made
+        why = "the retriever is damaged, or its training went astray (lower distill.rate)"
+        raise RetrieverError(f"Some vectors hold values that are not finite: {why}.")
 
     def save(self, folder: Path) -> None:
         """Writes it as a folder that sentence-transformers reads."""
@@ -104,10 +98,8 @@ class Retriever(nn.Module):
                 tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
             limit = getattr(model.config, "max_position_embeddings", None) or 0
             if 0 < limit < settings.passage_tokens:
-                raise RetrieverError(
-                    f"{name} has {limit} positions. Lower retriever.passage_tokens "
-                    f"from {settings.passage_tokens} to that or less."
-                )
+                what = f"retriever.passage_tokens from {settings.passage_tokens} to that or less"
+                raise RetrieverError(f"{name} has {limit} positions. Lower {what}.")
             encoder.max_seq_length, modules = settings.passage_tokens, encoder._modules
             for key, one in list(modules.items()):
                 if isinstance(one, Pooling) and settings.pooling is not None:
