@@ -21,7 +21,7 @@ from ragkit.data.questions import hits
 from ragkit.distillation.targets import Scores, scores_of, target_of
 from ragkit.errors import DistillError
 from ragkit.models import device
-from ragkit.models.index import DEPTH, Index, open_index, search
+from ragkit.models.index import DEPTH, Index
 from ragkit.models.retriever import Retriever
 from ragkit.settings import AttentionSettings, DistillSettings, IndexSettings, RetrieverSettings
 
@@ -78,7 +78,7 @@ class Lesson(nn.Module):
         queries = self.retriever([self.texts[i] for i in chosen])
         places = self.asked.candidates[chosen.numpy()]
         if self.stays:
-            vectors = torch.from_numpy(self.index.vectors.take(places)).to(queries.device)
+            vectors = torch.from_numpy(self.index.take(places)).to(queries.device)
         else:
             unique, back = np.unique(places, return_inverse=True)
             texts = [passage_text(self.asked.corpus.passages[i]) for i in unique]
@@ -90,10 +90,10 @@ class Lesson(nn.Module):
         """The first passages of each question of a part `[questions, depth]`."""
         corpus, encode = self.asked.corpus, self.retriever.encode
         queries = encode([q.text for q in corpus.questions[part]])
-        if self.stays:
-            return device.agreed(self.index.search(queries, depth)[0] if device.is_main() else None)
-        texts = [passage_text(passage) for passage in corpus.passages]
-        return search(queries, encode(texts, "passage"), depth)[0]
+        if not self.stays:
+            texts = list(map(passage_text, corpus.passages))
+            return Index(encode(texts, "passage")).search(queries, depth)
+        return device.agreed(self.index.search(queries, depth) if device.is_main() else None)
 
     def hr(self) -> float:
         """HR@k on dev."""
@@ -175,7 +175,8 @@ def make_step2(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
     asked = Asked.open(inputs, "distill", distill.questions, settings["k"])
     encoding = RetrieverSettings(**settings["retriever"])
     retriever = Retriever.load(inputs["retriever"] / "model", encoding)
-    index = open_index(inputs["vectors"], inputs["index"], IndexSettings(**settings["index"]))
+    searched = IndexSettings(**settings["index"])
+    index = Index.open(inputs["vectors"], searched, inputs["index"])
     look = load_file(inputs["look"] / "scores.safetensors") if "look" in inputs else None
     torch.manual_seed(settings["seed"])
     lesson = Lesson(retriever, asked, index, distill.side, loss_of(asked, look, settings))

@@ -18,7 +18,7 @@ from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
 from ragkit.models import device
 from ragkit.models.fid import open_reader
-from ragkit.models.reader import Prompt, Reader, in_order
+from ragkit.models.reader import Prompt, Reader
 from ragkit.settings import POOLINGS
 
 Array = NDArray[np.float32]
@@ -62,7 +62,7 @@ def look(
 
     at_once = reader.settings.at_once
     prompts = [reader.prompt(q, passages, q.answers[0]) for q, passages in pairs]
-    attention, outside = zip(*in_order(prompts, at_once, seen, "attention"), strict=True)
+    attention, outside = zip(*device.spread(prompts, at_once, seen, "attention"), strict=True)
     alone = [reader.prompt(q, [p], q.answers[0]) for q, passages in pairs for p in passages]
     logs = -answer_losses(reader, alone, 4 * at_once)
     return {
@@ -80,7 +80,7 @@ def answer_losses(reader: Reader, prompts: list[Prompt], at_once: int) -> Array:
     def of_batch(batch: list[Prompt]) -> list[Tensor]:
         return list(reader.token_losses(batch).float().cpu())
 
-    rows = in_order(prompts, at_once, of_batch, "likelihood")
+    rows = device.spread(prompts, at_once, of_batch, "likelihood")
     return pad_sequence(rows, batch_first=True, padding_value=math.nan).numpy()
 
 
