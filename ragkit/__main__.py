@@ -14,7 +14,7 @@ from ragkit.errors import RagkitError, StoreError
 from ragkit.experiment import plan, run
 from ragkit.experiment.lab import Lab, changed_profile
 from ragkit.pages import course, reference, report
-from ragkit.settings import asset
+from ragkit.settings import ASSETS
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 FIGURES = NOTEBOOKS.parent / "figures"
@@ -34,7 +34,7 @@ def doctor() -> None:
         ("cores", str(os.cpu_count()), (os.cpu_count() or 1) >= 2),
         ("memory", f"{memory:.0f} GiB", memory >= 4),
         ("free disk", f"{disk:.0f} GiB", disk >= 3),
-        ("embedded reader", "here", (asset("reader") / "model.safetensors").is_file()),
+        ("embedded reader", "here", (ASSETS / "reader" / "model.safetensors").is_file()),
     ]
     for name, value, fine in rows:
         say(f"{'ok ' if fine else 'BAD'}  {name:16} {value}")

@@ -19,7 +19,7 @@ from ragkit.data.questions import Question
 from ragkit.errors import ReaderError
 from ragkit.models import device
 from ragkit.models.loading import readable
-from ragkit.settings import ReaderSettings, asset
+from ragkit.settings import ASSETS, ReaderSettings
 
 log = logging.getLogger(__name__)
 ANSWER_TOKENS = 32  # where neither the settings nor the questions say it
@@ -271,7 +271,7 @@ def embedded_reader() -> Path:
 
     Raises ReaderError if a file in it is not the one that was shipped.
     """
-    folder = asset("reader")
+    folder = ASSETS / "reader"
     for line in (folder / "sha256.txt").read_text("utf8").splitlines():
         expected, name = line.split()
         if not (folder / name).is_file() or file_hash(folder / name) != expected:
