@@ -21,10 +21,9 @@ import nbformat
 from ragkit import errors
 from ragkit.data.files import file_hash, write_whole
 from ragkit.errors import NotebookError
-from ragkit.experiment.closure import PACKAGE, closure
 from ragkit.experiment.lab import FIGURES, OPENED, Lab
-from ragkit.experiment.provenance import LIBRARIES, memory_from_now, provenance, versions
-from ragkit.experiment.store import RECORD, contents, difference, link, read_record, without_free
+from ragkit.experiment.provenance import PACKAGE, closure, peak_memory, provenance, versions
+from ragkit.experiment.store import RECORD, contents, difference, read_record, without_free
 
 log = logging.getLogger(__name__)
 DRAWN_WITH = ("pandas", "matplotlib", "seaborn", "papermill", "nbclient", "ipykernel")
@@ -81,7 +80,7 @@ class Notebooks:
             "source": file_hash(source),
             "profile": {name: one for name, one in profile.items() if name != "name"},
             "code": closure(code_cells(source)),
-            "versions": versions(LIBRARIES + DRAWN_WITH),
+            "versions": versions(DRAWN_WITH),
         }
 
     def why_not(self, home: Path, saved: dict[str, Any], record: dict[str, Any]) -> str | None:
@@ -131,7 +130,7 @@ class Notebooks:
         (folder / "figures").mkdir(parents=True)
         opened = folder / "opened.jsonl"
         opened.touch()
-        started, peak = time.monotonic(), memory_from_now()
+        started, _ = time.monotonic(), peak_memory()
         self.execute(source, folder, {OPENED: str(opened), FIGURES: str(folder / "figures")})
         seconds = round(time.monotonic() - started, 1)
         stages = dict(json.loads(line) for line in opened.read_text("utf8").splitlines())
@@ -142,7 +141,7 @@ class Notebooks:
             "record": record,
             "opened": stages,
             "seconds": seconds,
-            "peak_mib": peak(),
+            "peak_mib": peak_memory(),
             "units": {"notebooks": 1},
             "made": provenance(),
             "files": contents(folder),
@@ -194,7 +193,7 @@ class Notebooks:
             aside.mkdir()
             for source in self.sources:
                 for file in self.held(source).glob(below):
-                    link(str(file), str(aside / file.name))
+                    shutil.copy(file, aside)
             shutil.rmtree(self.lab.folder / part, ignore_errors=True)
             aside.rename(self.lab.folder / part)
 

@@ -1,27 +1,33 @@
-"""The experiment, declared once: what a stage of a profile is made of, for every kind (`kinds`).
+"""The experiment, declared once: what the stages of a profile are made of, kind by kind.
 
-Running, planning, the manifest, the report and the notebooks all walk these stages. A choice taken
-otherwise (`Graph.varied`), another seed of Step 1 (`Graph.again`) and an index refresh are further
-stages of it: those that they do not touch have the same key, and are the same stages.
+The kinds stand in `assets/kinds.yaml`. Running, planning, the manifest, the report and the
+notebooks all walk these stages. A choice taken otherwise (`Graph.varied`), another seed of Step 1
+(`Graph.again`) and an index refresh are further stages: those that they do not touch have the same
+key, and are the same stages.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ragkit.data.questions import passage_settings, question_settings
+from ragkit.data.worlds import relations, spec
 from ragkit.distillation.targets import TARGETS, UNTAUGHT, teacher_of
-from ragkit.experiment.kinds import KINDS
-from ragkit.experiment.outside import finder_state, model_files, passage_count
+from ragkit.experiment.provenance import finder_state, model_files
 from ragkit.experiment.store import Stage
 from ragkit.profile import Profile, varied
-from ragkit.settings import WorldSet
+from ragkit.settings import QuestionSet, WorldSet, asset
 
+KINDS: dict[str, dict[str, str]] = yaml.safe_load(asset("kinds.yaml").read_text("utf8"))
 CEILING = "both sides"  # the variation under which the oracle shows how far Step 2 can go
+POOL, ROW, ROW_GZ = 50, 650, 220  # about: passages of a question's pool; bytes of one in a TSV
 PROBED = 32  # questions of dev on which a probe measures the indicators
+UNLEARNT = {"closed book": "candidates", "initial": "candidates", "BM25": "bm25"}  # their rankings
 # Of the reader's section, what matters where it only reads; the rest is Step 1's.
 READING = ("model", "revision", "context", "dtype", "at_once", "answer_tokens", "order")
-EMBEDDED = "embedded"
 
 
 @dataclass(frozen=True)
@@ -41,192 +47,156 @@ class Of:
     keep: bool = False
 
 
+def passage_count(settings: QuestionSet) -> int:
+    """How many passages a set has, or about how many, before it is read."""
+    if isinstance(settings, WorldSet):
+        kinds = [*spec()["worlds"][settings.world]["entities"]] * settings.entities
+        facts = [kind for kind, _ in relations(settings.world)]  # the kinds take turns
+        return settings.wordings_per_fact * sum(map(facts.count, kinds[: settings.entities]))
+    if isinstance(settings.passages, str):
+        file = Path(settings.passages)
+        size = file.stat().st_size if file.is_file() else 0
+        return size // (ROW_GZ if file.suffix == ".gz" else ROW)
+    if settings.passages is None:
+        return POOL * (settings.distill + settings.dev + settings.test)
+    return settings.passages.rows.get(settings.passage_split, 0)
+
+
 class Graph:
-    """All stages of one profile."""
+    """All stages of one profile; `sets` by name, `targets` of the main table with what they are."""
 
     def __init__(self, profile: Profile, note: str = "") -> None:
         self.profile, self.note = profile, note
         self.sets = {one.name: one for one in profile.sets}
         self.has_clozes = all(isinstance(one, WorldSet) for one in profile.sets)
-        self.made: dict[Any, Any] = {}  # stages and other graphs by what was asked for
-
-    def _once(self, asked: Any, make: Callable[[], Any]) -> Any:
-        if asked not in self.made:
-            self.made[asked] = make()
-        return self.made[asked]
+        self.trains_retriever = profile.retriever.model == "embedded"
+        untaught = () if self.has_clozes else UNTAUGHT[1:]  # which are asked by clozes
+        self.targets = {t: what for t, what in TARGETS.items() if not t.startswith(untaught)}
+        self.common = profile.model_dump(mode="json") | {
+            "weights": model_files(profile.reader.model),
+            "nouns": profile.nouns.model,
+            "state": finder_state(profile.nouns.model),
+            "clozes": self.has_clozes,
+            "share": profile.indicators.share,
+            "shuffle_seed": profile.seed,
+        }
+        for name in ("stage", "varied", "again"):
+            setattr(self, name, cache(getattr(self, name)))  # each is made once
 
     def varied(self, variation: str) -> "Graph":
         """The graph with one choice taken otherwise."""
-        changed = varied(self.profile, variation)
-        return self._once(variation, lambda: Graph(changed, f" ({variation})"))
+        return Graph(varied(self.profile, variation), f" ({variation})")
 
     def again(self, seed: int) -> "Graph":
         """The graph whose Step 1 runs with another seed: other training worlds, another order."""
-        if seed == self.profile.step1_seeds[0]:
-            return self
         changed = self.profile.model_copy(update={"step1_seeds": (seed,)})
-        return self._once(seed, lambda: Graph(changed, f" (Step 1 seed {seed})"))
+        return Graph(changed, f" (Step 1 seed {seed})")
 
     def readers(self) -> list[str]:
         """Every reader that is looked at: before Step 1, on the way, and after it."""
-        before = UNTAUGHT if self.has_clozes else UNTAUGHT[:1]
         steps = [f"step {step}" for step in self.profile.reader.kept_steps]
-        return [*before, *steps, "fine-tuned"]
-
-    @property
-    def targets(self) -> dict[str, str]:
-        """The targets of the main table with what they are."""
-        has = self.has_clozes
-        return {t: what for t, what in TARGETS.items() if has or not t.startswith(UNTAUGHT[1])}
+        return [*UNTAUGHT[: 1 + self.has_clozes], *steps, "fine-tuned"]
 
     def has_nouns(self, set_name: str) -> bool:
-        """Whether a noun finder is at hand for a set."""
-        if self.profile.nouns.model == EMBEDDED:
-            return isinstance(self.sets[set_name], WorldSet)
-        return bool(finder_state(self.profile.nouns.model))
+        """Whether a noun finder is at hand for a set; the embedded one knows worlds only."""
+        in_world = isinstance(self.sets[set_name], WorldSet)
+        return in_world if self.profile.nouns.model == "embedded" else bool(self.common["state"])
 
     # One stage
 
     def stage(self, kind: str, of: Of) -> Stage:
         """The stage of a kind; asking for it makes nothing."""
-        return self._once((kind, of), lambda: self._stage(kind, of))
-
-    def _stage(self, kind: str, of: Of) -> Stage:
-        inputs: dict[str, Stage] = {}
-        for role in KINDS[kind].inputs:
-            inputs |= self.input(role, kind, of)
-        settings = {name: self.setting(name, kind, of) for name in KINDS[kind].settings}
-        profile, what = self.profile, ", ".join(filter(None, (of.target, of.which)))
-        if kind in ("step2", "answers"):
-            what += f", seed {of.seed}" + (f", first {of.epochs}" if of.keep else "")
+        seed = f"seed {of.seed}" if kind in ("step2", "answers") else ""
+        part = f"first {of.epochs}" if of.keep else ""
+        what = ", ".join(filter(None, (of.target, of.which, seed, part)))
         if of.start is not None:
             what = f"{what} after {of.start.name.split('/')[2].removesuffix(self.note)}".strip()
         name = "/".join(filter(None, (kind, of.set_name, what))) + self.note
-        machine = {"machine": profile.machine.model_dump(mode="json"), "threads": profile.threads}
-        units = {KINDS[kind].unit: self.units(kind, of)}
-        return Stage(kind, name, f"ragkit.{KINDS[kind].maker}", settings, inputs, machine, units)
+        maker, settings = f"ragkit.{KINDS[kind]['module']}:make_{kind}", self.settings(kind, of)
+        machine = {"machine": self.common["machine"], "threads": self.profile.threads}
+        units = {KINDS[kind]["unit"]: self.units(kind, of)}
+        return Stage(kind, name, maker, settings, self.inputs(kind, of), machine, units)
 
-    def input(self, role: str, kind: str, of: Of) -> dict[str, Stage]:
-        """The stages that stand for a role of a kind's inputs; none where there is nothing."""
-        here = Of(of.set_name)
-        if role == "crops":  # a retriever is trained on the passages, or comes from elsewhere
-            trained = self.profile.retriever.model == EMBEDDED
-            return {"passages": self.stage("passages", here)} if trained else {}
-        if role == "by":
-            made = "style" if of.which in UNTAUGHT else "step1"
-            return {made: self.stage(made, here)}
-        if role == "nouns":
-            return {"nouns": self.stage("nouns", here)} if self.has_nouns(of.set_name) else {}
-        if role == "look":
-            return self.look(of)
-        if role == "ranking":
-            return {"ranking": self.ranking(of)}
-        if role == "retriever" and of.start is not None:
-            return {"retriever": of.start}
-        if role in (
-            "vectors",
-            "index",
-        ):  # stay the initial retriever's if only the query side learns
-            learnt = self.profile.distill.side == "both" or kind in ("vectors", "index")
-            return {role: self.stage(role, replace(here, start=of.start if learnt else None))}
-        if role == "candidates":
-            return {role: self.stage(role, replace(here, start=of.start))}
-        return {role: self.stage(role, replace(here, which=of.which) if role == "tokens" else here)}
+    def inputs(self, kind: str, of: Of) -> dict[str, Stage]:
+        """The stages that a kind is made of, by role; without those that there are not."""
+        by = "style" if of.which in UNTAUGHT else "step1"
+        roles = KINDS[kind].get("inputs", "").replace("by", by).split()
+        found = {role: self.input(role, kind, of) for role in roles}
+        return {role: stage for role, stage in found.items() if stage is not None}
 
-    def look(self, of: Of) -> dict[str, Stage]:
-        """A reader's look that a target is made of; none for a control."""
-        if (taught := teacher_of(of.target)) is None:
-            return {}
-        which, signal = taught
+    def input(self, role: str, kind: str, of: Of) -> Stage | None:
+        """The stage that stands for a role of a kind's inputs; None where there is nothing."""
+        after = Of(of.set_name)
+        match role:
+            case "nouns" if not self.has_nouns(of.set_name):
+                return None
+            case "look":
+                return self.look(of)
+            case "ranking" if of.target not in UNLEARNT:
+                return self.step2(of.set_name, of.target, of.seed)
+            case "ranking":
+                return self.stage(UNLEARNT[of.target], after)
+            case "retriever" if of.start is not None:
+                return of.start
+            case "vectors" | "index" | "candidates":
+                # Where only the query side learns, Step 2 goes on with the first vectors and index.
+                both = self.profile.distill.side == "both"
+                if both or role == "candidates" or kind == "index":
+                    after = replace(after, start=of.start)
+            case "tokens":
+                after = replace(after, which=of.which)
+        return self.stage(role, after)
+
+    def look(self, of: Of) -> Stage | None:
+        """A reader's look that a target is made of; None for a control."""
+        which, signal = teacher_of(of.target) or ("", "")
         kind = "loop" if signal == "LOOP" else "teacher"
-        return {"look": self.stage(kind, Of(of.set_name, which, start=of.start))}
+        return self.stage(kind, Of(of.set_name, which, start=of.start)) if which else None
 
-    def ranking(self, of: Of) -> Stage:
-        """What a system finds: `closed book`, `BM25`, `initial` or a target."""
-        if of.target in ("closed book", "initial"):
-            return self.stage("candidates", Of(of.set_name))
-        if of.target == "BM25":
-            return self.stage("bm25", Of(of.set_name))
-        return self.step2(of.set_name, of.target, of.seed)
-
-    def setting(self, name: str, kind: str, of: Of) -> Any:
-        """A setting of a kind as a JSON value."""
-        profile, settings = self.profile, self.sets[of.set_name]
-        match name:
-            case "set" if kind == "passages":
-                return passage_settings(settings)
-            case "set" if kind == "questions":
-                return question_settings(settings)
-            case "set":
-                return settings.model_dump(mode="json")
-            case "reader" if kind != "step1":
-                return {key: self.section("reader")[key] for key in READING}
-            case "index" if kind == "vectors":
-                return {key: self.section("index")[key] for key in ("dtype", "shard")}
-            case "distill":
-                whole = self.section("distill") | {"epochs": of.epochs}
-                return {key: value for key, value in whole.items() if key != "seeds"}
-            case "weights":
-                model = profile.retriever.model if kind == "retriever" else profile.reader.model
-                trained = kind == "retriever" and model == EMBEDDED
-                return {} if trained else model_files(model)
-            case "world":
-                elsewhere = kind == "retriever" and profile.retriever.model != EMBEDDED
-                return None if elsewhere else getattr(settings, "world", None)
-            case "nouns":
-                return profile.nouns.model
-            case "state":
-                return finder_state(profile.nouns.model)
-            case "seed":
-                own = {"step1": profile.step1_seeds[0], "step2": of.seed}
-                return own.get(kind, profile.seed)
-            case "shuffle_seed":
-                return profile.seed
-            case "k":
-                return profile.k
-            case "share":
-                return profile.indicators.share
-            case "clozes":
-                return self.has_clozes
-            case "closed_book":
-                return of.target == "closed book"
-            case "which" | "target" | "keep":
-                return getattr(of, name)
-            case "questions" | "answered":
-                return self.number(kind, of)
-        return self.section(name)
-
-    def section(self, name: str) -> dict[str, Any]:
-        """A section of the profile as JSON values."""
-        return self._once(
-            ("section", name), lambda: getattr(self.profile, name).model_dump(mode="json")
-        )
+    def settings(self, kind: str, of: Of) -> dict[str, Any]:
+        """A kind's settings as JSON values."""
+        one, number = self.sets[of.set_name], self.number(kind, of)
+        known = vars(of) | self.common | {"set": one.model_dump(mode="json")}
+        known |= {"world": getattr(one, "world", None), "closed_book": of.target == "closed book"}
+        known |= {"questions": number, "answered": number}
+        match kind:
+            case "passages":
+                known["set"] = passage_settings(one)
+            case "questions":
+                known["set"] = question_settings(one)
+            case "retriever":
+                model = self.profile.retriever.model
+                known["weights"] = {} if self.trains_retriever else model_files(model)
+            case "vectors":
+                known["index"] = {key: known["index"][key] for key in ("dtype", "shard")}
+            case "step1":
+                known["seed"] = self.profile.step1_seeds[0]
+            case "step2":
+                own = {key: one for key, one in known["distill"].items() if key != "seeds"}
+                known |= {"distill": own | {"epochs": of.epochs}, "seed": of.seed}
+        if kind != "step1":
+            known["reader"] = {key: known["reader"][key] for key in READING}
+        return {name: known[name] for name in KINDS[kind].get("settings", "").split()}
 
     def number(self, kind: str, of: Of) -> int:
-        """How many questions a stage asks or looks at."""
-        profile, settings = self.profile, self.sets[of.set_name]
-        match kind:
-            case "teacher" | "loop" | "step2":
-                return min(profile.distill.questions, settings.distill)
-            case "tokens" | "contextual" | "closeness":
-                return min(profile.indicators.questions, settings.test)
-            case "style" | "premises":
-                return min(profile.evaluate.answered, settings.dev)
-            case "answers":
-                return min(profile.evaluate.answered, settings.test)
-            case "probe":
-                return PROBED
-        return settings.distill + settings.dev + settings.test
+        """How many questions a stage asks or looks at: of one part, or of all."""
+        profile, one = self.profile, self.sets[of.set_name]
+        if not (part := KINDS[kind].get("part")):
+            return one.distill + one.dev + one.test
+        most = {"distill": profile.distill.questions, "test": profile.indicators.questions}
+        answers = KINDS[kind]["unit"] == "answers"
+        limit = profile.evaluate.answered if answers else most.get(part, PROBED)
+        return min(limit, getattr(one, part))
 
     def units(self, kind: str, of: Of) -> int:
         """A stage's units of work."""
-        profile, unit = self.profile, KINDS[kind].unit
-        if unit == "passages":
-            return passage_count(self.sets[of.set_name])
-        if unit == "crop steps":
-            return profile.retriever.crop_steps if profile.retriever.model == EMBEDDED else 0
-        if unit == "prompts":
-            return profile.reader.steps * profile.reader.batch
+        match KINDS[kind]["unit"]:
+            case "passages":
+                return passage_count(self.sets[of.set_name])
+            case "crop steps":
+                return self.profile.retriever.crop_steps if self.trains_retriever else 0
+            case "prompts":
+                return self.profile.reader.steps * self.profile.reader.batch
         times = {"style": 1 + self.has_clozes, "premises": 4, "step2": of.epochs}
         return self.number(kind, of) * times.get(kind, 1)
 

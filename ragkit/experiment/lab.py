@@ -1,13 +1,13 @@
 """How a notebook opens the experiment: a run, and its stages as the things that they hold.
 
-Asking for a thing makes what is missing. Nothing here loads torch until a model is asked for.
+Asking for a thing makes what is missing. Nothing here loads torch; `models` opens the models.
 """
 
+import copy
 import hashlib
 import json
 import os
 from collections.abc import Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,16 @@ from ragkit.data.asked import Asked
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Corpus, Question
 from ragkit.distillation import targets
-from ragkit.distillation.targets import Scores
 from ragkit.errors import NounsError, ProfileError
 from ragkit.experiment.graph import Graph, Of
 from ragkit.experiment.stages import stages
 from ragkit.experiment.store import Stage, Store
 from ragkit.profile import Profile, load_profile
-from ragkit.settings import QuestionSet
 
 TAKEN = ("course", "lab", "bench")  # folders below `runs/` that are no runs
 OPENED = "RAGKIT_OPENED"  # names a file that takes down which stages a notebook opens
 FIGURES = "RAGKIT_FIGURES"  # names the folder that a notebook's figures go to
+Places = NDArray[np.int64]  # of passages
 
 
 def changed_profile(name_or_path: str, changes: Sequence[str]) -> Profile:
@@ -39,49 +38,36 @@ def changed_profile(name_or_path: str, changes: Sequence[str]) -> Profile:
         digest = hashlib.sha256(json.dumps(sorted(changes)).encode()).hexdigest()[:6]
         profile = profile.model_copy(update={"name": f"{profile.name}-{digest}"})
     if profile.name in TAKEN:
-        raise ProfileError(
-            f"A profile cannot be named {profile.name!r}: that folder below the runs is taken. "
-            "Give it another name."
-        )
+        why = "that folder below the runs is taken. Give it another name."
+        raise ProfileError(f"A profile cannot be named {profile.name!r}: {why}")
     return profile
 
 
-class Lab:
-    """One run: a profile, its folder, and its graph; `graph` may be one of the profile's others."""
+def read_json(file: Path) -> Any:
+    """What a stage's JSON file holds."""
+    return json.loads(file.read_text("utf8"))
 
-    def __init__(
-        self, profile: str | Profile = "tiny", runs: Path | str = "runs", graph: Graph | None = None
-    ) -> None:
-        asked = profile if isinstance(profile, Profile) else changed_profile(profile, ())
-        self.graph = graph or Graph(asked)
-        self.profile, self.runs = self.graph.profile, Path(runs)
-        self.folder = self.runs / asked.name
-        self.store = Store(self.folder)
+
+class Lab:
+    """One run: a profile, its folder and store, and its graph with `sets`, `targets`, `readers`.
+
+    `status` says what happened to each stage that this process opened (`Store.status`); figures and
+    tables go to `figures`.
+    """
+
+    def __init__(self, profile: str | Profile = "tiny", runs: Path | str = "runs") -> None:
+        self.profile = profile if isinstance(profile, Profile) else changed_profile(profile, ())
+        self.runs, self.folder = Path(runs), Path(runs) / self.profile.name
+        self.figures = Path(os.environ.get(FIGURES) or self.folder / "figures")
+        self.store, self.graph = Store(self.folder), Graph(self.profile)
+        self.status, self.sets = self.store.status, self.graph.sets
+        self.targets, self.readers = self.graph.targets, self.graph.readers
         self.corpora: dict[str, Corpus] = {}
 
     @property
-    def sets(self) -> dict[str, QuestionSet]:
-        """The question sets by name."""
-        return self.graph.sets
-
-    @property
-    def figures(self) -> Path:
-        """Where figures and tables go."""
-        return Path(os.environ.get(FIGURES) or self.folder / "figures")
-
-    @property
-    def status(self) -> dict[str, str]:
-        """What happened to each stage that this process opened: `reused`, or `ran: ` and why."""
-        return self.store.status
-
-    @property
-    def targets(self) -> dict[str, str]:
-        """The targets of the main table, with what they are."""
-        return self.graph.targets
-
-    def readers(self) -> list[str]:
-        """Every reader that is looked at, from before Step 1 to after it."""
-        return self.graph.readers()
+    def stages(self) -> list[Stage]:
+        """Every stage of the run, inputs first."""
+        return stages(self.graph)
 
     def open(self, kind: str, set_name: str, which: str = "") -> Path:
         """The folder of a kind of stage of a set, and of a reader; made if it is missing."""
@@ -96,18 +82,16 @@ class Lab:
         return folder
 
     def varied(self, variation: str) -> "Lab":
-        """The lab with one choice taken otherwise; it shares this one's stages."""
-        return self._of(self.graph.varied(variation))
+        """The lab with one choice taken otherwise; it shares this one's store and sets."""
+        return self._with(self.graph.varied(variation))
 
     def again(self, step1_seed: int) -> "Lab":
         """The lab whose Step 1 runs with another seed."""
-        return self._of(self.graph.again(step1_seed))
+        return self._with(self.graph.again(step1_seed))
 
-    def _of(self, graph: Graph) -> "Lab":
-        if graph is self.graph:
-            return self
-        other = Lab(self.profile.model_copy(update={"name": self.folder.name}), self.runs, graph)
-        other.store = self.store
+    def _with(self, graph: Graph) -> "Lab":
+        other = copy.copy(self)
+        other.graph, other.profile = graph, graph.profile
         return other
 
     # Questions, and what is found for them
@@ -119,17 +103,13 @@ class Lab:
             self.corpora[set_name] = Corpus.load(set_name, *places)
         return self.corpora[set_name]
 
-    def candidates(self, set_name: str) -> dict[str, NDArray[np.int64]]:
-        """The first 20 passages of each question by the initial retriever, by part `[n, 20]`."""
-        return load_file(self.open("candidates", set_name) / "candidates.safetensors")
+    def candidates(self, set_name: str, by: str = "candidates") -> dict[str, Places]:
+        """By part, each question's first 20 passages `[n, 20]`: the initial retriever's, or BM25's
+        (`bm25`, for `test` alone).
+        """
+        return load_file(self.open(by, set_name) / "candidates.safetensors")
 
-    def bm25(self, set_name: str) -> NDArray[np.int64]:
-        """The first 20 passages of each test question by BM25 `[n, 20]`."""
-        return load_file(self.open("bm25", set_name) / "candidates.safetensors")["test"]
-
-    def found(
-        self, set_name: str, part: str, ranking: NDArray[np.int64] | None = None
-    ) -> list[list[Passage]]:
+    def found(self, set_name: str, part: str, ranking: Places | None = None) -> list[list[Passage]]:
         """The k passages of each question of a part, by the initial retriever or a ranking."""
         passages = self.corpus(set_name).passages
         rows = self.candidates(set_name)[part] if ranking is None else ranking
@@ -149,60 +129,15 @@ class Lab:
 
         Raises NounsError, which says why, where no noun finder is at hand for this set.
         """
-        spans = read_json(self._nouns(set_name) / "spans.json")[part]
-        return [[(start, end) for start, end in question] for question in spans]
-
-    def _nouns(self, set_name: str) -> Path:
         if not self.graph.has_nouns(set_name):
-            model = self.profile.nouns.model
-            why = (
-                "the embedded one knows the embedded worlds only"
-                if model == "embedded"
-                else f"{model!r} is neither an installed spaCy package nor a pipeline's folder"
-            )
             raise NounsError(
-                f"No noun finder for the questions of {set_name}: {why}. Install one (python -m "
-                "spacy download en_core_web_sm) and name it under nouns.model, or name a folder."
+                f"No noun finder for the questions of {set_name}: {self.profile.nouns.model!r} is "
+                "neither an installed spaCy package nor a pipeline's folder, and the embedded one "
+                "knows the embedded worlds only. Install one (python -m spacy download "
+                "en_core_web_sm) and name it under nouns.model, or name a folder."
             )
-        return self.open("nouns", set_name)
-
-    # Models
-
-    def start(self) -> None:
-        """Takes the profile's device and threads for this process."""
-        from ragkit.models import device  # it loads torch: only who asks for a model waits
-
-        device.start(self.profile.machine, self.profile.threads)
-
-    def retriever(self, set_name: str) -> Any:
-        """The initial retriever (`ragkit.models.retriever.Retriever`)."""
-        from ragkit.models.retriever import Retriever
-
-        self.start()
-        folder = self.open("retriever", set_name) / "model"
-        return Retriever.load(str(folder), self.profile.retriever)
-
-    def vectors(self, set_name: str) -> Any:
-        """The initial retriever's vectors of all passages (`ragkit.models.index.Index`)."""
-        from ragkit.models.index import Index
-
-        return Index.open(self.open("vectors", set_name))
-
-    def reader(self, set_name: str, which: str) -> Any:
-        """One of `readers()` (`ragkit.models.reader.Reader`)."""
-        from ragkit.models.fid import open_reader
-
-        self.start()
-        made = "style" if which in targets.UNTAUGHT else "step1"
-        reading = self.graph.setting("reader", "tokens", Of(set_name, which))
-        place = {kind: self.open(kind, set_name) for kind in ("passages", "questions", made)}
-        return open_reader(place, {"reader": reading, "which": which})
-
-    def style(self, set_name: str, which: str) -> str:
-        """How a reader is asked: `question` or `cloze`."""
-        if which not in targets.UNTAUGHT:
-            return "question"
-        return read_json(self.open("style", set_name) / "style.json")[which]
+        spans = read_json(self.open("nouns", set_name) / "spans.json")[part]
+        return [[(start, end) for start, end in question] for question in spans]
 
     # What readers see, and what is taught with it
 
@@ -210,31 +145,17 @@ class Lab:
         """All scores of one reader on the questions for distillation."""
         return load_file(self.open("teacher", set_name, which) / "scores.safetensors")
 
-    def left_out(self, set_name: str, which: str) -> NDArray[np.float64]:
-        """LOOP's scores of one reader on the questions for distillation `[questions, k]`."""
-        scores = load_file(self.open("loop", set_name, which) / "scores.safetensors")
-        return scores["loop"].astype(np.float64)
-
-    def probes(self, set_name: str) -> dict[str, dict[str, float]]:
-        """Both indicators of every reader on a few dev questions."""
-        folders = {which: self.open("probe", set_name, which) for which in self.readers()}
-        return {which: read_json(folder / "indicators.json") for which, folder in folders.items()}
-
-    def asked(self, set_name: str) -> tuple[list[Question], NDArray[np.int64]]:
+    def asked(self, set_name: str) -> tuple[list[Question], Places]:
         """The questions for distillation and their candidates `[questions, k]`."""
         n, k = self.profile.distill.questions, self.profile.k
         questions = self.corpus(set_name).questions["distill"][:n]
         return questions, self.candidates(set_name)["distill"][: len(questions), :k]
 
-    def _stored(self, set_name: str, target: str) -> Scores | None:
-        """The stored scores of the reader that a target is made of; None for a control."""
-        look = self.graph.look(Of(set_name, target=target))
-        return load_file(self.open_stage(look["look"]) / "scores.safetensors") if look else None
-
     def scores(self, set_name: str, target: str) -> NDArray[np.float64]:
         """What a target is made of `[questions, k]`: a reader's scores, or a control's."""
+        look = self.graph.look(Of(set_name, target=target))
+        stored = load_file(self.open_stage(look) / "scores.safetensors") if look else None
         asked = Asked(self.corpus(set_name), *self.asked(set_name))
-        stored = self._stored(set_name, target)
         return targets.scores_of(target, stored, asked, self.profile.attention)
 
     def target(self, set_name: str, target: str) -> NDArray[np.float64]:
@@ -244,7 +165,7 @@ class Lab:
 
     def distilled(
         self, set_name: str, target: str, seed: int
-    ) -> tuple[NDArray[np.int64], list[dict[str, float]]]:
+    ) -> tuple[Places, list[dict[str, float]]]:
         """Step 2: the test ranking `[questions, 20]`, and the curve over epochs.
 
         With index refreshes the curve is that of the last part.
@@ -252,13 +173,3 @@ class Lab:
         folder = self.open_stage(self.graph.step2(set_name, target, seed))
         ranking = load_file(folder / "ranking.safetensors")["test"]
         return ranking, read_json(folder / "curve.json")
-
-    @cached_property
-    def stages(self) -> list[Stage]:
-        """Every stage of the run, inputs first."""
-        return stages(self.graph)
-
-
-def read_json(file: Path) -> Any:
-    """What a stage's JSON file holds."""
-    return json.loads(file.read_text("utf8"))

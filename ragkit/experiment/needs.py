@@ -11,7 +11,7 @@ import yaml
 from ragkit.errors import ProfileError
 from ragkit.experiment.store import Stage
 from ragkit.profile import Profile
-from ragkit.settings import HubSet, HubTable, asset
+from ragkit.settings import ASSETS, HubSet, HubTable, asset
 
 BASE = 0.8e9  # bytes of a process that has loaded torch and transformers
 PASSAGE, QUESTION, ANSWER = 150, 20, 16  # tokens of 100 words of Wikipedia; asked; written
@@ -42,7 +42,7 @@ def shape_of(model: str) -> Shape:
     from accelerate import init_empty_weights  # only who plans waits for torch
     from transformers import AutoConfig, AutoModel
 
-    folder = asset("reader") if model == "embedded" else Path(model)
+    folder = ASSETS / "reader" if model == "embedded" else Path(model)
     if folder.is_dir():
         config = AutoConfig.from_pretrained(folder)
     elif model in hub()["models"]:

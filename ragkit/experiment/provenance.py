@@ -1,65 +1,141 @@
-"""Where, when and by what a result was made: what each stage and notebook says of itself."""
+"""What a result depends on: code, libraries, models' files; and where and when it was made.
 
-import functools
+Code is every module of the package that a maker or a notebook reaches, each by its syntax tree
+without docstrings and comments: rewording a comment makes nothing anew. Asset files count through
+the calls `asset("name")` in those modules.
+"""
+
+import ast
+import hashlib
 import os
 import platform
+import re
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import suppress
+from functools import cache
 from importlib import metadata
+from importlib.util import find_spec, resolve_name
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from ragkit.experiment.closure import PACKAGE
+from ragkit.data.files import file_hash
+from ragkit.data.questions import contents
+from ragkit.settings import ASSETS
 
+PACKAGE = Path(__file__).parent.parent
 LIBRARIES = (
-    "torch", "transformers", "tokenizers", "sentence-transformers", "accelerate", "numpy", "scipy",
-    "faiss-cpu", "bm25s", "spacy", "datasets",
-)  # fmt: skip
+    *("torch", "transformers", "tokenizers", "sentence-transformers", "accelerate", "numpy"),
+    *("scipy", "faiss-cpu", "bm25s", "spacy", "datasets"),
+)
 
 
-@functools.cache
-def versions(names: tuple[str, ...] = LIBRARIES) -> dict[str, str]:
-    """The installed versions of libraries that results depend on, and Python's."""
+def used(tree: ast.AST, package: str) -> Iterator[str]:
+    """The names that a syntax tree in `package` imports, and its asset files as `assets/name`."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from (one.name for one in names)
+            case ast.ImportFrom(module=module, names=names, level=level):
+                start = resolve_name("." * level + (module or ""), package)
+                yield from (f"{start}.{one.name}" for one in names)  # a module, or a name in one
+            case ast.Call(
+                func=ast.Name("asset") | ast.Attribute(attr="asset"), args=[ast.Constant(str(name))]
+            ):
+                files = [ASSETS / name, *(ASSETS / name).rglob("*")]
+                yield from (str(one.relative_to(PACKAGE)) for one in files if one.is_file())
+
+
+def without_docstrings(tree: ast.AST) -> str:
+    """A syntax tree as text; comments are already gone, docstrings are taken out."""
+    documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module
+    for node in ast.walk(tree):
+        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+            node.body = node.body[1:] or [ast.Pass()]
+    return ast.dump(tree)
+
+
+@cache
+def reached(name: str) -> tuple[str, list[str]]:
+    """The fingerprint of a module or asset of the package, and the names that it leads to.
+
+    A name in a module leads to the module, and that to the packages above it. The fingerprint is
+    empty where there is no such file.
+    """
+    if name.startswith("assets/"):
+        return file_hash(PACKAGE / name)[:16], []
+    above, place = name.rpartition(".")[0], PACKAGE.parent.joinpath(*name.split("."))
+    file = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    if name.split(".")[0] != PACKAGE.name or not file.is_file():
+        return "", [above]
+    tree = ast.parse(file.read_text("utf8"))
+    further = [above, *used(tree, name if place.is_dir() else above)]
+    return hashlib.sha256(without_docstrings(tree).encode()).hexdigest()[:16], further
+
+
+@cache
+def closure(source: str) -> dict[str, str]:
+    """Fingerprints of the modules and assets that a source text reaches, by name, sorted."""
+    found: dict[str, str] = {}
+    waiting = list(used(ast.parse(source), ""))
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found[name], further = reached(name)
+            waiting += further
+    return {name: code for name, code in sorted(found.items()) if code}
+
+
+@cache
+def versions(also: tuple[str, ...] = ()) -> dict[str, str]:
+    """The installed versions of Python, LIBRARIES and others, on which results depend."""
     found = {"python": ".".join(platform.python_version_tuple()[:2])}
-    for name in names:
+    for name in LIBRARIES + also:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
 
 
-def memory_from_now() -> Callable[[], int | None]:
-    """A function that gives this process's peak memory (MiB) since now; None without /proc."""
-    status = Path("/proc/self/status")
+def model_files(name: str) -> dict[str, str]:
+    """The files that make a local model what it is, by hash, no model card; empty for a hub name.
+
+    Not by `asset()` for the embedded reader: every stage that loads it has these in its settings.
+    """
+    found = contents(str(ASSETS / "reader") if name == "embedded" else name)
+    kinds = (".safetensors", ".json", ".gguf")
+    return {Path(file).name: code for file, code in found.items() if file.endswith(kinds)}
+
+
+def finder_state(model: str) -> dict[str, str]:
+    """What a noun finder is, by version or hashes; empty where there is none."""
+    if model == "embedded":
+        return {model: "trained here"}
+    is_package = model.isidentifier() and find_spec(model)
+    return contents(model) or ({model: metadata.version(model)} if is_package else {})
+
+
+def peak_memory() -> int | None:
+    """This process's peak memory (MiB) since it was last asked for; None without /proc."""
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    told = re.search(r"VmHWM:\s+(\d+)", status.read_text() if status.is_file() else "")
     with suppress(OSError):  # where the peak may not be reset it is that of the whole process
-        Path("/proc/self/clear_refs").write_text("5")
-
-    def peak() -> int | None:
-        lines = status.read_text().splitlines() if status.is_file() else []
-        return next((int(line.split()[1]) // 1024 for line in lines if "VmHWM" in line), None)
-
-    return peak
+        reset.write_text("5")
+    return int(told[1]) // 1024 if told else None
 
 
-@functools.cache
+@cache
 def commit() -> dict[str, Any]:
-    """The checkout's commit, and whether the package differs from it."""
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(PACKAGE.parent), *words]
-        try:
-            return subprocess.run(
-                command, capture_output=True, text=True, check=False
-            ).stdout.strip()
-        except OSError:  # no git here
-            return ""
-
-    found = git("rev-parse", "HEAD")
-    dirty = bool(git("status", "--porcelain", "--", PACKAGE.name, "notebooks"))
-    return {"commit": found, "dirty": dirty} if found else {"commit": "not a git checkout"}
+    """The checkout's commit, and whether package or notebooks differ from it."""
+    command = ["git", "status", "--porcelain=v2", "--branch", "--", PACKAGE.name, "notebooks"]
+    options: Any = {"cwd": PACKAGE.parent, "capture_output": True, "text": True, "check": False}
+    with suppress(OSError):  # no git here
+        told = subprocess.run(command, **options).stdout
+        if found := re.match(r"# branch\.oid (\w+)", told):
+            return {"commit": found[1], "dirty": bool(re.search("^[^#]", told, re.MULTILINE))}
+    return {"commit": "not a git checkout"}
 
 
 def provenance() -> dict[str, Any]:

@@ -1,31 +1,31 @@
 """Stages remembered on disk by what they were made from, and why one must be made.
 
-A finished stage lies in `<run>/stages/<kind>/<key>` and is never changed. Its key is made of all
-that its result depends on, so going back to an earlier setting finds the earlier result. Beside
-the result lies `stage.json`: the record behind the key, the hashes of the files, and where, when
-and by what it was made (commit, versions, machine, seconds, peak memory, work).
+A finished stage lies in `<run>/stages/<kind>/<key>` and is never changed. The key is made of all
+that the result depends on: going back to an earlier setting finds the earlier result. Beside it
+lies `stage.json`: the record behind the key, hashes of the files, cost and provenance.
 """
 
-import functools
 import hashlib
-import importlib
 import json
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import filelock
 
 from ragkit.data.files import file_hash, room_on_disk, write_whole
 from ragkit.errors import StoreError
-from ragkit.experiment.closure import closure_of
-from ragkit.experiment.provenance import memory_from_now, provenance, versions
+from ragkit.experiment.provenance import closure, peak_memory, provenance, versions
 from ragkit.settings import FREE, MachineSettings
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,7 @@ KNOBS = {
     "retriever": "retriever.crop_batch",
     "vectors": "retriever.at_once (texts in one pass) or retriever.passage_tokens",
     "index": "index.shard or index.trained_on",
-    "step1": "reader.at_once (prompts in one pass), set reader.gradient_checkpointing to true, or "
-    "train adapters only with reader.lora_rank",
+    "step1": "reader.at_once, set reader.gradient_checkpointing, or adapt only (reader.lora_rank)",
     "step2": "distill.batch, or set distill.side to 'query'",
 }  # what to turn where memory runs out
 RECORD = "stage.json"
@@ -43,12 +42,12 @@ MAIN = os.environ.get("RANK", "0") == "0"
 
 
 def without_free(settings: Any) -> Any:
-    """Settings without those that change no result (`settings.FREE`), as plain JSON values."""
-    if isinstance(settings, Mapping):
-        return {name: without_free(one) for name, one in settings.items() if name not in FREE}
-    if isinstance(settings, list | tuple):
-        return [without_free(one) for one in settings]
-    return settings
+    """Settings as plain JSON values, without those that change no result (`settings.FREE`)."""
+
+    def kept(values: dict[str, Any]) -> dict[str, Any]:
+        return {name: one for name, one in values.items() if name not in FREE}
+
+    return json.loads(json.dumps(settings), object_hook=kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +55,8 @@ class Stage:
     """One node of the experiment.
 
     `maker` is `module:function`, called as `function(folder, inputs, settings)` with the folders of
-    the inputs by their roles. `settings` are JSON values; `machine` (device, threads) is part of
-    the key too. `units` say how much work it is, for the plan and the throughput, and change no
-    key.
+    the inputs by role; `settings` are JSON values. `machine` (device, threads) is part of the key,
+    `units`, how much work it is, are not.
     """
 
     kind: str
@@ -69,36 +67,29 @@ class Stage:
     machine: Mapping[str, Any] = field(default_factory=dict)
     units: Mapping[str, float] = field(default_factory=dict)
 
-    @functools.cached_property
+    @cached_property
     def record(self) -> dict[str, Any]:
         """All that the result depends on."""
         return {
             "maker": self.maker,
-            "settings": json.loads(json.dumps(without_free(self.settings))),
+            "settings": without_free(self.settings),
             "inputs": {role: [one.name, one.key] for role, one in self.inputs.items()},
-            "code": closure_of(self.maker.partition(":")[0]),
+            "code": closure(f"import {self.maker.partition(':')[0]}"),
             "versions": versions(),
             "machine": without_free(self.machine),
         }
 
-    @functools.cached_property
+    @cached_property
     def key(self) -> str:
         """The record's fingerprint; names of inputs are for people and do not count."""
-        inputs = {role: key for role, (_, key) in self.record["inputs"].items()}
+        inputs = {role: one.key for role, one in self.inputs.items()}
         text = json.dumps(self.record | {"inputs": inputs}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-    @property
-    def place(self) -> Path:
-        """Where it lies below `stages/`."""
-        return Path(self.kind, self.key)
 
 
 def agreed(value: Any) -> Any:
     """The main process's value, in every process of a run."""
-    if not SHARED:
-        return value
-    return importlib.import_module("ragkit.models.device").agreed(value)
+    return import_module("ragkit.models.device").agreed(value) if SHARED else value
 
 
 @contextmanager
@@ -108,8 +99,8 @@ def room_in_memory(stage: Stage) -> Iterator[None]:
         yield
     except (RuntimeError, MemoryError) as error:
         # torch's own errors are RuntimeErrors, that of its CPU allocator has no class
-        words = ("out of memory", "can't allocate memory")
-        if not isinstance(error, MemoryError) and not any(w in str(error).lower() for w in words):
+        told = re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE)
+        if not (told or isinstance(error, MemoryError)):
             raise
         knob = KNOBS.get(stage.kind, "reader.at_once (prompts in one pass)")
         raise StoreError(
@@ -133,18 +124,12 @@ def read_record(home: Path) -> dict[str, Any] | None:
         return None
 
 
-@contextmanager
-def only_run(run: Path) -> Iterator[None]:
+def only_run(run: Path) -> AbstractContextManager[Any]:
     """Holds a run's folder; a second run in it is refused with a sentence."""
-    lock = filelock.FileLock(run / "run.lock")
     try:
-        lock.acquire(timeout=0)
+        return filelock.FileLock(run / "run.lock").acquire(timeout=0)
     except filelock.Timeout:
         raise StoreError(f"Another run is working in {run}. Wait for it to end.") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 class Store:
@@ -155,14 +140,14 @@ class Store:
         self.sound: dict[str, Path] = {}  # by key: checked, or made, by this process
         self.status: dict[str, str] = {}  # by name: 'reused', or 'ran: ' and the reason
         try:
-            for part in ("stages", "partial"):
-                (folder / part).mkdir(parents=True, exist_ok=True)
+            (folder / "partial").mkdir(parents=True, exist_ok=True)
         except OSError as error:
             why = f"{error.strerror}: {error.filename}"
             raise StoreError(f"{folder} cannot be made ({why}). Choose another --runs.") from None
 
     def home(self, stage: Stage) -> Path:
-        return self.folder / "stages" / stage.place
+        """Where a stage lies, or will lie."""
+        return self.folder / "stages" / stage.kind / stage.key
 
     def open(self, stage: Stage) -> Path:
         """The folder of a stage; what is missing of it and of its inputs is made."""
@@ -181,7 +166,8 @@ class Store:
     def why_not(self, stage: Stage) -> str | None:
         """Why a stage must be made; None if it need not be."""
         home = self.home(stage)
-        self._take_over(stage)
+        if not home.exists():
+            self._take_over(stage, home)
         saved = read_record(home)
         if saved is None:
             return "its record is damaged" if (home / RECORD).exists() else self._news(stage)
@@ -190,108 +176,70 @@ class Store:
                 return f"{name} is damaged or missing"
         return None
 
-    def _take_over(self, stage: Stage) -> None:
-        """Links a stage that another profile's run beside this one has made."""
-        home = self.home(stage)
-        if home.exists() or not MAIN:
-            return
-        for other in sorted(self.folder.parent.glob(f"*/stages/{stage.place}/{RECORD}")):
-            aside = self.folder / "partial" / f"{stage.kind}-{stage.key}.{os.getpid()}.link"
-            shutil.rmtree(aside, ignore_errors=True)
-            with suppress(OSError):  # another process was faster, or there is no room for copies
-                shutil.copytree(other.parent, aside, copy_function=link)
-                home.parent.mkdir(parents=True, exist_ok=True)
-                aside.rename(home)
-            shutil.rmtree(aside, ignore_errors=True)
-            return
+    def _take_over(self, stage: Stage, home: Path) -> None:
+        """Links the files of a stage that another profile's run beside this one has made."""
+        places = self.folder.parent.glob(f"*/stages/{stage.kind}/{stage.key}/{RECORD}")
+        if (other := next(places, None)) is not None:
+            home.parent.mkdir(parents=True, exist_ok=True)
+            # another process may be faster; a disk that knows no links gets its stage made
+            with suppress(OSError), TemporaryDirectory(dir=self.folder / "partial") as aside:
+                whole = shutil.copytree(other.parent, Path(aside, "whole"), copy_function=os.link)
+                whole.rename(home)
 
     def _news(self, stage: Stage) -> str:
         """The first thing that is new against the newest stage of the same name."""
-        kept = []
-        for home in (self.folder / "stages" / stage.kind).glob("*"):
-            saved = read_record(home)
-            if saved is not None and saved["name"] == stage.name:
-                kept.append((saved["made"]["when"], saved["record"]))
-        newest = max(kept, key=lambda one: str(one[0]), default=None)
-        return "not made yet" if newest is None else difference(newest[1], stage.record)
+        kept = map(read_record, (self.folder / "stages" / stage.kind).glob("*"))
+        same = [saved for saved in kept if saved is not None and saved["name"] == stage.name]
+        newest = max(same, key=lambda saved: saved["made"]["when"], default=None)
+        return difference(newest["record"], stage.record) if newest else "not made yet"
 
     def _make(self, stage: Stage, reason: str) -> None:
-        """Runs the maker aside and renames its folder into place in one step."""
-        partial = self.folder / "partial" / f"{stage.kind}-{stage.key}"
+        """Runs the maker aside, writes the record, and renames the folder into place."""
+        partial, home = self.folder / "partial" / f"{stage.kind}-{stage.key}", self.home(stage)
         if MAIN:
             log.info("running  %s (%s)", stage.name, reason)
-            shutil.rmtree(self.home(stage), ignore_errors=True)  # damaged
+            shutil.rmtree(home, ignore_errors=True)  # damaged
             partial.mkdir(exist_ok=True)
-            (partial / "name.txt").write_text(stage.name, "utf8")
         agreed(None)
         module, _, function = stage.maker.partition(":")
-        started, peak = time.monotonic(), memory_from_now()
+        started, _ = time.monotonic(), peak_memory()  # from here on
         with room_on_disk(self.folder, f"stage {stage.name}"), room_in_memory(stage):
             if stage.machine and not module.startswith("ragkit.data"):  # that needs no torch
-                device = importlib.import_module("ragkit.models.device")
-                device.start(MachineSettings(**stage.machine["machine"]), stage.machine["threads"])
-            maker = getattr(importlib.import_module(module), function)
-            maker(partial, {r: self.open(one) for r, one in stage.inputs.items()}, stage.settings)
-            seconds = round(time.monotonic() - started, 2)
+                machine = MachineSettings(**stage.machine["machine"])
+                import_module("ragkit.models.device").start(machine, stage.machine["threads"])
+            inputs = {role: self.open(one) for role, one in stage.inputs.items()}
+            getattr(import_module(module), function)(partial, inputs, stage.settings)
             if MAIN:
-                (partial / "name.txt").unlink()
-                self.finish(partial, stage, {"seconds": seconds, "peak_mib": peak()})
+                seconds = round(time.monotonic() - started, 2)
+                saved: dict[str, Any] = {"name": stage.name, "kind": stage.kind}
+                saved |= {"record": stage.record, "units": dict(stage.units)}
+                saved |= {"seconds": seconds, "peak_mib": peak_memory()}
+                saved |= {"made": provenance(), "files": contents(partial)}
+                write_whole(partial / RECORD, json.dumps(saved, indent=1))
+                home.parent.mkdir(parents=True, exist_ok=True)
+                partial.rename(home)
+                log.info("done     %s in %.1f s", stage.name, seconds)
         agreed(None)
         self.status[stage.name] = f"ran: {reason}"
-        if MAIN:
-            log.info("done     %s in %.1f s", stage.name, seconds)
 
-    def finish(self, partial: Path, stage: Stage, cost: Mapping[str, Any]) -> None:
-        """Writes a stage's record and moves its folder into place."""
-        saved = {
-            "name": stage.name,
-            "kind": stage.kind,
-            "record": stage.record,
-            **cost,
-            "units": dict(stage.units),
-            "made": provenance(),
-            "files": contents(partial),
-        }
-        write_whole(partial / RECORD, json.dumps(saved, indent=1))
-        home = self.home(stage)
-        home.parent.mkdir(parents=True, exist_ok=True)
-        partial.rename(home)
-
-    @contextmanager
-    def alone(self, stage: Stage) -> Iterator[None]:
+    def alone(self, stage: Stage) -> AbstractContextManager[Any]:
         """Holds one stage, so that a notebook opened beside a run waits for it."""
         lock = filelock.FileLock(self.folder / "partial" / f"{stage.kind}-{stage.key}.lock")
         try:
-            lock.acquire(timeout=0)
+            return lock.acquire(timeout=0)
         except filelock.Timeout:
             log.info("waiting  %s is being made by another process", stage.name)
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
-
-
-def link(source: str, copy: str) -> str:
-    """A second name for a file that is never changed; a copy where the disk knows no links."""
-    try:
-        os.link(source, copy)
-    except OSError:
-        shutil.copy2(source, copy)
-    return copy
+            return lock.acquire()
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -> str:
     """The first thing in which two records differ, for people."""
-    for key in [*old, *(k for k in new if k not in old)]:
+    for key in dict.fromkeys([*old, *new]):
         was, now = old.get(key), new.get(key)
-        if was == now:
-            continue
-        if path == "inputs.":
-            return f"{(now or was or [key])[0]} was made anew"
-        if isinstance(was, Mapping) and isinstance(now, Mapping):
-            return difference(was, now, f"{path}{key}.")
-        if path == "code.":
-            return f"{key} changed"
-        return f"{path}{key} {was} -> {now}"
+        if was != now:
+            if path == "inputs.":
+                return f"{(now or was or [key])[0]} was made anew"
+            if isinstance(was, Mapping) and isinstance(now, Mapping):
+                return difference(was, now, f"{path}{key}.")
+            return f"{key} changed" if path == "code." else f"{path}{key} {was} -> {now}"
     return "unknown"

@@ -23,7 +23,9 @@ def per_question(lab: Lab, set_name: str) -> pd.DataFrame:
     """
     corpus, frames = lab.corpus(set_name), []
     questions = corpus.questions["test"]
-    rankings = {("BM25", 0): lab.bm25(set_name)} if lab.profile.evaluate.bm25 else {}
+    rankings: dict[tuple[str, int], NDArray[np.int64]] = {}
+    if lab.profile.evaluate.bm25:
+        rankings["BM25", 0] = lab.candidates(set_name, "bm25")["test"]
     rankings["initial", 0] = lab.candidates(set_name)["test"]
     for target, seed in product(lab.targets, lab.profile.distill.seeds):
         rankings[target, seed] = lab.distilled(set_name, target, seed)[0]

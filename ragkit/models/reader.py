@@ -20,7 +20,7 @@ from ragkit.data.questions import Question
 from ragkit.errors import ReaderError
 from ragkit.models import device
 from ragkit.models.loading import readable
-from ragkit.settings import ReaderSettings, asset
+from ragkit.settings import ASSETS, ReaderSettings
 
 ANSWER_TOKENS = 32  # where neither the settings nor the questions say it
 PART = {"other": -1, "question": -2, "answer": -3, "title": -4}  # owners that are no passage
@@ -213,7 +213,7 @@ class Reader:
 
 def embedded_reader() -> Path:
     """The folder of the reader that ships. Raises ReaderError if a file in it was changed."""
-    folder = asset("reader")
+    folder = ASSETS / "reader"
     for line in (folder / "sha256.txt").read_text("utf8").splitlines():
         expected, name = line.split()
         if not (folder / name).is_file() or file_hash(folder / name) != expected:

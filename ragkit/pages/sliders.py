@@ -65,12 +65,14 @@ def indicators(lab: Lab, name: str) -> dict[str, list[dict[str, Any]]]:
 
 def set_data(lab: Lab, name: str) -> dict[str, Any]:
     """What the page needs of one question set."""
+    from ragkit.experiment import models  # it loads torch: only who writes the page waits
+
     scores = {which: lab.teacher(name, which)["attention"] for which in lab.readers()}
     asked, candidates = lab.asked(name)
     chosen = sample(len(asked), max(one[0].size for one in scores.values()))
     corpus, questions, found = lab.corpus(name), [asked[i] for i in chosen], candidates[chosen]
-    queries = lab.retriever(name).encode([q.text for q in questions])
-    retr = np.einsum("qd,qkd->qk", queries, lab.vectors(name).take(found))
+    queries = models.retriever(lab, name).encode([q.text for q in questions])
+    retr = np.einsum("qd,qkd->qk", queries, models.vectors(lab, name).take(found))
     gold = targets.oracle_scores(found.tolist(), corpus.golds(questions, found))
     examples = []
     for question, row in zip(questions[:EXAMPLES], found, strict=False):

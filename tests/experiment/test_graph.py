@@ -21,6 +21,10 @@ from ragkit.profile import VARIATIONS, load_profile
 
 ROOT = Path(__file__).parent.parent.parent
 NOTEBOOKS = {path.stem[:2] for path in (ROOT / "notebooks").glob("*.ipynb")}
+JUDGED = {"00", "05", "06", "07", "08", "09"}  # notebooks that reach the claims
+COMPUTE = {"00", "02", "03", "04", "07"}  # those that load a model, or reach what does
+READERS = {"style", "step1", "premises", "answers", "teacher", "loop", "tokens", "contextual",
+           "closeness", "probe"}  # fmt: skip
 SCRIPT = """
 import json, sys
 from importlib import metadata
@@ -32,7 +36,7 @@ import ragkit
 assert Path(ragkit.__file__).parent == Path.cwd() / "ragkit"
 from test_graph import told
 print(json.dumps(told()))
-assert not {"torch", "transformers"} & sys.modules.keys()
+assert not {"torch", "transformers", "datasets", "spacy"} & sys.modules.keys()
 """
 
 
@@ -69,7 +73,7 @@ class Copy:
 
     def edit(self, file, old, new):
         """Replaces one piece of a file by another."""
-        path = self.folder / file
+        path = self.folder / "ragkit" / file
         text = path.read_text("utf8")
         assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {file}"
         path.write_text(text.replace(old, new), "utf8")
@@ -107,12 +111,14 @@ def below(stages, kinds):
     return set(found)
 
 
+def reason(old, new, name):
+    """Why a stage is made anew."""
+    return difference(old[0][name]["record"], new[0][name]["record"])
+
+
 def reasons(old, new):
     """Why each notebook that differs would be run again."""
     return {difference(old[1][n], new[1][n]) for n in new[1] if old[1][n] != new[1][n]}
-
-
-JUDGED = {"00", "05", "06", "07", "08", "09"}  # notebooks that reach the claims
 
 
 @pytest.mark.parametrize(
@@ -123,48 +129,55 @@ JUDGED = {"00", "05", "06", "07", "08", "09"}  # notebooks that reach the claims
     ],
 )
 def test_a_rule_and_a_filled_value_rerun_the_notebooks_that_judge(before, copy, asset, old, new):
-    copy.edit(f"ragkit/assets/{asset}", old, new)
+    copy.edit(f"assets/{asset}", old, new)
     after = copy.read()
-    stages, notebooks = anew(before, after)
-    assert not stages
-    assert notebooks == JUDGED
+    assert anew(before, after) == (set(), JUDGED)
     assert reasons(before, after) == {f"assets/{asset} changed"}
 
 
 def test_an_edited_world_reruns_all_that_comes_from_it(before, copy):
-    copy.edit("ragkit/assets/worlds.yaml", "names:\n", "# a comment in data counts\nnames:\n")
+    copy.edit("assets/worlds.yaml", "names:\n", "# a comment in data counts\nnames:\n")
     after = copy.read()
-    stages, notebooks = anew(before, after)
-    assert stages == after[0].keys()
-    assert notebooks == NOTEBOOKS
+    assert anew(before, after) == (set(after[0]), NOTEBOOKS)
     assert "assets/worlds.yaml changed" in reasons(before, after)
-    record = "passages/trivia"
-    assert difference(before[0][record]["record"], after[0][record]["record"]) == (
-        "assets/worlds.yaml changed"
-    )
+    assert reason(before, after, "passages/trivia") == "assets/worlds.yaml changed"
 
 
 def test_a_dict_constant_reruns_what_its_module_reaches(before, copy):
-    copy.edit("ragkit/models/reader.py", '"title": -4', '"title": -5')
+    copy.edit("models/reader.py", '"title": -4', '"title": -5')
     after = copy.read()
     stages, notebooks = anew(before, after)
-    readers = {"style", "step1", "premises", "answers", "teacher", "loop", "tokens", "contextual",
-               "closeness", "probe"}  # fmt: skip
-    assert stages == below(before[0], readers)
-    assert kinds_of(before[0], stages) == readers | {"step2", "candidates"}  # taught by readers
+    assert stages == below(before[0], READERS)
+    assert kinds_of(before[0], stages) == READERS | {"step2", "candidates"}  # taught by readers
     assert "step2/almanac/oracle, seed 0" not in stages
-    assert notebooks == NOTEBOOKS  # the lab opens readers
-
-    def reason(name):
-        return difference(before[0][name]["record"], after[0][name]["record"])
-
-    assert reason("style/almanac") == "ragkit.models.reader changed"
-    taught = reason("step2/almanac/fine-tuned perplexity, seed 0")
+    assert notebooks == COMPUTE
+    assert reason(before, after, "style/almanac") == "ragkit.models.reader changed"
+    taught = reason(before, after, "step2/almanac/fine-tuned perplexity, seed 0")
     assert taught == "teacher/almanac/fine-tuned was made anew"
 
 
+def test_step_1_reruns_what_it_made_and_no_notebooks_code(before, copy):
+    """Notebooks run again only for the stages that they open: 01 opens none of these."""
+    copy.edit("models/step1.py", "import logging\n", "import logging\nNEW = 1\n")
+    after = copy.read()
+    assert anew(before, after) == (below(before[0], {"step1"}), set())
+    assert reason(before, after, "step1/trivia") == "ragkit.models.step1 changed"
+
+
+def test_a_readers_weights_count_and_its_model_card_does_not(before, copy):
+    folder = copy.folder / "ragkit" / "assets" / "reader"
+    (folder / "README.md").write_text("# Reworded")
+    assert copy.read() == before
+    with open(folder / "model.safetensors", "ab") as weights:
+        weights.write(b" ")
+    after = copy.read()
+    assert anew(before, after) == (below(before[0], READERS), set())
+    changed = reason(before, after, "style/almanac")
+    assert changed.startswith("settings.weights.model.safetensors ")
+
+
 def test_a_constant_of_another_module_counts(before, copy):
-    copy.edit("ragkit/indicators/measures.py", '("permuted", "overlap")', '("overlap", "permuted")')
+    copy.edit("indicators/measures.py", '("permuted", "overlap")', '("overlap", "permuted")')
     after = copy.read()
     stages, notebooks = anew(before, after)
     assert kinds_of(before[0], stages) == {"tokens", "contextual", "closeness", "probe"}
@@ -182,10 +195,8 @@ def test_docstrings_and_comments_rerun_nothing(before, copy):
 
 def test_a_library_reruns_everything_and_is_named(before, copy):
     after = copy.read(torch="9.9")
-    stages, notebooks = anew(before, after)
-    assert (stages, notebooks) == (set(after[0]), NOTEBOOKS)
-    old = after[0]["passages/almanac"]["record"], before[0]["passages/almanac"]["record"]
-    assert difference(old[1], old[0]).startswith("versions.torch 2")
+    assert anew(before, after) == (set(after[0]), NOTEBOOKS)
+    assert reason(before, after, "passages/almanac").startswith("versions.torch 2")
     assert all(one.startswith("versions.torch") for one in reasons(before, after))
 
 
@@ -198,22 +209,19 @@ def test_a_profile_key_there_and_back_again(before):
     assert told("distill.entropy=0.5") == before  # another run's name, the same keys
 
 
-def keys(profile):
-    return {stage.name: stage.key for stage in stages_of(Graph(profile))}
+def keys(*changes):
+    return {stage.name: stage.key for stage in stages_of(Graph(load_profile("smoke", changes)))}
 
 
 def test_settings_that_change_no_result_change_no_key():
-    smoke = load_profile("smoke")
-    free = load_profile("smoke", ["reader.at_once=3", "retriever.at_once=5",
-                                  "reader.gradient_checkpointing=true"])  # fmt: skip
-    assert keys(smoke) == keys(free)
-    assert set(keys(load_profile("smoke", ["threads=2"])).values()).isdisjoint(keys(smoke).values())
+    free = ["reader.at_once=3", "retriever.at_once=5", "reader.gradient_checkpointing=true"]
+    assert keys() == keys(*free)
+    assert set(keys("threads=2").values()).isdisjoint(keys().values())
 
 
 def test_two_profiles_share_what_they_have_in_common():
-    one, two = keys(load_profile("smoke")), keys(load_profile("smoke", ["sets.1.seed=99"]))
-    shared = {name for name in one if one[name] == two.get(name)}
-    assert shared == {name for name in one if "/almanac" in name}
+    one, two = keys(), keys("sets.1.seed=99")
+    assert {n for n in one if one[n] == two.get(n)} == {n for n in one if "/almanac" in n}
 
 
 @pytest.mark.parametrize("profile", ["smoke", "tiny", "full", "small", "paper"])
@@ -279,16 +287,10 @@ def test_an_index_refresh_looks_again_with_the_retriever_as_it_is():
     assert answers.inputs["ranking"].inputs["retriever"].kind == "step2"
 
 
-def test_a_notebook_opens_what_reads_only_without_torch():
-    ended = subprocess.run(
-        [sys.executable, "-c", "import sys; from ragkit.experiment.lab import Lab; Lab; "
-         "print(sorted({'torch', 'transformers', 'datasets', 'spacy'} & sys.modules.keys()))"],
-        capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert ended.stdout.strip() == "[]"
-
-
-def test_a_lab_makes_nothing_by_being_opened(tmp_path):
+def test_a_lab_makes_nothing_by_being_opened_and_shares_its_store(tmp_path):
     lab = Lab("smoke", tmp_path)
     assert len(lab.stages) > 100
     assert not list(lab.folder.glob("stages/*"))
+    for other in (lab.varied("reverse KL"), lab.again(1)):
+        assert other.store is lab.store
+        assert {one.key for one in other.stages} - {one.key for one in lab.stages}

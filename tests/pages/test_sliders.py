@@ -16,6 +16,7 @@ import pytest
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
 from ragkit.distillation import targets
+from ragkit.experiment import models
 from ragkit.pages import report, sliders
 from ragkit.profile import load_profile
 from ragkit.settings import POOLINGS, ROWS, AttentionSettings
@@ -46,7 +47,7 @@ def lab(tmp_path_factory):
     def golds(questions, found):
         return [question.gold for question in questions]
 
-    return SimpleNamespace(
+    held = SimpleNamespace(
         profile=load_profile("smoke", [f"k={K}"]),
         sets={"set": None},
         figures=tmp_path_factory.mktemp("figures"),
@@ -54,11 +55,13 @@ def lab(tmp_path_factory):
         teacher=lambda name, which: {"attention": scores[which].astype(np.float32)},
         asked=lambda name: (asked, candidates),
         corpus=lambda name: SimpleNamespace(passages=passages, golds=golds),
-        retriever=lambda name: SimpleNamespace(
-            encode=lambda texts: np.stack([queries[text] for text in texts])
-        ),
-        vectors=lambda name: SimpleNamespace(take=lambda places: vectors[places]),
     )
+    encoder = SimpleNamespace(encode=lambda texts: np.stack([queries[text] for text in texts]))
+    held_vectors = SimpleNamespace(take=lambda places: vectors[places])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "retriever", lambda lab, name: encoder)
+        patch.setattr(models, "vectors", lambda lab, name: held_vectors)
+        yield held
 
 
 def array(held):
@@ -94,8 +97,8 @@ def test_the_page_holds_the_stored_scores(lab):
         assert example["question"] == question.text
         assert [title for title, _ in example["passages"]] == [f"{NASTY} title {i}" for i in found]
         assert gold[place].tolist() == [float(i in question.gold) for i in found]
-        (query,) = lab.retriever("set").encode([question.text])
-        assert np.allclose(retr[place], lab.vectors("set").take(found) @ query, rtol=1e-4)
+        (query,) = models.retriever(lab, "set").encode([question.text])
+        assert np.allclose(retr[place], models.vectors(lab, "set").take(found) @ query, rtol=1e-4)
 
 
 def test_a_sample_is_spread_and_shrinks_for_deep_readers():
