@@ -132,7 +132,7 @@ def do(arguments: argparse.Namespace) -> None:
         return
     lab = Lab(changed_profile(arguments.profile, arguments.changes), arguments.runs)
     if arguments.command == "plan":
-        say("\n".join(plan.lines(plan.make(lab))))
+        say("\n".join(plan.lines(lab)))
     elif arguments.command == "reproduce":
         if run.reproduce(lab, NOTEBOOKS):
             write_report(lab)
