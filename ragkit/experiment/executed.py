@@ -117,7 +117,6 @@ class Notebooks:
         shutil.rmtree(home, ignore_errors=True)  # damaged
         home.parent.mkdir(exist_ok=True)
         folder.rename(home)
-        noted.unlink()
         log.info("done     notebook %s in %.0f s", name, seconds)
 
     def execute(self, source: Path, folder: Path, env: dict[str, str]) -> None:

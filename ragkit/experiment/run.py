@@ -40,11 +40,10 @@ def start_logging() -> None:
 def begin_worker() -> None:
     """A worker leaves Ctrl-C to the main process, and ends with it, whatever ends that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
 
     def follow() -> None:
-        parent.join()
+        if parent := multiprocessing.parent_process():
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()

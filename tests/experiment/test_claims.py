@@ -41,25 +41,16 @@ def test_c1_and_c2(good, poor, c1, c2):
     assert (claims.improves(good), claims.fails(poor, good)) == (c1, c2)
 
 
-class Lifts:
+def lifts(top, lead):
     """An analysis in which the closest tenth gets `top`, and has a `lead` over another."""
-
-    def __init__(self, top, lead):
-        self.means = {False: top, True: lead}
-        self.lab = self.profile = self.indicators = self
-        self.space = self.question = self.attention = None
-
-    def tokens(self, which):
-        return SimpleNamespace(attention=lambda settings: None, question=None)
-
-    def closeness(self, which, goal, space):
-        return None, None
-
-    def gold_found(self):
-        return np.array([True])
-
-    def mean_of(self, values):
-        return self.means[bool(values[0] < 5)]
+    profile = SimpleNamespace(indicators=SimpleNamespace(space="input"), attention=None)
+    return SimpleNamespace(
+        lab=SimpleNamespace(profile=profile),
+        tokens=lambda which: SimpleNamespace(attention=lambda settings: None, question=None),
+        closeness=lambda *given: (None, None),
+        gold_found=lambda: np.array([True]),
+        mean_of=lambda values: top if values[0] == 9 else lead,
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,14 +64,14 @@ class Lifts:
     ],
 )
 def test_c3_and_c4(monkeypatch, top, lead, verdict):
-    tenths = np.arange(10.0)[None]  # the last one leads by 1
+    tenths = np.arange(10.0)[None]
     monkeypatch.setattr(claims.measures, "deciles", lambda *given: tenths)
     for claim in ("C3", "C4"):
-        found = claims.JUDGES[claim](Lifts(top, lead))
+        found = claims.JUDGES[claim](lifts(top, lead))
         assert found.verdict == verdict
         assert found.measured.endswith(f"{top}, lead over the next {lead}")
     monkeypatch.setattr(claims.measures, "deciles", lambda *given: np.full((1, 10), np.nan))
-    assert claims.JUDGES["C3"](Lifts(top, lead)).verdict == "undecided"
+    assert claims.JUDGES["C3"](lifts(top, lead)).verdict == "undecided"
 
 
 @pytest.mark.parametrize(
@@ -127,13 +118,10 @@ def test_the_line_of_c6(good, poor, works, verdict):
     ],
 )
 def test_a_claim_must_hold_in_every_run_of_step_1(monkeypatch, verdicts, one_reader, several):
-    class Runs:
-        def runs(self):
-            return dict(enumerate(verdicts))
-
+    runs = SimpleNamespace(runs=lambda: dict(enumerate(verdicts)))
     for claim, expected in (("C1", several), ("C5", one_reader)):
         monkeypatch.setitem(claims.JUDGES, claim, lambda run: Part(run, f"value of {run}"))
-        found = claims.part(Runs(), claim)
+        found = claims.part(runs, claim)
         assert found.verdict == expected
         assert all(f"value of {verdict}" in found.measured for verdict in verdicts)
 
@@ -189,13 +177,9 @@ def test_what_could_not_be_computed_is_not_reproduced_by_silence(monkeypatch):
     def judge(run):
         raise NounsError("no noun finder")
 
-    class Runs:
-        def runs(self):
-            return {0: self}
-
     monkeypatch.setitem(claims.JUDGES, "C4", judge)
-    missing = claims.part(Runs(), "C4")
-    assert (missing.verdict, missing.measured) == (NOT_MEASURED, "not computed: no noun finder")
+    missing = claims.part(SimpleNamespace(runs=lambda: {0: None}), "C4")
+    assert missing == (NOT_MEASURED, "not computed: no noun finder")
     found = verdicts_of(a=parts(*[NOT_MEASURED] * 7), b=parts(*["undecided"] * 7))
     assert found["C4"] == NOT_MEASURED
 
