@@ -96,7 +96,7 @@ def do(given: argparse.Namespace) -> None:
         case "lab":
             sys.stdout.write(f"{copy_for_lab(given.runs)}\n")
         case "plan":
-            sys.stdout.writelines(f"{line}\n" for line in plan.lines(plan.make(lab)))
+            sys.stdout.writelines(f"{line}\n" for line in plan.lines(lab))
         case "tidy":
             log.info("%d old stages removed", run.tidy(lab, NOTEBOOKS))
         case "reproduce":

@@ -1,8 +1,10 @@
 """What notebooks 05 to 09 look at: tokens, closeness, and indicators beside retrieval gains."""
 
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from functools import cache
+from operator import itemgetter
 from typing import Literal
 
 import numpy as np
@@ -11,14 +13,17 @@ from numpy.typing import NDArray
 
 from ragkit.data.questions import hits
 from ragkit.data.speech import Tagged
+from ragkit.distillation.targets import READERS
 from ragkit.errors import NounsError
 from ragkit.experiment.lab import Lab
+from ragkit.experiment.stages import TAUGHT_BY
 from ragkit.indicators import measures, metrics
 from ragkit.indicators.measures import Floats, Tokens
 from ragkit.indicators.metrics import Interval
 
+COMPARED = ("attention", "Spearman")  # the two numbers of an indicator, as the paper names them
+DIFFERENCE = " minus ".join(TAUGHT_BY)
 Goal = Literal["answer", "nouns"]  # what closeness is measured to: Indicator 1, Indicator 2
-INDICATORS: dict[Goal, str] = {"answer": "Indicator 1", "nouns": "Indicator 2"}
 
 
 class Analysis:
@@ -28,37 +33,27 @@ class Analysis:
         self.lab, self.set_name = lab, set_name
         self.questions = lab.corpus(set_name).questions["test"][: lab.profile.indicators.questions]
         self.found = lab.found(set_name, "test")[: len(self.questions)]
-        self.runs = cache(self._runs)
-        self.tokens = cache(self._tokens)
-        self.closeness = cache(self._closeness)
-        self.indicator = cache(self._indicator)
-        self.hit_gains = cache(self._hit_gains)
+        for name in ("runs", "tokens", "closeness", "indicator", "hit_gains"):
+            setattr(self, name, cache(getattr(self, name)))  # each is computed once
 
-    def _runs(self) -> dict[int, "Analysis"]:
+    def runs(self) -> dict[int, "Analysis"]:
         """This analysis and its like for the readers of every other run of Step 1, by seed."""
         first, *others = self.lab.profile.step1_seeds
-        return {first: self} | {
-            seed: Analysis(self.lab.again(seed), self.set_name) for seed in others
-        }
+        return {first: self, **{s: Analysis(self.lab.again(s), self.set_name) for s in others}}
 
-    def nouns(self) -> list[list[tuple[int, int]]]:
-        """Character spans of each question's nouns; NounsError if no noun finder is at hand."""
-        return self.lab.noun_spans(self.set_name, "test")[: len(self.questions)]
-
-    def _tokens(self, which: str) -> Tokens:
+    def tokens(self, which: str) -> Tokens:
+        """The passage tokens as a reader saw them."""
         return Tokens.load(self.lab.open("tokens", self.set_name, which))
 
-    def _closeness(self, which: str, goal: Goal, space: str) -> tuple[Floats, NDArray[np.bool_]]:
-        """Closeness of a reader's tokens to the goal `[tokens]`, and which are the goal's own.
-
-        In one of `measures.SPACES` or CONTROLS; NounsError, IndicatorError where there is none.
-        """
+    def closeness(self, which: str, goal: Goal, space: str) -> tuple[Floats, NDArray[np.bool_]]:
+        """Closeness of a reader's tokens to the goal `[tokens]` in one of `measures.SPACES` or
+        CONTROLS, and which are the goal's own. NounsError, IndicatorError where there is none."""
         if goal == "nouns":
-            self.nouns()  # says why, where there are none
+            self.lab.noun_spans(self.set_name, "test")  # says why, where there are none
         folder = self.lab.open("closeness", self.set_name, which)
         return measures.load_closeness(folder, goal, space)
 
-    def _indicator(self, which: str, goal: Goal, space: str | None = None) -> pd.DataFrame:
+    def indicator(self, which: str, goal: Goal, space: str | None = None) -> pd.DataFrame:
         """A reader's indicator, a row a question (`measures.indicator`); in the profile's space."""
         settings, tokens = self.lab.profile.indicators, self.tokens(which)
         close, exact = self.closeness(which, goal, space or settings.space)
@@ -66,40 +61,31 @@ class Analysis:
         return measures.indicator(attention, close, tokens.question, exact, settings.share)
 
     def by_word(self, which: str, cut: Callable[[str], list[Tagged]]) -> list[str]:
-        """What `cut` says of the word that each passage token belongs to, or 'unknown' `[tokens]`.
-
-        `cut` gives the start, end and label of every word of a passage's text, in order.
-        """
+        """The label of the word that each passage token ends in, or 'unknown' `[tokens]`; `cut`
+        gives start, end and label of every word of a passage's text, in order."""
         tokens, labels = self.tokens(which), []
-        places = measures.by_question(tokens.question, len(self.found))
-        for mine, passages in zip(places, self.found, strict=True):
-            for place, passage in enumerate(passages):
-                last = tokens.ends[mine][tokens.owner[mine] == place]
-                words = cut(passage.text)
-                numbers = np.searchsorted([end for _, end, _ in words], last, side="right")
-                for number, known in zip(numbers, last >= 0, strict=True):
-                    labels.append(words[number][2] if known else "unknown")
+        words = [[cut(passage.text) for passage in passages] for passages in self.found]
+        for place, owner, end in zip(tokens.question, tokens.owner, tokens.ends, strict=True):
+            there = words[place][owner]
+            number = bisect_right(there, end, key=itemgetter(1))
+            labels.append(there[number][2] if end >= 0 else "unknown")
         return labels
 
-    def gold_found(self) -> NDArray[np.bool_]:
-        """Whether the k passages hold a gold one `[questions]`."""
-        ranking = self.lab.candidates(self.set_name)["test"][: len(self.questions)]
-        return self._hits(ranking, self.lab.profile.k) > 0
-
-    def gain_of(self, ranking: NDArray[np.int64]) -> Floats:
-        """Gain in HR@5 of a test ranking over the initial retriever `[questions]`."""
-        return self._hits(ranking, 5) - self._hits(self.lab.candidates(self.set_name)["test"], 5)
-
-    def _hits(self, ranking: NDArray[np.int64], k: int) -> Floats:
+    def hits(self, ranking: NDArray[np.int64] | None = None, k: int = 5) -> Floats:
+        """HR@k of each test question by a ranking `[questions]`; default: the initial one."""
+        rows = self.lab.candidates(self.set_name)["test"] if ranking is None else ranking
         corpus = self.lab.corpus(self.set_name)
-        golds = corpus.golds(corpus.questions["test"][: len(ranking)], ranking)
-        return hits(ranking.tolist(), golds, k)
+        return hits(rows.tolist(), corpus.golds(corpus.questions["test"], rows), k)
 
-    def _hit_gains(self, target: str) -> Floats:
+    def gold_found(self) -> NDArray[np.bool_]:
+        """Whether the k passages of each question looked at hold a gold one `[questions]`."""
+        return self.hits(k=self.lab.profile.k)[: len(self.questions)] > 0
+
+    def hit_gains(self, target: str) -> Floats:
         """Gain in HR@5 of each test question by a target `[seeds, questions]`."""
         seeds = self.lab.profile.distill.seeds
         rankings = [self.lab.distilled(self.set_name, target, seed)[0] for seed in seeds]
-        return np.stack([self.gain_of(ranking) for ranking in rankings])
+        return np.stack([self.hits(ranking) for ranking in rankings]) - self.hits()
 
     def mean_of(self, values: Floats) -> Interval:
         """Mean of the values that are numbers, with an interval over questions."""
@@ -111,13 +97,52 @@ class Analysis:
         resamples = self.lab.profile.evaluate.bootstrap
         return metrics.paired_gain(gains, np.zeros(gains.shape[-1]), resamples=resamples)
 
+    def differences(self, goal: Goal, space: str | None = None) -> dict[str, Interval]:
+        """Fine-tuned minus off-the-shelf, paired by question: both numbers of an indicator."""
+        poor, good = (self.indicator(which, goal, space) for which in READERS)
+        return {name: self.mean_of((good[name] - poor[name]).to_numpy()) for name in COMPARED}
+
+    def followings(self, goal: Goal) -> pd.DataFrame:
+        """How well an indicator orders the readers by the gain that each teaches, its questions and
+        the gain's resampled independently: columns measure (COMPARED), signal (TAUGHT_BY,
+        DIFFERENCE), correlation (of ranks), low, high, readers."""
+        readers, resamples = self.lab.readers(), self.lab.profile.evaluate.bootstrap
+        draw, rows = np.repeat(np.arange(1 + resamples), len(readers)), []
+
+        def means(values: list[Floats], seed: int) -> Floats:  # the means, then the resampled ones
+            given = np.array(values)
+            found = np.vstack([np.nanmean(given, axis=1), resampled(given, resamples, seed)])
+            return found.round(12).ravel()  # rounding errors, which hang on threads, break no ties
+
+        for measure in COMPARED:
+            values = means([self.indicator(w, goal)[measure].to_numpy() for w in readers], 0)
+            found = {}
+            for signal in TAUGHT_BY:
+                gains = means([self.hit_gains(f"{w} {signal}").mean(0) for w in readers], 1)
+                found[signal] = measures.spearman(values, gains, draw, 1 + resamples)
+            found[DIFFERENCE] = found[TAUGHT_BY[0]] - found[TAUGHT_BY[1]]
+            for signal, (value, *cloud) in found.items():
+                low, high = pd.Series(cloud).quantile([0.025, 0.975])  # of those that are numbers
+                rows.append((measure, signal, value, low, high, len(readers)))
+        columns = ["measure", "signal", "correlation", "low", "high", "readers"]
+        return pd.DataFrame(rows, columns=columns)
+
+
+def resampled(values: Floats, resamples: int, seed: int) -> Floats:
+    """Bootstrap means `[resamples, rows]` of `values` `[rows, questions]`, NaN left out; the same
+    questions are drawn for all rows."""
+    n, there = values.shape[1], np.isfinite(values)
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    with np.errstate(invalid="ignore"):
+        return (drawn @ np.where(there, values, 0).T) / (drawn @ there.T)
+
 
 def computed(sets: Mapping[str, Analysis]) -> dict[Goal, str]:
     """The indicators that every set can have, by goal; says why where Indicator 2 is missing."""
     try:
-        for analysis in sets.values():
-            analysis.nouns()
+        for name, analysis in sets.items():
+            analysis.lab.noun_spans(name, "test")
     except NounsError as error:
         sys.stdout.write(f"Indicator 2 is not computed: {error}\n")
-        return {"answer": INDICATORS["answer"]}
-    return INDICATORS
+        return {"answer": "Indicator 1"}
+    return {"answer": "Indicator 1", "nouns": "Indicator 2"}

@@ -1,57 +1,43 @@
-"""The ledger: each claim, the rule it is judged by, what was measured, and a verdict."""
+"""From what was measured to the ledger: each claim, its rule, a verdict for each set, and why."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, get_args
 
+import numpy as np
 import pandas as pd
 import yaml
+from numpy.typing import NDArray
 
-from ragkit.errors import DataError
+from ragkit.distillation.targets import READERS
+from ragkit.errors import DataError, NounsError
+from ragkit.experiment.analysis import DIFFERENCE, Analysis, Goal
+from ragkit.experiment.tables import answer_rows
+from ragkit.indicators import measures
+from ragkit.indicators.measures import SPACES, Floats
 from ragkit.indicators.metrics import Interval
 from ragkit.settings import asset
 
+# The paper's claims with their rules: claim -> {claim, rule}
+STATEMENTS: dict[str, dict[str, str]] = yaml.safe_load(asset("claims.yaml").read_text("utf8"))
 WEAKER = ("not comparable", "not yet measured", "undecided")  # than a verdict, weakest first
-TOO_SMALL = "the profile is too small to judge"
+LINE = 0.3  # the paper's threshold for Indicator 2
+ENOUGH_READERS = 8  # below that a rank correlation over readers says nothing
 
 
-@dataclass(frozen=True)
-class Gain:
+class Gain(NamedTuple):
     """A gain over the initial system on one set, and over how many seeds it was measured."""
 
     value: Interval
     seeds: int
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A claim on one set: the verdict by its rule, and what was measured, in words."""
 
     verdict: str
     measured: str
-
-
-def statements() -> dict[str, dict[str, Any]]:
-    """The paper's claims with their rules, from `assets/claims.yaml`: claim -> {claim, rule}."""
-    return yaml.safe_load(asset("claims.yaml").read_text("utf8"))
-
-
-def paper_values(path: Path | None = None) -> dict[str, dict[str, Any]]:
-    """What a reader who owns the paper has filled in: claim -> {value, page}. Empty as shipped."""
-    filled = yaml.safe_load((path or asset("paper_values.yaml")).read_text("utf8")) or {}
-    for claim, row in filled.items():
-        if claim not in statements() or not isinstance(row, dict) or set(row) != {"value", "page"}:
-            known = ", ".join(statements())
-            raise DataError(
-                f"paper_values.yaml: {claim!r} must be one of {known}, with keys value and page."
-            )
-    return filled
-
-
-def at_most_partly(verdict: str, seeds: int) -> str:
-    """A result of one seed is never more than 'partly'."""
-    return "partly" if verdict == "reproduced" and seeds < 2 else verdict
 
 
 def above(value: Interval, line: float = 0.0) -> str:
@@ -61,7 +47,12 @@ def above(value: Interval, line: float = 0.0) -> str:
     return "not reproduced" if value.high <= line else "undecided"
 
 
-def together(verdicts: list[str]) -> str:
+def at_most_partly(verdict: str, seeds: int) -> str:
+    """A result of one seed is never more than 'partly'."""
+    return "partly" if verdict == "reproduced" and seeds < 2 else verdict
+
+
+def together(verdicts: Sequence[str]) -> str:
     """One verdict for several parts: all the same, 'partly' if some hold, else the weakest."""
     if len(set(verdicts)) == 1:
         return verdicts[0]
@@ -77,80 +68,191 @@ def improves(gain: Gain) -> str:
 
 def fails(poor: Gain, good: Gain) -> str:
     """C2: the poor reader's gain lies below half of the good one's; undecided if that is none."""
-    if improves(good) in ("not reproduced", "undecided"):
-        return "undecided"
-    half = good.value.mean / 2
-    if poor.value.high < half:
+    works, half = good.value.low > 0, good.value.mean / 2
+    if works and poor.value.high < half:
         return at_most_partly("reproduced", min(poor.seeds, good.seeds))
-    return "not reproduced" if poor.value.low >= half else "undecided"
-
-
-def most(top: Interval, lead: Interval) -> str:
-    """C3 and C4: the closest tenth gets more than the average and than every other tenth."""
-    return together([above(top, 1.0), above(lead)])
+    return "not reproduced" if works and poor.value.low >= half else "undecided"
 
 
 def higher_when_it_works(difference: Interval, gain: Interval) -> str:
-    """C5 and C6, one number: it is higher in the reader whose distillation gains more.
-
-    Number and gain are fine-tuned minus off-the-shelf; undecided if the gain may be zero.
-    """
+    """C5 and C6, one number: it is higher in the reader whose distillation gains more. Both are
+    fine-tuned minus off-the-shelf; undecided if the gain may be zero."""
     if gain.high < 0:
         return above(Interval(-difference.mean, -difference.high, -difference.low, difference.n))
     return above(difference) if gain.low > 0 else "undecided"
 
 
-def divided_by(line: float, poor: Interval, good: Interval, gain: Interval) -> str:
-    """C6: the line stands between the off-the-shelf reader and the fine-tuned one, the reader
-    whose distillation gains more above it; not reproduced if one is clearly on the wrong side.
-    """
+def divided(poor: Interval, good: Interval, gain: Interval) -> str:
+    """C6: LINE stands between the off-the-shelf reader and the fine-tuned one, the reader whose
+    distillation gains more above it; not reproduced if one is clearly on the wrong side."""
     if gain.high < 0:
         poor, good = good, poor
     elif not gain.low > 0:
         return "undecided"
-    if good.high < line or poor.low > line:
+    if good.high < LINE or poor.low > LINE:
         return "not reproduced"
-    return "reproduced" if good.low > line and poor.high < line else "undecided"
+    return "reproduced" if good.low > LINE and poor.high < LINE else "undecided"
 
 
-def alike(verdicts: Mapping[str, str], same: list[str]) -> tuple[str, str]:
-    """C8: the claims hold on both sets. From each claim's verdict and those `same` on both sets.
+def gains(analysis: Analysis) -> dict[str, Gain]:
+    """What the fine-tuned reader's attention teaches: gains in HR@5, and in its own EM and F1."""
+    target = f"{READERS[1]} attention"
+    found = {"HR@5": analysis.hit_gains(target)}
+    answers = answer_rows(analysis.lab, analysis.set_name, [target])
+    read = answers[answers["reader"] == READERS[1]].set_index(["system", "seed", "question"])
+    for measure in ("EM", "F1"):
+        values = read[measure].unstack()
+        found[measure] = values.loc[target].to_numpy() - values.loc["initial"].to_numpy()
+    return {name: Gain(analysis.mean_gain(one), len(one)) for name, one in found.items()}
 
-    Reproduced if every claim is, 'partly' if some hold on both; and what was measured.
+
+def gains_improve(analysis: Analysis) -> Part:
+    """C1."""
+    found = gains(analysis)
+    told = ", ".join(f"{measure} {gain.value}" for measure, gain in found.items())
+    return Part(together([improves(gain) for gain in found.values()]), told)
+
+
+def gains_fail(analysis: Analysis) -> Part:
+    """C2."""
+    hits = [analysis.hit_gains(f"{which} attention") for which in READERS]
+    poor, good = (Gain(analysis.mean_gain(one), len(one)) for one in hits)
+    return Part(fails(poor, good), f"HR@5 {poor.value} against {good.value}")
+
+
+def most_attention(analysis: Analysis, goal: Goal) -> Part:
+    """C3 (answer) or C4 (nouns): the closest tenth's lift is above the average, and it leads over
+    the highest other tenth."""
+    profile, tokens = analysis.lab.profile, analysis.tokens(READERS[1])
+    close, _ = analysis.closeness(READERS[1], goal, profile.indicators.space)
+    lifts = measures.deciles(tokens.attention(profile.attention), close, tokens.question)
+    lifts = lifts[analysis.gold_found()]
+    if np.isnan(lifts).all(0).any():  # as where no gold passage was retrieved for any question
+        few = f"{len(lifts)} questions whose gold passage was retrieved"
+        return Part("undecided", f"{few}: too few to fill every tenth")
+    other = int(np.nanargmax(np.nanmean(lifts[:, :-1], axis=0)))
+    top, lead = (analysis.mean_of(lifts[:, -1] - less) for less in (0, lifts[:, other]))
+    told = f"lift of the closest tenth {top}, lead over the next {lead}"
+    return Part(together([above(top, 1.0), above(lead)]), told)
+
+
+def higher(analysis: Analysis, goal: Goal, space: str | None = None) -> Part:
+    """C5 (answer), or C6 in one space of closeness (nouns)."""
+    taught = [analysis.hit_gains(f"{which} attention") for which in READERS]
+    gain, found = analysis.mean_gain(taught[1] - taught[0]), analysis.differences(goal, space)
+    verdicts = [higher_when_it_works(value, gain) for value in found.values()]
+    numbers = {"HR@5 gain": gain, **found}
+    if goal == "nouns":
+        for which in READERS:
+            values = analysis.indicator(which, goal, space)["Spearman"].to_numpy()
+            numbers[f"Spearman of the {which} reader"] = analysis.mean_of(values)
+        *_, poor, good = numbers.values()
+        verdicts.append(divided(poor, good, gain))
+    told = ", ".join(f"{name} {value}" for name, value in numbers.items())
+    return Part(together(verdicts), f"fine-tuned minus off-the-shelf: {told}")
+
+
+def higher_in_all_spaces(analysis: Analysis) -> Part:
+    """C6: 'not comparable' if the verdict depends on the space of closeness."""
+    found = {space: higher(analysis, "nouns", space) for space in SPACES}
+    own = found[analysis.lab.profile.indicators.space]
+    same = {one.verdict for one in found.values()} == {own.verdict}
+    by_space = ", ".join(f"{space} {one.verdict}" for space, one in found.items())
+    told = f"{own.measured} (by space: {by_space})"
+    return Part(own.verdict if same else "not comparable", told)
+
+
+def less_informative(analysis: Analysis) -> Part:
+    """C7, over both indicators and both of their numbers."""
+    verdicts, told = [], []
+    for goal in get_args(Goal):
+        table = analysis.followings(goal)
+        for row in table[table["signal"] == DIFFERENCE].itertuples():
+            value = Interval(row.correlation, row.low, row.high, row.readers)
+            verdicts.append(above(value) if row.readers >= ENOUGH_READERS else "undecided")
+            told.append(f"{goal} {row.measure} {value}")
+    return Part(together(verdicts), f"correlation with the gain, {DIFFERENCE}: {', '.join(told)}")
+
+
+JUDGES: dict[str, Callable[[Analysis], Part]] = {
+    "C1": gains_improve,
+    "C2": gains_fail,
+    "C3": partial(most_attention, goal="answer"),
+    "C4": partial(most_attention, goal="nouns"),
+    "C5": partial(higher, goal="answer"),
+    "C6": higher_in_all_spaces,
+    "C7": less_informative,
+}
+
+
+def part(analysis: Analysis, claim: str) -> Part:
+    """One of JUDGES' claims on one set, over every run of Step 1; without a noun finder C4, C6, C7
+    are 'not yet measured'. What is seen in a reader (C3 to C7) is at most 'partly' of one run."""
+    try:
+        found = {seed: JUDGES[claim](run) for seed, run in analysis.runs().items()}
+    except NounsError as error:
+        return Part("not yet measured", f"not computed: {error}")
+    verdict, told = together([one.verdict for one in found.values()]), []
+    if claim not in ("C1", "C2"):
+        verdict = at_most_partly(verdict, len(found))
+    for seed, one in found.items():
+        told.append(f"Step 1 with seed {seed}: {one.measured}" if len(found) > 1 else one.measured)
+    return Part(verdict, " | ".join(told))
+
+
+def leave_one_out(values: Floats, works: NDArray[np.bool_]) -> tuple[float, float]:
+    """Share of readers, of which an indicator's `values` and whether distillation `works` are known
+    `[readers]`, told rightly by LINE, and by the best threshold (of equals the middle) of others.
     """
-    held = [claim for claim in same if verdicts[claim] in ("reproduced", "partly")]
-    told = f"the same verdict on both sets: {', '.join(same) or 'none'}; "
-    told += f"of these reproduced or partly so: {', '.join(held) or 'none'}"
-    if set(verdicts.values()) == {"reproduced"}:
-        return "reproduced", told
-    return "partly" if held else "not reproduced", told
+    right = []
+    for out in range(len(values)):
+        rest, known = np.delete(values, out), np.delete(works, out)
+        edges = np.sort(rest)
+        tried = np.r_[edges[0] - 1, (edges[1:] + edges[:-1]) / 2, edges[-1] + 1]
+        scores = ((rest > tried[:, None]) == known).mean(1)
+        best = np.flatnonzero(scores == scores.max())
+        right.append((values[out] > tried[best[len(best) // 2]]) == works[out])
+    return float(((values > LINE) == works).mean()), float(np.mean(right))
+
+
+def paper_values(path: Path | None = None) -> dict[str, str]:
+    """What a reader who owns the paper has filled in: claim -> value and page. Empty as shipped."""
+    filled = yaml.safe_load((path or asset("paper_values.yaml")).read_text("utf8")) or {}
+    for claim, row in filled.items():
+        if claim not in STATEMENTS or not isinstance(row, dict) or set(row) != {"value", "page"}:
+            wanted = f"one of {', '.join(STATEMENTS)}, with keys value and page"
+            raise DataError(f"paper_values.yaml: {claim!r} must be {wanted}.")
+    return {claim: f"{row['value']} (p. {row['page']})" for claim, row in filled.items()}
 
 
 def ledger(
-    parts: Mapping[str, Mapping[str, Part]], judge: bool, paper: Mapping[str, Mapping[str, Any]]
+    parts: Mapping[str, Mapping[str, Part]], judge: bool, paper: Mapping[str, str]
 ) -> pd.DataFrame:
     """The claims as a table, from `parts[set][claim]`; the column `paper` holds `paper_values`.
 
-    Without `judge` (a profile too small to tell) every claim is 'not comparable'.
+    C8: reproduced if all others are, 'partly' if some are, or partly so, with one verdict on both
+    sets. Without `judge` (a profile too small to tell) all are 'not comparable'.
     """
-    verdicts, same, rows, texts = {}, [], [], statements()
-    *single, both = texts
-    for claim in single:
-        on_sets = {name: of_set[claim] for name, of_set in parts.items()}
-        found = [part.verdict for part in on_sets.values()]
-        verdicts[claim] = together(found)
-        same += [claim] if len(set(found)) == 1 else []
-        measured = "; ".join(f"{name}: {part.measured}" for name, part in on_sets.items())
-        why = "; ".join(f"{name}: {part.verdict}" for name, part in on_sets.items())
-        rows.append((measured, verdicts[claim], why))
-    verdict, told = alike(verdicts, same)
-    verdicts[both] = verdict if len(parts) > 1 else "not comparable"
-    rows.append((told if judge else "", verdicts[both], "claim by claim, set by set"))
-    table = pd.DataFrame(rows, columns=["measured", "verdict", "why"])
+    rows, same, held = [], [], []
+    for claim in JUDGES:
+        found = {name: of_set[claim] for name, of_set in parts.items()}
+        verdict, *others = {one.verdict for one in found.values()}
+        same += [] if others else [claim]
+        held += [claim] if not others and verdict in ("reproduced", "partly") else []
+        measured = "; ".join(f"{name}: {one.measured}" for name, one in found.items())
+        why = "; ".join(f"{name}: {one.verdict}" for name, one in found.items())
+        rows.append((measured, together([one.verdict for one in found.values()]), why))
+    told = f"the same verdict on both sets: {', '.join(same) or 'none'}; "
+    told += f"of these reproduced or partly so: {', '.join(held) or 'none'}"
+    alike = "partly" if held else "not reproduced"
+    if all(verdict == "reproduced" for _, verdict, _ in rows):
+        alike = "reproduced"
+    alike = alike if len(parts) > 1 else "not comparable"
+    rows.append((told if judge else "", alike, "claim by claim, set by set"))
+    columns = ["claim", "statement", "rule", "measured", "verdict", "why"]
+    texts = [(claim, text["claim"], text["rule"]) for claim, text in STATEMENTS.items()]
+    made = [(*text, *row) for text, row in zip(texts, rows, strict=True)]
+    table = pd.DataFrame(made, columns=columns).assign(paper=[paper.get(c, "") for c in STATEMENTS])
     if not judge:
-        table = table.assign(verdict="not comparable", why=TOO_SMALL)
-    table.insert(0, "claim", list(texts))
-    table.insert(1, "statement", [text["claim"] for text in texts.values()])
-    table.insert(2, "rule", [text["rule"] for text in texts.values()])
-    filled = {claim: f"{own['value']} (p. {own['page']})" for claim, own in paper.items()}
-    return table.assign(paper=[filled.get(claim, "") for claim in texts])
+        table = table.assign(verdict="not comparable", why="the profile is too small to judge")
+    return table

@@ -12,7 +12,6 @@ import os
 import shutil
 import sys
 import time
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,138 +20,103 @@ import nbformat
 from ragkit import errors
 from ragkit.data.files import file_hash, write_whole
 from ragkit.errors import NotebookError
-from ragkit.experiment.lab import FIGURES, OPENED, Lab
-from ragkit.experiment.provenance import PACKAGE, closure, peak_memory, provenance, versions
+from ragkit.experiment.lab import FIGURES, OPENED, Lab, read_json
+from ragkit.experiment.provenance import PACKAGE, closure, provenance, versions
 from ragkit.experiment.store import RECORD, contents, difference, read_record, without_free
 
 log = logging.getLogger(__name__)
 DRAWN_WITH = ("pandas", "matplotlib", "seaborn", "papermill", "nbclient", "ipykernel")
 OWN_ERRORS = {*vars(errors), "AttentionError"}
-TOLD = ("kind", "seconds", "peak_mib", "units", "made")  # of a record, in the manifest
+
+
+def told(home: Path, status: str) -> dict[str, Any]:
+    """What a stage or notebook says of itself, for the manifest, and what happened to it now."""
+    kept = ("kind", "seconds", "peak_mib", "units", "made")
+    saved = {key: value for key, value in read_json(home / RECORD).items() if key in kept}
+    return saved | {"status": status}
 
 
 def kernel_of_here(folder: Path, name: str, env: dict[str, str]) -> str:
     """Writes a kernel that runs this interpreter and this package; returns its name.
 
-    A `python3` kernel that somebody else installed may run another Python altogether. Where several
-    processes work as one, a kernel is none of them.
+    A `python3` kernel that somebody else installed may run another Python; where several processes
+    work as one, a kernel is none of them. It logs nothing: a cell's errors stand in the notebook.
     """
-    env = {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "-1", **env}
     place = folder / "kernels" / name
     place.mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    spec = {"argv": command, "display_name": name, "language": "python"}
-    write_whole(place / "kernel.json", json.dumps({**spec, "env": {"PYTHONPATH": path, **env}}))
+    env = {"PYTHONPATH": path, "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "-1", **env}
+    quiet = ["ipykernel_launcher", "--log-level=CRITICAL", "-f", "{connection_file}"]
+    spec = {"argv": [sys.executable, "-m", *quiet], "display_name": name, "language": "python"}
+    write_whole(place / "kernel.json", json.dumps(spec | {"env": env}))
     others = os.environ.get("JUPYTER_PATH", "").split(os.pathsep)
     if str(folder) not in others:
         os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(folder), *others]))
     return name
 
 
-def code_cells(source: Path) -> str:
-    """A notebook's code as one text."""
-    cells = nbformat.read(source, as_version=4).cells
-    return "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-
-
 class Notebooks:
-    """The notebooks of a run, those in `sources`; the run's stages must be made."""
+    """The notebooks of a run, those in `sources`; the run's stages must be made. `homes` and
+    `status` say by name where the executions lie and what happened to them."""
 
     def __init__(self, lab: Lab, sources: Path) -> None:
         self.lab, self.sources = lab, sorted(sources.glob("[0-9]*.ipynb"))
-        self.status: dict[str, str] = {}
-        self.home = lab.folder / "stages" / "notebook"
+        self.homes, self.status = dict[str, Path](), dict[str, str]()
         if not self.sources:
-            raise NotebookError(
-                f"There are no notebooks in {sources}. Run this from a checkout of the repository."
-            )
-
-    @cached_property
-    def keys(self) -> set[str]:
-        """The keys of the run's stages; a variation opens many of them under its own name."""
-        return {stage.key for stage in self.lab.stages}
+            raise NotebookError(f"No notebooks in {sources}. Run this from a checkout.")
 
     def record(self, source: Path) -> dict[str, Any]:
         """What an execution depends on besides the stages that it opens."""
-        profile = without_free(self.lab.profile.model_dump(mode="json"))
-        return {
-            "source": file_hash(source),
-            "profile": {name: one for name, one in profile.items() if name != "name"},
-            "code": closure(code_cells(source)),
-            "versions": versions(DRAWN_WITH),
-        }
-
-    def why_not(self, home: Path, saved: dict[str, Any], record: dict[str, Any]) -> str | None:
-        """Why an execution does not hold any more; None if it does."""
-        if saved["record"] != record:
-            return difference(saved["record"], record)
-        for name, key in saved["opened"].items():
-            if key not in self.keys:
-                return f"{name} was made anew"
-        return None if contents(home) == saved["files"] else "its files are damaged or missing"
+        cells = nbformat.read(source, as_version=4).cells
+        code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+        profile = without_free(self.lab.profile.model_dump(mode="json", exclude={"name"}))
+        own = {"its source": file_hash(source), **closure(code)}
+        return {"profile": profile, "code": own, "versions": versions(DRAWN_WITH)}
 
     def state(self, source: Path) -> tuple[Path | None, str]:
         """The folder of an execution that holds; if there is none, why not the newest."""
-        record, found = self.record(source), []
-        for home in self.home.glob("*"):
+        record, reasons = self.record(source), {"": "not made yet"}
+        keys = {stage.key for stage in self.lab.stages}  # a variation opens many under its own name
+        for home in self.lab.folder.glob("stages/notebook/*"):
             saved = read_record(home)
-            if saved is not None and saved["name"] == source.stem:
-                reason = self.why_not(home, saved, record)
-                if reason is None:
-                    return home, ""
-                found.append((str(saved["made"]["when"]), reason))
-        return None, max(found, default=("", "not made yet"))[1]
-
-    def held(self, source: Path) -> Path:
-        """The folder of the execution that holds; there must be one."""
-        home, reason = self.state(source)
-        if home is None:
-            raise NotebookError(f"Notebook {source.stem} was run, and does not hold: {reason}.")
-        return home
-
-    def missing(self) -> list[Path]:
-        """The notebooks that must be run."""
-        for source in self.sources:
-            home, reason = self.state(source)
-            self.status[source.stem] = f"ran: {reason}" if home is None else "reused"
-            if home is not None:
-                log.info("reused   notebook %s", source.stem)
-        return [source for source in self.sources if self.status[source.stem] != "reused"]
+            if saved is None or saved["name"] != source.stem:
+                continue
+            was = saved["record"]
+            opened = {n: pair for n, pair in was.get("inputs", {}).items() if pair[1] in keys}
+            now = record | {"inputs": opened}
+            if was == now and contents(home) == saved["files"]:
+                return home, ""
+            reason = "its files are damaged or missing" if was == now else difference(was, now)
+            reasons[saved["made"]["when"]] = reason
+        return None, reasons[max(reasons)]
 
     def run(self, source: Path) -> None:
-        """Executes one notebook aside and keeps it with its figures and what it opened."""
-        record, reason = self.record(source), self.state(source)[1]
-        self.status[source.stem] = f"ran: {reason}"
-        log.info("running  notebook %s (%s)", source.stem, reason)
-        folder = self.lab.folder / "partial" / f"notebook-{source.stem}"
+        """Executes a notebook aside and keeps it with its figures, if no execution holds."""
+        (home, reason), name, place = self.state(source), source.stem, self.lab.folder / "partial"
+        self.status[name] = f"ran: {reason}" if home is None else "reused"
+        if home is not None:
+            self.homes[name] = home
+            log.info("reused   notebook %s", name)
+            return
+        log.info("running  notebook %s (%s)", name, reason)
+        folder, noted = place / f"notebook-{name}", place / f"{name}.opened"
         shutil.rmtree(folder, ignore_errors=True)
         (folder / "figures").mkdir(parents=True)
-        opened = folder / "opened.jsonl"
-        opened.touch()
-        started, _ = time.monotonic(), peak_memory()
-        self.execute(source, folder, {OPENED: str(opened), FIGURES: str(folder / "figures")})
+        noted.write_text("")
+        record, started = self.record(source), time.monotonic()
+        self.execute(source, folder, {OPENED: str(noted), FIGURES: str(folder / "figures")})
         seconds = round(time.monotonic() - started, 1)
-        stages = dict(json.loads(line) for line in opened.read_text("utf8").splitlines())
-        opened.unlink()
-        saved = {
-            "name": source.stem,
-            "kind": "notebook",
-            "record": record,
-            "opened": stages,
-            "seconds": seconds,
-            "peak_mib": peak_memory(),
-            "units": {"notebooks": 1},
-            "made": provenance(),
-            "files": contents(folder),
-        }
+        pairs = map(json.loads, noted.read_text("utf8").splitlines())
+        record["inputs"] = {stage: [stage, key] for stage, key in pairs}
+        key = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:20]
+        saved = {"name": name, "kind": "notebook", "record": record, "seconds": seconds}
+        saved |= {"units": {"notebooks": 1}, "made": provenance(), "files": contents(folder)}
         write_whole(folder / RECORD, json.dumps(saved, indent=1))
-        text = json.dumps([record, stages], sort_keys=True)
-        home = self.home / hashlib.sha256(text.encode()).hexdigest()[:20]
-        shutil.rmtree(home, ignore_errors=True)
-        home.parent.mkdir(parents=True, exist_ok=True)
+        home = self.homes[name] = self.lab.folder / "stages" / "notebook" / key
+        shutil.rmtree(home, ignore_errors=True)  # damaged
+        home.parent.mkdir(exist_ok=True)
         folder.rename(home)
-        log.info("done     notebook %s in %.0f s", source.stem, seconds)
+        log.info("done     notebook %s in %.0f s", name, seconds)
 
     def execute(self, source: Path, folder: Path, env: dict[str, str]) -> None:
         """Runs a notebook; what goes wrong ends as one sentence that names notebook and cell."""
@@ -160,30 +124,30 @@ class Notebooks:
         from nbclient.exceptions import DeadKernelError
         from papermill.exceptions import PapermillExecutionError
 
-        runs = str(self.lab.runs.resolve())
-        profile = str((self.lab.folder / "profile.yaml").resolve())
-        parameters, out = {"PROFILE": profile, "RUNS": runs}, folder / source.name
+        profile, out = (self.lab.folder / "profile.yaml").resolve(), folder / source.name
+        given = {"PROFILE": str(profile), "RUNS": str(self.lab.runs.resolve())}
         # papermill only warns about a parameter that a notebook does not know
-        if unknown := sorted(set(parameters) - set(papermill.inspect_notebook(str(source)))):
-            raise NotebookError(
-                f"{source.name} does not know the parameter {', '.join(unknown)}: give it a line "
-                "in its cell tagged 'parameters'."
-            )
-        kernels = self.lab.folder / "partial" / "jupyter"
-        kernel = kernel_of_here(kernels, f"ragkit-{source.stem}", env)
+        for unknown in given.keys() - papermill.inspect_notebook(str(source)).keys():
+            advice = "give it a line in its cell tagged 'parameters'"
+            raise NotebookError(f"{source.name} does not know the parameter {unknown}: {advice}.")
+        kernels, name = self.lab.folder / "partial" / "jupyter", f"ragkit-{source.stem}"
+        options = {"kernel_name": kernel_of_here(kernels, name, env), "progress_bar": False}
         try:
-            papermill.execute_notebook(
-                str(source), str(out), parameters, kernel_name=kernel, progress_bar=False,
-                log_output=False, extra_arguments=["--log-level=ERROR"],
-            )  # fmt: skip
+            papermill.execute_notebook(str(source), str(out), given, **options)
         except DeadKernelError:
             raise NotebookError(
-                f"Notebook {source.name}: its Python process was killed, most likely because "
-                "memory ran out. Close other programs or choose a smaller profile, then give the "
-                "same command: what was finished is kept."
+                f"Notebook {source.name}: its Python process was killed, most likely because memory"
+                " ran out. Close other programs, then give the same command: it goes on from there."
             ) from None
         except PapermillExecutionError as error:
-            raise NotebookError(failure(source, out, error)) from None
+            where = f"Notebook {source.name}, cell {error.exec_count}"
+            if error.ename in OWN_ERRORS:  # they speak for themselves
+                raise NotebookError(f"{where}: {error.evalue}") from None
+            first = next(filter(None, map(str.strip, error.source.splitlines())), "")
+            raise NotebookError(
+                f"{where} ({first!r}): {error.ename}: {error.evalue}\n"
+                f"The notebook with its traceback: {out}"
+            ) from None
 
     def publish(self) -> None:
         """Lays the notebooks with their outputs, and all their figures, into the run's folder."""
@@ -191,27 +155,8 @@ class Notebooks:
             aside = self.lab.folder / f"{part}.new"
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir()
-            for source in self.sources:
-                for file in self.held(source).glob(below):
+            for home in self.homes.values():
+                for file in home.glob(below):
                     shutil.copy(file, aside)
             shutil.rmtree(self.lab.folder / part, ignore_errors=True)
             aside.rename(self.lab.folder / part)
-
-    def records(self) -> dict[str, Any]:
-        """What each notebook says of itself, and what happened to it now."""
-        told: dict[str, Any] = {}
-        for source in self.sources:
-            saved = json.loads((self.held(source) / RECORD).read_text("utf8"))
-            told[source.stem] = {name: saved[name] for name in TOLD}
-            told[source.stem] |= {"status": self.status[source.stem]}
-        return told
-
-
-def failure(source: Path, out: Path, error: Any) -> str:
-    """The sentence for a cell that raised: our own errors speak for themselves."""
-    where = f"Notebook {source.name}, cell {error.exec_count}"
-    if error.ename in OWN_ERRORS:
-        return f"{where}: {error.evalue}"
-    first = next((line.strip() for line in error.source.splitlines() if line.strip()), "")
-    said = f"{where} ({first!r}): {error.ename}: {error.evalue}"
-    return f"{said}\nThe notebook with its traceback: {out}"

@@ -2,69 +2,140 @@
 
 Seconds are units of work times rates. Rates come from stages that earlier runs recorded here with
 the same models; where there are none, from two small runs of the same graph; and where data or
-models are not here yet, from arithmetic: a stage's operations over a machine's (`needs`).
+models are not here yet, from arithmetic: a stage's operations over a machine's.
 """
 
 import math
 import shutil
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
+from timeit import timeit
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import psutil
+import yaml
+from scipy.optimize import nnls
 
-from ragkit.experiment import needs
+from ragkit.errors import ProfileError
 from ragkit.experiment.lab import Lab
 from ragkit.experiment.run import workers_of
-from ragkit.experiment.store import Stage, read_record
+from ragkit.experiment.store import KNOBS, Stage, read_record
 from ragkit.profile import Profile
-from ragkit.settings import HubSet, WorldSet
+from ragkit.settings import ASSETS, HubSet, HubTable, WorldSet, asset
 
-SHARE_OF_PEAK = 0.3  # of its operations a second that a GPU reaches on such models
-NOTEBOOK = 9.0  # seconds of one notebook, most of them its kernel's start
-USABLE = 0.92  # of a memory
+BASE = 0.8e9  # bytes of a process that has loaded torch and transformers
+PASSAGE, QUESTION, ANSWER = 150, 20, 16  # tokens of 100 words of Wikipedia; asked; written
+WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
+GPU, SHARE_OF_PEAK = "A100, 80 GB", 0.3  # of its operations a second, reached on such models
+NOTEBOOKS = 45.0  # seconds of a run's notebooks, most of them their kernels' start
+HUB = yaml.safe_load(asset("hub_sizes.yaml").read_text("utf8"))  # how large things are there
+COLUMNS = ("name", "kind", "units", "operations", "memory", "stays", "passing")
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a run needs: `wall` seconds from begin to end; `how` says where seconds come from.
+@cache
+def shape_of(model: str) -> tuple[float, int, int]:
+    """A reader's or retriever's number of weights, layers, and hidden size, by its configuration.
 
-    `needs` has a row a stage that is missing: name, kind, units, operations, memory (peak bytes),
-    stays and passing (bytes on disk for good, and more while it is made), seconds.
+    Raises ProfileError for a model that is neither here nor in `assets/hub_sizes.yaml`.
     """
+    from accelerate import init_empty_weights  # only who plans waits for torch
+    from transformers import AutoConfig, AutoModel
 
-    lab: Lab
-    needs: pd.DataFrame
-    how: str
-    wall: float
-
-
-def make(lab: Lab) -> Plan:
-    """Plans what is missing of a run."""
-    profile, rows = lab.profile, []
-    missing = [one for one in lab.stages if lab.store.why_not(one) is not None]
-    for one in missing:
-        work = needs.units(one), needs.operations(one, profile), needs.memory(one, profile)
-        rows.append((one.name, one.kind, *work, *needs.disk(one, profile)))
-    columns = ["name", "kind", "units", "operations", "memory", "stays", "passing"]
-    table = pd.DataFrame(rows, columns=columns)
-    if needs.downloads(profile) or any(isinstance(one, HubSet) for one in profile.sets):
-        table["seconds"] = table["operations"] / operations_a_second()
-        how = "by arithmetic on this processor"
+    folder = ASSETS / "reader" if model == "embedded" else Path(model)
+    if folder.is_dir():
+        config = AutoConfig.from_pretrained(folder)
+    elif model in HUB["models"]:
+        config = AutoConfig.for_model(**HUB["models"][model]["config"])
     else:
-        seen, how = recorded(lab, lab.runs), "by stages that earlier runs recorded here"
-        if not set(table["kind"]) <= set(seen["kind"]):
-            seen, how = measured(lab), "by two small runs of the same stages, measured now"
-        rates = {kind: line(points) for kind, points in seen.groupby("kind")}
-        pairs = zip(table["kind"], table["units"], strict=True)
-        table["seconds"] = [rates[kind][0] + rates[kind][1] * units for kind, units in pairs]
-    return Plan(lab, table, how, wall_of(lab, missing, table["seconds"].tolist()))
+        raise ProfileError(f"The size of {model!r} is not known here. Name a folder that holds it.")
+    with init_empty_weights():
+        weights = sum(one.numel() for one in AutoModel.from_config(config).parameters())
+    return float(weights), config.num_hidden_layers, config.hidden_size
+
+
+def needs(stage: Stage, profile: Profile) -> dict[str, Any]:
+    """A stage's COLUMNS by arithmetic: units of work, floating-point operations, peak bytes of
+    memory, and bytes on disk that stay, or lie there in passing besides."""
+    settings, own, kind = profile.reader, profile.retriever, stage.kind
+    weights, layers, hidden = shape_of(settings.model)
+    encoder, _, width = (1e6, 2, 128) if own.model == "embedded" else shape_of(own.model)
+    units = float(sum(stage.units.values()))
+    tokens = min(settings.context, profile.k * PASSAGE + QUESTION)
+    lean, trained = settings.gradient_checkpointing, 0.02 if settings.lora_rank else 1.0
+    read = 2 * weights * tokens  # a prompt: two operations for each weight and token
+    answer, asked = read + 2 * weights * ANSWER, 2 * encoder * QUESTION
+    operations = {
+        **{"tokens": read, "contextual": read, "probe": read, "loop": (profile.k - 1) * read},
+        **{"style": answer, "premises": answer, "answers": answer},
+        "step1": (4 if lean else 3) * read,
+        "teacher": 2 * read,  # the prompt, and each passage alone
+        **{"vectors": 2 * encoder * PASSAGE, "candidates": asked, "step2": 3 * asked},
+    }
+    index = 0 if profile.index.factory == "Flat" else 80
+    vector = width * WIDTH[profile.index.dtype]
+    stays = units * {"passages": 700, "vectors": vector, "index": index}.get(kind, 0)
+    passing = stays if kind == "index" else 0.0
+    states = 4.0 * settings.at_once * tokens * hidden  # of one layer
+    memory = weights * WIDTH[settings.dtype] + 16 * states
+    if kind == "step1":  # each reader kept; a checkpoint beside the one that it replaces
+        memory = weights * (4 + 12 * trained) + states * layers * (3 if lean else 16)
+        stays = 4 * weights * (1 + len(settings.kept_steps))
+        passing = 24 * weights * trained
+    elif kind in ("vectors", "retriever", "step2"):
+        texts = 64.0 * own.at_once * PASSAGE + 4.0 * profile.index.shard
+        memory = 16 * encoder + texts * width
+    elif kind == "index":
+        memory = 4.0 * profile.index.trained_on * width
+    work = units * operations.get(kind, 0.0)
+    row = (stage.name, kind, units, work, BASE + memory, stays or 2e5, passing)
+    return dict(zip(COLUMNS, row, strict=True))
+
+
+def downloads(profile: Profile) -> dict[str, float]:
+    """What is fetched from the hub, in GB (NaN: not known here)."""
+    models, known = (profile.reader.model, profile.retriever.model), HUB["tables"]
+    found = {model: HUB["models"].get(model, {}).get("gb", math.nan) for model in models}
+    for one in (one for one in profile.sets if isinstance(one, HubSet)):
+        asked = [(one.questions, {one.train, one.heldout}), (one.passages, {one.passage_split})]
+        for table, splits in asked:
+            if isinstance(table, HubTable):
+                name = f"{table.dataset}: {table.config}"
+                gb = (known.get(name) or known.get(table.dataset, {"gb": {}}))["gb"]
+                each = sum(gb.get(split, math.nan) for split in splits)
+                found[table.dataset] = gb.get("all", each)
+    here = {what for what in found if what == "embedded" or Path(what).exists()}
+    return {what: gb for what, gb in found.items() if what not in here}
+
+
+def make(lab: Lab) -> tuple[pd.DataFrame, str]:
+    """What is missing of a run: COLUMNS and seconds, a row a stage; and where seconds come from."""
+    profile, missing = lab.profile, [one for one in lab.stages if lab.store.why_not(one)]
+    table = pd.DataFrame([needs(one, profile) for one in missing], columns=COLUMNS)
+    if downloads(profile) or any(isinstance(one, HubSet) for one in profile.sets):
+        import torch  # only who plans waits for it
+
+        one, how = torch.randn(1024, 1024), "by arithmetic on this processor"
+        a_second = 20 * 2 * 1024**3 / timeit(lambda: one @ one, number=20)
+        if profile.machine.device == "cuda":
+            how = f"by arithmetic on one GPU ({GPU})"
+            a_second = SHARE_OF_PEAK * 1e12 * HUB["gpus"][GPU]["tflops"]
+        return table.assign(seconds=table["operations"] / a_second), how
+    seen, how = recorded(lab, lab.runs), "by stages that earlier runs recorded here"
+    if not set(table["kind"]) <= set(seen["kind"]):
+        seen, how = measured(lab), "by two small runs of the same stages, measured now"
+    table["seconds"] = 0.0
+    for kind, points in seen.groupby("kind"):  # seconds at the start and a unit, not negative
+        known = np.stack([np.ones(len(points)), points["units"]], axis=1)
+        start, rate = nnls(known, points["seconds"])[0]
+        rows = table["kind"] == kind
+        table.loc[rows, "seconds"] = start + rate * table.loc[rows, "units"]
+    return table, how
 
 
 def recorded(lab: Lab, runs: Path) -> pd.DataFrame:
@@ -82,10 +153,16 @@ def recorded(lab: Lab, runs: Path) -> pd.DataFrame:
 
 
 def measured(lab: Lab) -> pd.DataFrame:
-    """The same, of the first stages of each kind in two small runs, one four times the other."""
+    """The same, of the first stages of each kind in two runs on a few questions of one set."""
+    profile, first = lab.profile, lab.profile.sets[0]
     with tempfile.TemporaryDirectory() as folder:
-        for times in (1, 4):
-            small, seen = Lab(miniature(lab.profile, times), folder), Counter[str]()
+        for times in (1, 8):
+            few = {p: min(16 * times, getattr(first, p)) for p in ("distill", "dev", "test")}
+            few |= {"entities": 30 * times} if isinstance(first, WorldSet) else {}
+            reader = profile.reader.model_copy(update={"steps": 4 * times})
+            crops = profile.retriever.model_copy(update={"crop_steps": 8 * times})
+            less = {"sets": (first.model_copy(update=few),), "reader": reader, "retriever": crops}
+            small, seen = Lab(profile.model_copy(update=less), folder), Counter[str]()
             for stage in small.stages:
                 seen[stage.kind] += 1
                 if seen[stage.kind] <= 2:  # the first of a kind also pays for what is loaded once
@@ -93,98 +170,31 @@ def measured(lab: Lab) -> pd.DataFrame:
         return recorded(lab, Path(folder))
 
 
-def miniature(profile: Profile, times: int) -> Profile:
-    """The same profile on a few questions of its first set, `times` over."""
-    few, first = 16 * times, profile.sets[0]
-    sizes = {"distill": few, "dev": 8, "test": 8}
-    sizes |= {"entities": 30 * times} if isinstance(first, WorldSet) else {}
-    changes: dict[str, dict[str, Any]] = {
-        "reader": {"steps": 4 * times, "checkpoints": 1},
-        "retriever": {"crop_steps": 8 * times},
-        "distill": {"seeds": (0,), "epochs": 1, "questions": few},
-        "indicators": {"questions": 8},
-        "evaluate": {"answered": 8},
-        "choices": {"variations": ()},
-    }
-    made: dict[str, Any] = {"sets": (first.model_copy(update=sizes),), "index_refreshes": 0}
-    for section, new in changes.items():
-        made[section] = getattr(profile, section).model_copy(update=new)
-    return profile.model_copy(update=made | {"step1_seeds": profile.step1_seeds[:1]})
-
-
-def line(points: pd.DataFrame) -> tuple[float, float]:
-    """Seconds at the start and by unit, neither negative, that fit what was seen."""
-    units, seconds = points["units"], points["seconds"]
-    slope, start = np.polyfit(units, seconds, 1) if np.ptp(units) else (0.0, -1.0)
-    if min(start, slope) >= 0:
-        return start, slope
-    return 0.0, seconds.sum() / max(units.sum(), 1.0)
-
-
-def operations_a_second() -> float:
-    """Of this processor, on a product of two matrices."""
-    import torch  # only who plans waits for it
-
-    one, count, started = torch.randn(1024, 1024), 0, time.monotonic()
-    while time.monotonic() - started < 1.0:
-        one @ one
-        count += 1
-    return 2 * 1024**3 * count / (time.monotonic() - started)
-
-
-def wall_of(lab: Lab, missing: Sequence[Stage], seconds: Sequence[float]) -> float:
-    """Seconds from begin to end: the work shared by the processes, or the longest chain."""
-    ends: dict[str, float] = {}
-    for stage, own in zip(missing, seconds, strict=True):
-        before = (ends.get(one.key, 0.0) for one in stage.inputs.values())
-        ends[stage.key] = max(before, default=0.0) + own
-    shared = sum(seconds) / workers_of(lab)
-    return max(shared, *ends.values()) + 5 * NOTEBOOK if missing else 0.0
-
-
-def duration(seconds: float) -> str:
-    """A duration as people say it."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def lines(plan: Plan) -> Iterator[str]:
-    """The plan, for people."""
-    yield f"Plan of profile {plan.lab.profile.name}. Nothing is fetched for it."
-    fetched = needs.downloads(plan.lab.profile)
+def lines(lab: Lab) -> Iterator[str]:
+    """The plan, for people: what is fetched, the kinds of stages, hours, and what does not fit."""
+    fetched, (table, how) = downloads(lab.profile), make(lab)
+    yield f"Plan of profile {lab.profile.name}. Nothing is fetched for it."
     for what, gb in fetched.items():
         yield f"  to fetch: {what}: {'size not known here' if math.isnan(gb) else f'{gb:.2f} GB'}"
-    yield f"  {'stage':11}{'number':>7}{'units':>12}{'time':>9}{'memory':>10}{'disk':>10}"
-    for kind, rows in plan.needs.groupby("kind", sort=False):
-        took, units = duration(rows["seconds"].sum()), rows["units"].sum()
+    yield f"  {'stage':11}{'number':>7}{'units':>12}{'time':>18}{'memory':>10}{'disk':>10}"
+    for kind, rows in table.groupby("kind", sort=False):
+        took, units = timedelta(seconds=round(rows["seconds"].sum())), rows["units"].sum()
         held, stays = rows["memory"].max() / 1e9, rows["stays"].sum() / 1e9
-        yield f"  {kind:11}{len(rows):>7}{units:>12,.0f}{took:>9}{held:>7.1f} GB{stays:>7.2f} GB"
-    yield f"Time: {duration(plan.wall)} from begin to end, {plan.how}."
-    stays = plan.needs["stays"].sum() / 1e9 + np.nansum([*fetched.values()])
-    passing = max(plan.needs["passing"], default=0.0) / 1e9
-    free = shutil.disk_usage(plan.lab.folder).free / 1e9
+        told = f"  {kind:11}{len(rows):>7}{units:>12,.0f}{took!s:>18}"
+        yield f"{told}{held:>7.1f} GB{stays:>7.2f} GB"
+    wall = table["seconds"].sum() / workers_of(lab) + (0 if table.empty else NOTEBOOKS)
+    yield f"Time: {timedelta(seconds=round(wall))} from begin to end, {how}."
+    stays, free = table["stays"].sum() / 1e9, shutil.disk_usage(lab.folder).free / 1e9
+    stays, passing = stays + np.nansum([*fetched.values()]), max(table["passing"], default=0) / 1e9
     told = f"Disk: {stays:.1f} GB stay, {passing:.1f} GB more in passing; {free:.0f} GB free: "
     helps = "Fewer reader.checkpoints, a narrower index.dtype, or another --runs helps."
-    yield told + ("fits." if stays + passing < free else f"does NOT fit. {helps}")
-    if not plan.needs.empty:
-        yield from memory_lines(plan)
-
-
-def memory_lines(plan: Plan) -> Iterator[str]:
-    """Whether memory suffices, here or on a GPU, and what helps where it does not."""
-    most = plan.needs.loc[plan.needs["memory"].idxmax()]
-    room = psutil.virtual_memory().total / workers_of(plan.lab)
-    if plan.lab.profile.machine.device == "cuda":
-        gpus, work = needs.hub()["gpus"], plan.needs["operations"].sum()
-        for name, card in gpus.items():
-            took = duration(work / (card["tflops"] * 1e12 * SHARE_OF_PEAK))
-            room = USABLE * card["gb"] * 1e9
-            enough = "suffices" if most["memory"] < room else "does NOT suffice"
-            yield f"  {name:20} about {took:>8}; its memory {enough}"
-        room = max(card["gb"] for card in gpus.values()) * 1e9
-    if most["memory"] > USABLE * room:
-        yield (
-            f"Memory: {most['kind']} needs {most['memory'] / 1e9:.0f} GB. Lower reader.at_once, "
-            "set reader.gradient_checkpointing, or train adapters only with reader.lora_rank."
-        )
+    yield told + (f"does NOT fit. {helps}" if stays + passing > free else "fits.")
+    if not table.empty:
+        kind, memory = table.sort_values("memory")[["kind", "memory"]].iloc[-1]
+        room = {"here": psutil.virtual_memory().total / workers_of(lab)}
+        if lab.profile.machine.device == "cuda":
+            room = {f"on {name}": card["gb"] * 1e9 for name, card in HUB["gpus"].items()}
+        small = [place for place, size in room.items() if memory > 0.92 * size]
+        knob = KNOBS.get(kind, "reader.at_once")
+        fits = f"does NOT fit {', '.join(small)}; there lower {knob}." if small else "fits."
+        yield f"Memory: {kind} needs {memory / 1e9:.1f} GB: {fits}"

@@ -9,14 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import (
-    FIRST_COMPLETED,
-    FIRST_EXCEPTION,
-    Future,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-    wait,
-)
+from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -27,22 +20,19 @@ import psutil
 from ragkit.data.files import room_on_disk, write_whole
 from ragkit.errors import RagkitError
 from ragkit.experiment import store
-from ragkit.experiment.executed import TOLD, Notebooks
-from ragkit.experiment.lab import Lab
+from ragkit.experiment.executed import Notebooks, told
+from ragkit.experiment.lab import Lab, read_json
 from ragkit.experiment.store import Stage, Store
 from ragkit.profile import save_profile
 
 log = logging.getLogger(__name__)
-NOISY = (
-    *("papermill", "httpx", "bm25s", "datasets", "faiss", "traitlets", "spacy", "asyncio"),
-    "sentence_transformers",
-)
+NOISY = "papermill httpx bm25s datasets faiss traitlets spacy asyncio sentence_transformers"
 
 
 def start_logging() -> None:
     """Plain lines on the error stream; libraries speak only when something is wrong."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for name in NOISY:
+    for name in NOISY.split():
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # it reports BERT's unused pooler at every load
 
@@ -50,11 +40,10 @@ def start_logging() -> None:
 def begin_worker() -> None:
     """A worker leaves Ctrl-C to the main process, and ends with it, whatever ends that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
 
     def follow() -> None:
-        parent.join()
+        if parent := multiprocessing.parent_process():
+            parent.join()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
@@ -81,61 +70,48 @@ def workers_of(lab: Lab) -> int:
 
 def make_all(lab: Lab, stages: Sequence[Stage]) -> None:
     """Makes every stage that is missing, each as soon as its inputs are there, in the list's order.
-
-    The first error ends the run; what was finished is kept.
-    """
+    The first error ends the run; what was finished is kept."""
     there = [lab.store.why_not(one) is None for one in stages] if store.MAIN else []
     pairs = zip(stages, store.agreed(there), strict=True)  # the processes of a run see one state
-    missing = {one.key: one for one, made in pairs if not made}
-    for one in stages:
-        if one.key not in missing:
-            lab.store.sound[one.key] = lab.store.home(one)
-            lab.store.status.setdefault(one.name, "reused")
-    log.info("%d stages are there, %d are to be made", len(stages) - len(missing), len(missing))
-    if workers_of(lab) == 1 or len(missing) < 2:
-        for one in missing.values():
+    unmade = {one.key: one for one, made in pairs if not made}
+    lab.store.status |= {one.name: "reused" for one in stages if one.key not in unmade}
+    log.info("%d stages are there, %d are to be made", len(stages) - len(unmade), len(unmade))
+    if (at_once := workers_of(lab)) == 1 or len(unmade) < 2:
+        for one in unmade.values():
             lab.store.open(one)
         return
-    context = multiprocessing.get_context("spawn")
-    others = set(psutil.Process().children())  # not ours to end
-    pool = ProcessPoolExecutor(workers_of(lab), mp_context=context, initializer=begin_worker)
-    running: dict[Future[str], Stage] = {}
-    unmade = set(missing)
+    context, waiting = multiprocessing.get_context("spawn"), list(unmade.values())
+    pool = futures.ProcessPoolExecutor(at_once, context, initializer=begin_worker)
+    running: dict[futures.Future[str], Stage] = {}
     try:
         while unmade:
-            for one in list(missing.values()):
-                if len(running) == workers_of(lab):
-                    break
-                if not any(other.key in unmade for other in one.inputs.values()):
-                    running[pool.submit(make_one, lab.folder, missing.pop(one.key))] = one
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                made = running.pop(future)
-                unmade.discard(made.key)
-                lab.store.status[made.name] = future.result()
-                lab.store.sound[made.key] = lab.store.home(made)
+            for one in list(waiting):
+                ready = not any(other.key in unmade for other in one.inputs.values())
+                if ready and len(running) < at_once:
+                    waiting.remove(one)
+                    running[pool.submit(make_one, lab.folder, one)] = one
+            for future in futures.wait(running, return_when=futures.FIRST_COMPLETED).done:
+                lab.store.status[running[future].name] = future.result()
+                del unmade[running.pop(future).key]
     except BrokenProcessPool:
         names = " or ".join(one.name for one in running.values())
-        raise RagkitError(
-            f"A process that made {names} was killed, most likely because memory ran out. "
-            "The same command goes on from what was finished."
-        ) from None
+        why = "most likely because memory ran out. The same command goes on from what was finished"
+        raise RagkitError(f"A process that made {names} was killed, {why}.") from None
     finally:
-        for process in set(psutil.Process().children()) - others if running else ():
+        for process in multiprocessing.active_children() if running else ():
             process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def stoppable(works: Sequence[Callable[[], object]], at_once: int = 1) -> None:
-    """Runs works that talk to notebooks' kernels in threads, begun in order.
-
-    In the main thread papermill and nbclient take Ctrl-C for themselves. On Ctrl-C the kernels are
-    ended and KeyboardInterrupt goes on. The first work that raises ends what has not begun; what
-    runs is finished, and the error is raised then.
+    """Runs works that talk to notebooks' kernels in threads, begun in order: in the main thread
+    papermill and nbclient take Ctrl-C for themselves. On Ctrl-C the kernels are ended. The first
+    work that raises ends what has not begun; what runs is finished, and the error is raised then.
     """
-    with ThreadPoolExecutor(at_once) as pool:
+    with futures.ThreadPoolExecutor(at_once) as pool:
         running = [pool.submit(work) for work in works]
         try:
-            wait(running, return_when=FIRST_EXCEPTION)
+            futures.wait(running, return_when=futures.FIRST_EXCEPTION)
             pool.shutdown(cancel_futures=True)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -150,53 +126,35 @@ def stoppable(works: Sequence[Callable[[], object]], at_once: int = 1) -> None:
 
 
 def reproduce(lab: Lab, sources: Path) -> dict[str, Any]:
-    """Makes every stage, runs every notebook in `sources`, and writes and returns the manifest.
-
-    Of several processes that work as one, the main one alone does what follows the stages.
-    """
+    """Makes every stage, runs every notebook in `sources`, and writes and returns the manifest. Of
+    several processes that work as one, the main one alone does what follows the stages."""
     if not store.MAIN:
         make_all(lab, lab.stages)
         return {}
     started, when = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     with store.only_run(lab.folder), room_on_disk(lab.folder, "notebooks and manifest"):
-        profile = lab.folder / "profile.yaml"  # what the notebooks and `ragkit tidy` read
-        save_profile(lab.profile, profile)
+        save_profile(lab.profile, lab.folder / "profile.yaml")  # notebooks and `tidy` read it
         make_all(lab, lab.stages)
-        notebooks = Notebooks(lab, sources)
-        at_once = 2 if lab.profile.machine.device == "cpu" else 1
-        stoppable([partial(notebooks.run, source) for source in notebooks.missing()], at_once)
-        notebooks.publish()
+        kept = Notebooks(lab, sources)
+        works = [partial(kept.run, source) for source in kept.sources]
+        stoppable(works, 2 if lab.profile.machine.device == "cpu" else 1)
+        kept.publish()
+        stages, trimmed = dict[str, Any](), dict[str, Any]()
+        for one in lab.stages:
+            home = lab.store.home(one)
+            stages[one.name] = {"key": one.key, **told(home, lab.store.status[one.name])}
+            if (file := home / "trimmed.json").is_file():
+                trimmed[one.name] = read_json(file)
         manifest = {
             "profile": lab.profile.model_dump(mode="json"),
             "started": when,
             "seconds_of_this_call": round(time.monotonic() - started, 1),
-            **stage_records(lab),
-            "notebooks": notebooks.records(),
+            "stages": stages,
+            "trimmed_prompts": {name: one for name, one in trimmed.items() if one["trimmed"]},
+            "notebooks": {n: told(home, kept.status[n]) for n, home in sorted(kept.homes.items())},
         }
         write_whole(lab.folder / "manifest.json", json.dumps(manifest, indent=1))
     return manifest
-
-
-def stage_records(lab: Lab) -> dict[str, Any]:
-    """What each stage of the run says of itself, what happened to it now, and trimmed prompts."""
-    stages: dict[str, Any] = {}
-    trimmed: dict[str, Any] = {}
-    for stage in lab.stages:
-        home = lab.store.home(stage)
-        saved = store.read_record(home)
-        assert saved is not None
-        told = {name: saved[name] for name in TOLD}
-        status = lab.store.status.get(stage.name, "reused")
-        stages[stage.name] = {"key": stage.key, "set": set_of(stage), "status": status, **told}
-        if (home / "trimmed.json").is_file():
-            counts = json.loads((home / "trimmed.json").read_text("utf8"))
-            trimmed |= {stage.name: counts} if counts["trimmed"] else {}
-    return {"stages": stages, "trimmed_prompts": trimmed}
-
-
-def set_of(stage: Stage) -> str:
-    """The question set that a stage belongs to."""
-    return stage.name.split("/")[1].partition(" (")[0]
 
 
 def tidy(lab: Lab, sources: Path) -> int:

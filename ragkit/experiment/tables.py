@@ -17,12 +17,9 @@ from ragkit.settings import WorldSet
 
 
 def per_question(lab: Lab, set_name: str) -> pd.DataFrame:
-    """Retrieval of every test question: columns set, system, seed, question, HR@1, 5, 20, MRR.
-
-    Systems: BM25 if the profile has it, the initial retriever, and those distilled.
-    """
+    """Retrieval of every test question by BM25 (if the profile has it), the initial retriever and
+    those distilled: columns set, system, seed, question, HR@1, 5, 20, MRR."""
     corpus, frames = lab.corpus(set_name), []
-    questions = corpus.questions["test"]
     rankings: dict[tuple[str, int], NDArray[np.int64]] = {}
     if lab.profile.evaluate.bm25:
         rankings["BM25", 0] = lab.candidates(set_name, "bm25")["test"]
@@ -30,8 +27,8 @@ def per_question(lab: Lab, set_name: str) -> pd.DataFrame:
     for target, seed in product(lab.targets, lab.profile.distill.seeds):
         rankings[target, seed] = lab.distilled(set_name, target, seed)[0]
     for (system, seed), ranking in rankings.items():
-        found, golds = ranking.tolist(), corpus.golds(questions, ranking)
-        row = {"set": set_name, "system": system, "seed": seed, "question": range(len(questions))}
+        found, golds = ranking.tolist(), corpus.golds(corpus.questions["test"], ranking)
+        row = {"set": set_name, "system": system, "seed": seed, "question": range(len(found))}
         row |= {f"HR@{k}": hits(found, golds, k) for k in CUTS}
         frames.append(pd.DataFrame({**row, "MRR": reciprocal_ranks(found, golds)}))
     return pd.concat(frames, ignore_index=True)
@@ -40,21 +37,17 @@ def per_question(lab: Lab, set_name: str) -> pd.DataFrame:
 def answer_rows(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -> pd.DataFrame:
     """EM and F1 of the first test questions: columns set, system, reader, seed, question, EM, F1.
 
-    Systems: no passages at all ("closed book"), BM25, the initial retriever and those distilled
-    (default: all), each read by its regime's reader; BM25 and controls by the fine-tuned one.
+    Systems: those of `stages.answered`, each read by its regime's reader, controls by the tuned.
     """
-    questions = lab.corpus(set_name).questions["test"][: lab.profile.evaluate.answered]
-    frames = []
+    rows, questions = [], lab.corpus(set_name).questions["test"]
     for system, which, seed in answered(lab.graph, targets):
         stage = lab.graph.stage("answers", Of(set_name, which, system, seed))
         answers = read_json(lab.open_stage(stage) / "answers.json")
-        row = {"set": set_name, "system": system, "reader": which, "seed": seed}
-        row["question"] = range(len(questions))
-        for name, score in (("EM", exact_match), ("F1", f1)):
-            pairs = zip(answers, questions, strict=True)
-            row[name] = [score(answer, question.answers) for answer, question in pairs]
-        frames.append(pd.DataFrame(row))
-    return pd.concat(frames, ignore_index=True)
+        for number, (question, answer) in enumerate(zip(questions, answers, strict=False)):
+            scores = [score(answer, question.answers) for score in (exact_match, f1)]
+            rows.append((set_name, system, which, seed, number, *scores))
+    columns = ["set", "system", "reader", "seed", "question", "EM", "F1"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def premises(lab: Lab, set_name: str) -> pd.DataFrame:
@@ -71,24 +64,20 @@ def premises(lab: Lab, set_name: str) -> pd.DataFrame:
 def ceiling(lab: Lab, set_name: str) -> pd.DataFrame:
     """How far the oracle, the best teacher, takes HR on dev: columns trained, seed, HR, set.
 
-    In an embedded world also, with one seed, if the passages' side is trained too; on real text
-    that would mean to encode every passage again at every look.
+    In a world once with both sides trained too; real text would be encoded anew at every look.
     """
-    side, seeds = lab.profile.distill.side, lab.profile.distill.seeds
-    cases = [(side, seed, lab) for seed in seeds]
-    if side == "query" and isinstance(lab.sets[set_name], WorldSet):
-        cases.append(("both", seeds[0], lab.varied(CEILING)))
-    rows = []
+    distill, rows = lab.profile.distill, []
+    cases = [(distill.side, seed, lab) for seed in distill.seeds]
+    if distill.side == "query" and isinstance(lab.sets[set_name], WorldSet):
+        cases.append(("both", distill.seeds[0], lab.varied(CEILING)))
     for trained, seed, each in cases:
         rows.append((trained, seed, each.distilled(set_name, "oracle", seed)[1][-1]["hr"]))
     return pd.DataFrame(rows, columns=["trained", "seed", "HR"]).assign(set=set_name)
 
 
 def mixed_golds(lab: Lab, set_name: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Which questions for distillation have gold and other candidates, `[places]`.
-
-    And which of their candidates are gold `[places, k]`.
-    """
+    """Which questions for distillation have gold and other candidates `[places]`, and which of
+    these candidates are gold `[places, k]`."""
     asked, candidates = lab.asked(set_name)
     gold = oracle_scores(candidates.tolist(), lab.corpus(set_name).golds(asked, candidates)) > 0
     places = np.flatnonzero(gold.any(1) & ~gold.all(1))

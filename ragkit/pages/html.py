@@ -93,7 +93,7 @@ def marked_tokens(
 
 
 def ledger(table: pd.DataFrame, links: Mapping[str, str] | None = None) -> HTML:
-    """The claims (`ragkit.experiment.claims.table`) as cards, side by side where there is room.
+    """The claims (`ragkit.experiment.claims.ledger`) as cards, side by side where there is room.
 
     `links` holds, for some claims, the page of the notebook where it is measured.
     """

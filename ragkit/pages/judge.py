@@ -17,7 +17,7 @@ import pandas as pd
 from transformers import AutoConfig
 
 from ragkit.errors import NounsError
-from ragkit.experiment.evidence import LINE
+from ragkit.experiment.claims import LINE
 from ragkit.indicators import measures
 from ragkit.indicators.closeness import Spans, look_at_tokens, space, wanted_ids
 from ragkit.indicators.measures import Floats, Ints, Tokens

@@ -49,7 +49,7 @@ def test_a_specification_is_the_indicator_under_its_choices(space):
     table = expected(stub, space)
     for kept, suffix in (("with exact", ""), ("no exact", " (no exact)")):
         for measure, column in (("Spearman", "Spearman"), ("attention, closest 20%", "attention")):
-            key = (measure, "consuming", "no norm", "middle", space, kept)
+            key = (measure, ("consuming", "no norm", "middle"), space, kept)
             made = every[choices.KEYS.index(key)]
             assert made == pytest.approx(table[column + suffix].to_numpy(), abs=1e-6)
 

@@ -11,7 +11,7 @@ import pytest
 from ragkit.errors import NotebookError
 from ragkit.experiment.executed import OWN_ERRORS, Notebooks
 from ragkit.experiment.lab import Lab
-from ragkit.experiment.store import read_record
+from ragkit.experiment.store import RECORD, read_record
 from ragkit.profile import load_profile, save_profile
 
 ROOT = Path(__file__).parent.parent.parent
@@ -54,51 +54,65 @@ def executed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
         patch.setenv("PYTHONPATH", str(folder / "other"))
-        assert made.missing() == made.sources
+        assert made.state(made.sources[0]) == (None, "not made yet")
         made.run(made.sources[0])
     return made
 
 
 def test_the_kernel_is_this_interpreter_with_this_package(executed):
-    told = nbformat.read(executed.held(executed.sources[0]) / "05_toy.ipynb", as_version=4)
+    told = nbformat.read(executed.homes["05_toy"] / "05_toy.ipynb", as_version=4)
     said = told.cells[-2].outputs[0].text.split()
     assert said[:2] == [sys.executable, str(ROOT / "ragkit" / "__init__.py")]
     assert Path(said[2]) == executed.lab.folder.resolve()
 
 
 def test_an_execution_keeps_what_it_opened_and_drew(executed):
-    home = executed.held(executed.sources[0])
-    saved = read_record(home)
-    keys = {one.name: one.key for one in executed.lab.stages}
-    assert saved["opened"] == {n: keys[n] for n in ("passages/almanac", "questions/almanac")}
+    saved = read_record(executed.homes["05_toy"])
+    keys = {one.name: [one.name, one.key] for one in executed.lab.stages}
+    opened = ("passages/almanac", "questions/almanac")
+    assert saved["record"]["inputs"] == {name: keys[name] for name in opened}
     assert set(saved["files"]) == {"05_toy.ipynb", "figures/05_drawn.csv"}
     assert "ragkit.experiment.lab" in saved["record"]["code"]
-    assert executed.records()["05_toy"]["status"] == "ran: not made yet"
+    assert executed.status == {"05_toy": "ran: not made yet"}
     executed.publish()
     assert (executed.lab.folder / "figures" / "05_drawn.csv").read_text() == "a,b"
     assert (executed.lab.folder / "notebooks" / "05_toy.ipynb").is_file()
     again = Notebooks(executed.lab, executed.sources[0].parent)
-    assert again.missing() == []
+    again.run(again.sources[0])
     assert again.status == {"05_toy": "reused"}
+    assert again.homes == executed.homes
 
 
-def test_an_execution_holds_only_with_all_that_it_depends_on(executed):
-    source = executed.sources[0]
-    home = executed.held(source)
-    saved, record = read_record(home), executed.record(source)
-    assert executed.why_not(home, saved, record) is None
-    code = record["code"] | {"ragkit.data.text": "other"}
-    for changed, reason in (
-        (record | {"source": "other"}, "source "),
-        (record | {"code": code}, "ragkit.data.text changed"),
-        (record | {"versions": record["versions"] | {"pandas": "9"}}, "versions.pandas "),
-        (record | {"profile": record["profile"] | {"k": 9}}, "profile.k 5 -> 9"),
-    ):
-        assert executed.why_not(home, saved, changed).startswith(reason)
-    opened = saved | {"opened": {"passages/almanac": "an older key"}}
-    assert executed.why_not(home, opened, record) == "passages/almanac was made anew"
-    less = saved | {"files": {}}
-    assert executed.why_not(home, less, record) == "its files are damaged or missing"
+@pytest.mark.parametrize(
+    ("part", "changed", "reason"),
+    [
+        ("code", {"ragkit.data.text": "other"}, "ragkit.data.text changed"),
+        ("code", {"its source": "other"}, "its source changed"),
+        ("versions", {"pandas": "9"}, "versions.pandas 9 -> "),
+        ("profile", {"k": 9}, "profile.k 9 -> 5"),
+        ("inputs", {"bm25/almanac": ["bm25/almanac", "an older key"]}, "bm25/almanac was made"),
+        ("files", {"figures/05_more.csv": "gone"}, "its files are damaged or missing"),
+    ],
+)
+def test_an_execution_holds_only_with_all_that_it_depends_on(executed, part, changed, reason):
+    source, record = executed.sources[0], executed.homes["05_toy"] / RECORD
+    text = record.read_text()
+    saved = json.loads(text)
+    (saved if part == "files" else saved["record"])[part] |= changed
+    record.write_text(json.dumps(saved))
+    home, told = executed.state(source)
+    record.write_text(text)
+    assert home is None
+    assert told.startswith(reason)
+    assert executed.state(source) == (record.parent, "")
+
+
+def test_a_kernel_that_is_shut_down_says_nothing(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("JUPYTER_PATH", os.environ.get("JUPYTER_PATH", ""))  # put back afterwards
+    said = "KeyboardInterrupt caught in kernel."  # by a kernel that is shut down in a reply
+    made = notebooks(tmp_path, f"get_ipython().kernel.log.error({said!r})")
+    made.run(made.sources[0])
+    assert said not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -126,7 +140,7 @@ def test_a_failing_notebook_is_named_with_its_cell(tmp_path, monkeypatch, cell, 
     assert str(caught.value).startswith("Notebook 05_toy.ipynb")
     for word in words:
         assert word in str(caught.value)
-    assert made.missing() == made.sources
+    assert made.state(made.sources[0]) == (None, "not made yet")
 
 
 def test_every_error_of_the_package_is_known_as_its_own():

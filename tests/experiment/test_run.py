@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from pathlib import Path
@@ -23,13 +22,24 @@ ROOT = Path(__file__).parent.parent.parent
 WORLD = "{{source: world, name: {0}, world: almanac, seed: {1}, entities: 24, distill: 20, dev: 4, test: 4}}"  # noqa: E501
 BROKEN = "{source: files, name: broken, passages: bad.tsv, questions: q.jsonl, distill: 1, dev: 1, test: 1}"  # noqa: E501
 HELD = """
-from pathlib import Path
 from ragkit.experiment import run
 from ragkit.experiment.lab import Lab
-if __name__ == "__main__":
-    run.workers_of = lambda lab: 2
-    lab = Lab({profile!r}, {runs!r})
-    run.make_all(lab, [one for one in lab.stages if one.kind in ("passages", "questions")])
+run.workers_of = lambda lab: 2
+lab = Lab({0!r}, {1!r})
+run.make_all(lab, [one for one in lab.stages if one.kind in ("passages", "questions")])
+"""
+WORK = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from ragkit.experiment.run import stoppable
+def work():
+    kernel = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print(kernel.pid, flush=True)
+    kernel.wait()
+try:
+    stoppable([work])
+except KeyboardInterrupt:
+    print("stopped")
 """
 
 
@@ -59,6 +69,12 @@ def workers(process=None):
     """The pool's processes below a process."""
     below = (process or psutil.Process()).children(recursive=True)
     return [one for one in below if "spawn_main" in " ".join(one.cmdline())]
+
+
+def python(*arguments, **more):
+    """A process of this interpreter and package."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return psutil.Popen([sys.executable, *arguments], env=environment, **more)
 
 
 def until(true, seconds=240):
@@ -123,11 +139,8 @@ def test_a_killed_worker_gives_a_sentence_and_the_run_goes_on(tmp_path):
 def test_a_killed_run_leaves_no_process_behind(tmp_path):
     mine, runs = profile(tmp_path), tmp_path / "runs"
     lab = Lab(mine, runs)
-    script = tmp_path / "held.py"
-    script.write_text(HELD.format(profile=mine, runs=str(runs)))
     with lab.store.alone(named(lab, "passages/a")):
-        process = psutil.Popen([sys.executable, str(script)], stderr=subprocess.DEVNULL,
-                               env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+        process = python("-c", HELD.format(mine, str(runs)), stderr=subprocess.DEVNULL)
         until(lab.store.home(named(lab, "passages/b")).exists)
         left = workers(process)
         assert left
@@ -178,25 +191,8 @@ def test_tidy_keeps_what_the_profile_reaches(tmp_path):
     assert Store(lab.folder).why_not(named(lab, "questions/a")) is None
 
 
-def test_ctrl_c_ends_kernels_and_goes_on(tmp_path):
-    script = tmp_path / "works.py"
-    script.write_text(
-        textwrap.dedent("""
-        import signal, subprocess, sys, time
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        from ragkit.experiment.run import stoppable
-        def work():
-            kernel = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-            print(kernel.pid, flush=True)
-            kernel.wait()
-        try:
-            stoppable([work])
-        except KeyboardInterrupt:
-            print("stopped")
-    """)
-    )
-    process = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True,
-                               env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+def test_ctrl_c_ends_kernels_and_goes_on():
+    process = python("-c", WORK, stdout=subprocess.PIPE, text=True)
     kernel = int(process.stdout.readline())
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[0] == "stopped\n"
@@ -248,9 +244,7 @@ def test_a_second_run_is_refused_and_ctrl_c_ends_the_first_with_a_sentence(
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     with lab.store.alone(named(lab, "passages/a")), open(log, "w") as out:
-        process = psutil.Popen([sys.executable, "-m", "ragkit", *arguments], stdout=out, stderr=out,
-                               env=os.environ | {"PYTHONPATH": str(ROOT)},
-                               preexec_fn=hear_ctrl_c)  # fmt: skip
+        process = python("-m", "ragkit", *arguments, stdout=out, stderr=out, preexec_fn=hear_ctrl_c)
         try:
             until(lambda: "running  " in log.read_text() or "waiting  " in log.read_text())
             assert command(monkeypatch, *arguments) == 2
