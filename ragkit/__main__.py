@@ -56,7 +56,7 @@ def write_report(lab: Lab) -> None:
     """Writes the report, and says where the run differs from the reference."""
     index, compared = report.write(lab, FIGURES)
     log.info("report: %s", index)
-    for line in compared.lines():
+    for line in compared:
         log.info("%s", line)
 
 
