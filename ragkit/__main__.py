@@ -80,7 +80,7 @@ def command_line() -> argparse.ArgumentParser:
 def write_report(lab: Lab) -> None:
     """Writes the report, and says where the run differs from the reference."""
     index, compared = report.write(lab, FIGURES)
-    log.info("%s", "\n".join([f"report: {index}", *compared.lines()]))
+    log.info("%s", "\n".join([f"report: {index}", *compared]))
 
 
 def do(given: argparse.Namespace) -> None:

@@ -12,9 +12,10 @@ import re
 import string
 import textwrap
 import time
+from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import nbformat
 from nbclient import NotebookClient
@@ -22,7 +23,6 @@ from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 
-from ragkit.data.files import file_hash, write_whole
 from ragkit.errors import CourseError
 from ragkit.experiment.executed import kernel_of_here
 from ragkit.experiment.run import stoppable
@@ -34,6 +34,7 @@ HEADING = re.compile(r"### Exercise (\d+) · (.+?) \*\((easy|medium|hard), (\d+)
 REGION = re.compile(r"^([ \t]*)### BEGIN SOLUTION\n.*?^[ \t]*### END SOLUTION$", re.M | re.S)
 STUBBED = "NotImplementedError"
 STUB = f"# YOUR CODE HERE\nraise {STUBBED}()"
+ADVICE = "Let an assert of its own fail there; give names an empty value before the solution."
 SOURCE = re.compile(r"Solved here[^.]*\.")  # what the sources say of themselves
 KINDS = {  # of copies, and what they say in its place
     "student": "Yours to solve, where a cell says `# YOUR CODE HERE`.",
@@ -41,25 +42,17 @@ KINDS = {  # of copies, and what they say in its place
 }
 
 
-@dataclass(frozen=True)
-class Exercise:
-    """An exercise of a notebook: its heading, and its cells for the answer and the check."""
+class Exercise(NamedTuple):
+    """An exercise of a notebook: what its heading says, its cells for the answer and the check."""
 
+    answer: NotebookNode
+    check: NotebookNode
     notebook: str
-    number: str
+    id: str
+    where: str
     title: str
     difficulty: str
     minutes: str
-    answer: NotebookNode
-    check: NotebookNode
-
-    @property
-    def where(self) -> str:
-        return f"Notebook {self.notebook}, exercise {self.number} ({self.title})"
-
-    @property
-    def id(self) -> str:
-        return f"{self.notebook[:2]}-{self.number}"
 
 
 def with_answer(source: str, code: str) -> str:
@@ -73,40 +66,28 @@ def exercises_of(stem: str, notebook: NotebookNode) -> list[Exercise]:
     for place, cell in enumerate(notebook.cells):
         if cell.cell_type != "markdown" or not cell.source.startswith("### Exercise"):
             continue
-        heading = HEADING.match(cell.source)
-        cells = notebook.cells[place + 1 : place + 3]
-        if heading is None or [c.cell_type for c in cells] != ["code", "code"]:
+        heading, cells = HEADING.match(cell.source), notebook.cells[place + 1 : place + 3]
+        if heading is None or [one.cell_type for one in cells] != ["code", "code"]:
             raise CourseError(
                 f"Notebook {stem}: {cell.source.splitlines()[0]!r} should read '### Exercise 1 · "
                 "Title *(easy, 10 minutes)*', or medium, hard, and two code cells must follow: the "
                 "solution and its check."
             )
         number, title, difficulty, minutes = heading.groups()
-        exercise = Exercise(stem, number, title, difficulty, minutes, *cells)
-        records = [c.metadata.get("nbgrader", {}) for c in cells]
-        answer = {"grade_id": exercise.id, "solution": True}
-        check = {"grade_id": f"{exercise.id}-check", "grade": True}
-        lacks = {
-            "a hint in <details>": "<details>" in cell.source,
-            "one solution between ### BEGIN SOLUTION and ### END SOLUTION": (
-                len(REGION.findall(cells[0].source)) == 1
-            ),
-            "likely answers under 'wrong' in its metadata": bool(cells[0].metadata.get("wrong")),
-            f"{answer} in its solution's nbgrader record": answer.items() <= records[0].items(),
-            f"{check} in its check's nbgrader record": check.items() <= records[1].items(),
-        }
-        for what, is_there in lacks.items():
-            if not is_there:
-                raise CourseError(f"{exercise.where} lacks {what}.")
-        found.append(exercise)
+        name, where = f"{stem[:2]}-{number}", f"Notebook {stem}, exercise {number} ({title})"
+        answer, check = cells
+        if len(REGION.findall(answer.source)) != 1 or not answer.metadata.get("wrong"):
+            raise CourseError(
+                f"{where} lacks one solution between ### BEGIN SOLUTION and ### END SOLUTION, or "
+                "likely answers under 'wrong' in its metadata."
+            )
+        found.append(Exercise(answer, check, stem, name, where, title, difficulty, minutes))
     return found
 
 
 def copy_of(notebook: NotebookNode, profile: str, runs: str, kind: str = "") -> NotebookNode:
-    """A copy that works on the given run; of a kind, a key of KINDS, it can be handed out.
-
-    Then it has no wrong answers and says what it is, and `student` has stubs for the solutions.
-    """
+    """A copy that works on the given run. Of a kind, a key of KINDS, it can be handed out: it has
+    no wrong answers and says what it is, and `student` has stubs for the solutions."""
     copy = deepcopy(notebook)
     for cell in copy.cells:
         if "parameters" in cell.metadata.get("tags", []):
@@ -119,104 +100,66 @@ def copy_of(notebook: NotebookNode, profile: str, runs: str, kind: str = "") -> 
     return copy
 
 
-def trial_of(stem: str, notebook: NotebookNode) -> NotebookNode:
-    """All code cells in order; a check comes behind the stub, each wrong answer and the solution.
+def faults(stem: str, notebook: NotebookNode, run: Callable[[str], str]) -> Iterator[str]:
+    """What does not hold in a solved notebook; `run` runs code and says in what error it ended.
 
-    Their metadata say `where` they stand, and what is expected: `refuses` names the answer that a
-    check must refuse, `stub` that NotImplementedError may be raised.
+    Each exercise is tried with the stub, each wrong answer and the solution. Its check must refuse
+    all but the last by an assert of its own with a sentence, or the stub by the stub's error.
     """
-    trial = new_notebook()
-
-    def add(code: str, where: str, refuses: str = "", stub: bool = False) -> None:
-        expected = {"where": where, "refuses": refuses, "stub": stub}
-        trial.cells.append(new_code_cell(code, metadata=expected))
-
     exercises = {one.answer.id: one for one in exercises_of(stem, notebook)}
     checks = {one.check.id for one in exercises.values()}
     for place, cell in enumerate(notebook.cells, 1):
-        if cell.id in exercises:
-            where, check = exercises[cell.id].where, exercises[cell.id].check.source
-            add(with_answer(cell.source, STUB), f"{where}, its stub", stub=True)
-            add(check, where, "the stub", stub=True)
-            for wrong in cell.metadata["wrong"]:
-                told = f"the wrong answer {wrong!r}"
-                add(with_answer(cell.source, wrong), f"{where}: {told} does not even run")
-                add(check, where, told)
-            add(cell.source, f"{where}, its solution")
-            add(check, f"{where}, its check on the solution")
-        elif cell.cell_type == "code" and cell.id not in checks:
-            add(cell.source, f"Notebook {stem}, cell {place}")
-    return trial
+        if one := exercises.get(cell.id):
+            for code in (STUB, *cell.metadata["wrong"]):
+                told = "the stub" if code == STUB else f"the wrong answer {code!r}"
+                good = f"AssertionError: .|{STUBBED}" if code == STUB else "AssertionError: ."
+                ended = run(with_answer(cell.source, code))
+                if ended and not (code == STUB and ended.startswith(STUBBED)):
+                    yield f"{one.where}: {told} does not even run: {ended}"
+                if not re.match(good, ended := run(one.check.source)):
+                    ends = f"ends in {ended}" if ended else "passes"
+                    yield f"{one.where}: its check {ends} on {told}. {ADVICE}"
+            if ended := run(cell.source):
+                yield f"{one.where}, its solution: {ended}"
+            if ended := run(one.check.source):
+                yield f"{one.where}, its check on the solution: {ended}"
+        elif cell.cell_type == "code" and cell.id not in checks and (ended := run(cell.source)):
+            yield f"Notebook {stem}, cell {place}: {ended}"
 
 
-def hold_against(cell: NotebookNode) -> None:
-    """Raises CourseError if a cell of a trial did not end as is expected of it.
-
-    A check refuses by an assert of its own with a sentence, or by the stub's error.
-    """
-    where, refuses, stub = (cell.metadata[name] for name in ("where", "refuses", "stub"))
-    error = next((output for output in cell.outputs if output.output_type == "error"), None)
-    ended = f"{error.ename}: {error.evalue}" if error else ""
-    by_stub = stub and error is not None and error.ename == STUBBED
-    if not refuses and error and not by_stub:
-        raise CourseError(f"{where}: {ended}")
-    if refuses and not by_stub and not (error and is_own(error, cell)):
-        raise CourseError(
-            f"{where}: its check {f'ends in {ended}' if error else 'passes'} on {refuses}. Let an "
-            "assert of its own fail there with a sentence, and give what the solution assigns an "
-            "empty value before it."
-        )
-
-
-def is_own(error: NotebookNode, cell: NotebookNode) -> bool:
-    """Whether it is a failed assert with a sentence, and of this cell itself."""
-    trace = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback))
-    raised_in = re.findall(r"Cell In\[(\d+)\]", trace)[-1:]
-    own = error.ename == "AssertionError" and raised_in == [str(cell.execution_count)]
-    return own and bool(error.evalue)
-
-
-def verify(stem: str, notebook: NotebookNode, folder: Path) -> None:
-    """Tries a solved notebook's exercises in one kernel, in `folder`.
-
-    Raises CourseError that names notebook and exercise.
-    """
-    trial = trial_of(stem, notebook)
+def verify(stem: str, notebook: NotebookNode, folder: Path) -> list[str]:
+    """The `faults` of a solved notebook, tried in one kernel, in `folder`."""
+    found: list[str] = []
     kernel = kernel_of_here(folder / "partial" / "jupyter", "ragkit-course", {})
-    where, quiet = {"metadata": {"path": str(folder)}}, ["--log-level=ERROR"]
     client = NotebookClient(
-        trial, kernel_name=kernel, timeout=None, allow_errors=True, resources=where,
-        extra_arguments=quiet,
+        new_notebook(), kernel_name=kernel, timeout=None, allow_errors=True,
+        resources={"metadata": {"path": str(folder)}}, extra_arguments=["--log-level=ERROR"],
     )  # fmt: skip
     client.log.setLevel(logging.WARNING)  # it tells of every kernel it starts
+
+    def run(code: str) -> str:
+        client.nb.cells.append(new_code_cell(code))
+        client.execute_cell(client.nb.cells[-1], len(client.nb.cells) - 1)
+        for error in client.nb.cells[-1].outputs:
+            if error.output_type == "error":
+                trace = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback))
+                raised_in = re.findall(r"Cell In\[(\d+)\]", trace)[-1:]
+                own = raised_in == [str(client.code_cells_executed)]
+                return f"{error.ename}{'' if own else ' in another cell'}: {error.evalue}"
+        return ""
+
+    def work() -> None:
+        with client.setup_kernel():
+            found.extend(faults(stem, notebook, run))
+
     try:
-        stoppable([client.execute])
+        stoppable([work])
     except DeadKernelError:
-        killed = "its Python process was killed, most likely because memory ran out"
-        advice = "Close other programs and try again."
-        raise CourseError(f"Notebook {stem}: {killed}. {advice}") from None
-    for cell in trial.cells:
-        hold_against(cell)
-
-
-def replace_kept(path: Path, text: str) -> None:
-    """Writes a file of the course; what somebody made of it is kept beside it, in `older/`."""
-    if path.is_file() and path.read_text("utf8") != text:
-        kept = path.parent.parent / "older" / f"{path.stem}-{file_hash(path)[:8]}{path.suffix}"
-        kept.parent.mkdir(exist_ok=True)
-        log.info("kept     %s as %s", path.name, kept)
-        path.replace(kept)
-    write_whole(path, text)
-
-
-def lesson_plan(profile: str, exercises: list[Exercise]) -> str:
-    """The plan of the assets, with this profile's commands and the table of exercises."""
-    rows = []
-    for one in exercises:
-        name = one.notebook[3:].replace("_", " ")
-        rows.append(f"| {one.id} | {name} | {one.title} | {one.difficulty} | {one.minutes} |")
-    plan = string.Template(asset("lesson_plan.md").read_text("utf8"))
-    return plan.substitute(profile=profile, exercises="\n".join(rows))
+        found.append(
+            f"Notebook {stem}: its Python process was killed, most likely because memory ran out. "
+            "Close other programs and try again."
+        )
+    return found
 
 
 def write(sources: Path, run: Path, profile: str) -> Path:
@@ -227,20 +170,26 @@ def write(sources: Path, run: Path, profile: str) -> Path:
     """
     notebooks = {path.stem: nbformat.read(path, 4) for path in sorted(sources.glob("[0-9]*.ipynb"))}
     if not notebooks:
-        advice = "Run this from a checkout of the repository."
-        raise CourseError(f"There are no notebooks in {sources}. {advice}")
+        raise CourseError(f"There are no notebooks in {sources}: run this from a checkout.")
     profile = str(Path(profile).resolve()) if Path(profile).is_file() else profile
     exercises = [e for stem, notebook in notebooks.items() for e in exercises_of(stem, notebook)]
     with only_run(run):
         for stem, notebook in notebooks.items():
-            started, copy = time.monotonic(), copy_of(notebook, profile, str(run.parent.resolve()))
-            verify(stem, copy, run)
-            log.info("checked  notebook %s (%.0f s)", stem, time.monotonic() - started)
-    folder = run.parent / "course"
+            copy = copy_of(notebook, profile, str(run.parent.resolve()))
+            if found := verify(stem, copy, run):
+                raise CourseError("\n".join(found))
+            log.info("checked  notebook %s", stem)
+    folder, old = run.parent / "course", time.strftime("%Y%m%d-%H%M%S")
+    if folder.is_dir():  # somebody may have worked in it
+        log.info("kept     the last course as %s", folder.rename(f"{folder}-{old}"))
     for kind in KINDS:
-        (folder / kind).mkdir(parents=True, exist_ok=True)
+        (folder / kind).mkdir(parents=True)
         for stem, notebook in notebooks.items():
-            copy = nbformat.writes(copy_of(notebook, profile, "../..", kind))
-            replace_kept(folder / kind / f"{stem}.ipynb", f"{copy}\n")
-    write_whole(folder / "lesson_plan.md", lesson_plan(profile, exercises))
+            copy = copy_of(notebook, profile, "../..", kind)
+            nbformat.write(copy, folder / kind / f"{stem}.ipynb")
+    form = "| {id} | {notebook} | {title} | {difficulty} | {minutes} |"
+    rows = "\n".join(form.format(**one._asdict()) for one in exercises)
+    plan = string.Template(asset("lesson_plan.md").read_text("utf8"))
+    told = plan.substitute(profile=profile, exercises=rows)
+    (folder / "lesson_plan.md").write_text(told, "utf8")
     return folder

@@ -5,6 +5,7 @@ Nothing here runs a script or loads anything from the network.
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -20,15 +21,12 @@ from ragkit.settings import asset
 TEMPLATES = Environment(
     loader=FileSystemLoader(asset("templates")), autoescape=True, undefined=StrictUndefined
 )
-PARTS: Any = TEMPLATES.get_template("parts.html").module
 # Addresses that stay: places of the report, and pictures that are part of the page.
 ADDRESS = re.compile(r"#\S*|[\w.-]+(/[\w.-]+)*(#\S*)?|data:image/(png|jpeg);base64,[\w+/=\s]+")
 ELSEWHERE = re.compile(r"url\s*\((?!\s*['\"]?#)|//|\\", re.IGNORECASE)  # in a style
 UNSEEN = re.compile(r"<(script|style|metadata)\b.*?(</\1\s*>|\Z)", re.IGNORECASE | re.DOTALL)
-ALLOWED = {
-    kind: frozenset(names.split())
-    for kind, names in yaml.safe_load((asset("templates") / "allowed.yaml").read_text()).items()
-}
+KINDS = yaml.safe_load((asset("templates") / "allowed.yaml").read_text("utf8"))
+ALLOWED = {kind: frozenset(names.split()) for kind, names in KINDS.items()}
 
 
 def allowed(tag: str, name: str, value: str) -> bool:
@@ -55,26 +53,22 @@ def clean(text: str) -> Markup:
 
 
 def fill(template: str, **given: Any) -> Markup:
-    """A template of the package; everything that it is given is escaped, but `Markup`."""
+    """A template of the package; everything that it is given is escaped, but HTML objects."""
     return Markup(TEMPLATES.get_template(f"{template}.html").render(given))
-
-
-def wide(table: str) -> Markup:
-    """A table (HTML) in a box that scrolls sideways, by keyboard too."""
-    return PARTS.wide(Markup(table))
 
 
 def table(frame: pd.DataFrame, digits: int = 3, index: bool = False) -> HTML:
     """A data frame, its texts escaped, its numbers with `digits` places, its gaps as dashes."""
     look = {"float_format": f"%.{digits}f", "na_rep": "–", "border": 0, "classes": "numbers"}
-    return HTML(wide(frame.to_html(index=index, **look)))
+    return HTML(fill("wide", table=HTML(frame.to_html(index=index, **look))))
 
 
-def figure(svg: str, alt: str, extra: str = "") -> Markup:
-    """A figure with its caption, the first sentence of its alt text.
+def figure(path: Path, extra: str = "") -> Markup:
+    """A figure (the path of its SVG) with the first sentence of its alt text as caption.
 
     The whole alt text is its label, and stands in words behind a fold with `extra` (HTML).
     """
+    svg, alt = (path.with_suffix(end).read_text("utf8") for end in (".svg", ".txt"))
     drawing = svg[svg.index("<svg") :].replace("<svg", '<svg style="max-width:100%;height:auto"', 1)
     return fill("figure", alt=alt, drawing=Markup(drawing), extra=Markup(extra))  # our own
 
@@ -92,9 +86,7 @@ def marked_tokens(
     return HTML(fill("marked_tokens", marked=marked, titles=titles, largest=largest))
 
 
-def ledger(table: pd.DataFrame, links: Mapping[str, str] | None = None) -> HTML:
-    """The claims (`ragkit.experiment.claims.ledger`) as cards, side by side where there is room.
-
-    `links` holds, for some claims, the page of the notebook where it is measured.
-    """
-    return HTML(fill("ledger", claims=table.fillna("").to_dict("records"), links=links or {}))
+def ledger(table: pd.DataFrame, pages: Mapping[str, str] | None = None) -> HTML:
+    """The claims (`ragkit.experiment.claims.ledger`) as cards, side by side where there is room;
+    each leads to its notebook's page if that is among `pages`, by the notebook's number."""
+    return HTML(fill("ledger", claims=table.fillna("").to_dict("records"), pages=pages or {}))

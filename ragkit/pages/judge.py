@@ -5,9 +5,8 @@ judge_page.write_html(judge.judge("path/to/reader", "questions.jsonl"), Path("ju
 """
 
 import logging
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,11 @@ import numpy as np
 import pandas as pd
 from transformers import AutoConfig
 
-from ragkit.errors import NounsError
+from ragkit.data.files import read_jsonl
+from ragkit.data.passages import Passage
+from ragkit.data.questions import Question, same_question, text_and_answers
+from ragkit.data.text import holds_answer, words
+from ragkit.errors import DataError, JudgeError, NounsError, ReaderError
 from ragkit.experiment.claims import LINE
 from ragkit.indicators import measures
 from ragkit.indicators.closeness import Spans, look_at_tokens, space, wanted_ids
@@ -26,19 +29,21 @@ from ragkit.indicators.nouns import find_nouns, load_nouns
 from ragkit.models.fid import load_reader
 from ragkit.models.loading import loading
 from ragkit.models.reader import Reader, embedded_reader
-from ragkit.pages.asked import Asked, has_word, holding, read_asked, usable
 from ragkit.settings import AttentionSettings, IndicatorSettings, ReaderSettings
 
 log = logging.getLogger(__name__)
+FEWEST, MOST = 2, 20  # passages of a question
 ENOUGH = 30  # questions below which no line is drawn
 ABOVE, BELOW, UNSURE = "above the line", "below the line", "cannot tell"
 GOALS = {"answer": "Indicator 1 (the answer)", "nouns": "Indicator 2 (the question's nouns)"}
+SPEARMAN = f"Indicator 2, Spearman. The line: the paper's {LINE}"
 SHARE = IndicatorSettings().share
 CHAT = (
     "The reader has a chat template, but is asked by ragkit's plain prompt without it: within the "
     "template it may attend otherwise."
 )
-Tables = Mapping[str, Mapping[str, pd.DataFrame]]
+Asked = tuple[Question, list[Passage]]
+Tables = dict[str, dict[str, pd.DataFrame]]  # of a goal, what `measure` gives
 
 
 @dataclass(frozen=True)
@@ -55,9 +60,8 @@ class Judgement:
     """What `judge` found.
 
     `attention` `[tokens]` is that of `tokens`, as the reader saw them; `nouns` are each question's,
-    by their characters, None if they could not be found. `tables` has what `measure` gives for each
-    goal. The `checks` make the verdict; `direct` stands beside it. `counts` says what was left out,
-    cut or needs care, `how` what was judged by what.
+    by their characters, None if they could not be found. The `checks` make the verdict; `direct`
+    stands beside it. `counts` says what was left out or cut, `how` what was judged by what.
     """
 
     reader: Reader
@@ -69,9 +73,77 @@ class Judgement:
     verdict: str
     checks: list[Check]
     direct: Check
-    counts: dict[str, int]
+    counts: Mapping[str, int]
     how: dict[str, str]
-    seconds: float
+
+
+def read_asked(path: Path) -> list[Asked]:
+    """Questions with their passages, from a file (see `read_jsonl`).
+
+    Keys: `question`; `answer` or `answers` (see `text_and_answers`; the first counts); `passages`
+    or DPR's `ctxs`, FEWEST to MOST objects with `text` and `title`; where known, `gold`: places of
+    the passages that state the answer. Raises DataError that names line and key.
+    """
+    asked = []
+    for line, row in read_jsonl(path):
+        where, passages = f"{path}, line {line}", []
+        text, answers = text_and_answers(row, where)
+        given, gold = row.get("passages", row.get("ctxs")), row.get("gold") or []
+        if not isinstance(given, list) or not FEWEST <= len(given) <= MOST:
+            raise DataError(f"{where}: 'passages' must be a list of {FEWEST} to {MOST} objects.")
+        for place, one in enumerate(given):
+            told = one if isinstance(one, dict) else {}
+            said, title = told.get("text"), told.get("title") or ""
+            if not isinstance(said, str) or not said.strip() or not isinstance(title, str):
+                wrong = (
+                    f"passage {place} (counted from 0) has no 'text', or a title that is no text"
+                )
+                raise DataError(f"{where}: {wrong}. Mend it, or leave it out.")
+            passages.append(Passage(str(place), title, said.strip()))
+        places = range(len(given))
+        if not isinstance(gold, list) or any(type(i) is not int or i not in places for i in gold):
+            raise DataError(f"{where}: 'gold' must be places of passages, 0 to {places[-1]}.")
+        asked.append((Question(f"{path.name}:{line}", text, answers, tuple(gold)), passages))
+    if not asked:
+        raise DataError(f"There are no questions in {path}. Give a few hundred.")
+    return asked
+
+
+def holding(question: Question, passages: Sequence[Passage]) -> set[int]:
+    """Places of the passages with the answer: gold if known, else those whose text holds one."""
+    return set(question.gold) or {
+        place for place, one in enumerate(passages) if holds_answer(one.text, question.answers)
+    }
+
+
+def usable(reader: Reader, asked: list[Asked], counts: Counter[str]) -> list[Asked]:
+    """The questions that a reader can be asked, each once. `counts` takes up the others, and what
+    needs care. Raises JudgeError if none is left.
+    """
+    kept: dict[str, Asked] = {}
+    for question, passages in asked:
+        answer, key = question.answers[0], same_question(question.text)
+        try:
+            prompt = reader.prompt(question, passages, answer)
+        except ReaderError:
+            prompt = None
+        if prompt is None or max(prompt.owner) < 0:
+            counts["too long"] += 1
+        elif len(prompt.ids) == prompt.answer_start + 1:  # the end token
+            counts["no token for the answer"] += 1
+        elif not any(word[0].isalnum() for word in words(answer)):
+            counts["only signs"] += 1
+        elif key in kept:
+            counts["asked before"] += 1
+        else:
+            kept[key] = (question, passages)
+            counts["cut"] += prompt.trimmed > 0
+            counts["in no passage"] += not holding(question, passages)
+    if not kept:
+        told = ", ".join(f"{count} {what}" for what, count in counts.items())
+        context = f"the reader's context has {reader.settings.context} tokens"
+        raise JudgeError(f"The reader can be asked none of the questions: {told} ({context}).")
+    return list(kept.values())
 
 
 def load(name: str) -> Reader:
@@ -86,36 +158,25 @@ def load(name: str) -> Reader:
 
 def measure(
     tokens: Tokens, attention: Floats, embed: Callable[[Ints], Floats], wanted: list[list[int]]
-) -> tuple[dict[str, pd.DataFrame], dict[str, int]]:
-    """An indicator, a row a question, by space, and `tenths`: the lift of tenths by closeness.
+) -> dict[str, pd.DataFrame]:
+    """An indicator, a row a question, in the `measured` space; under the control `permuted`, the
+    vectors dealt out anew for each question; and by `overlap` with the wanted tokens alone.
 
-    Spaces: `measured` (with `lead`, its lift minus the control's), the control `permuted` (the
-    vectors are dealt out anew for each question), and `overlap` with the wanted tokens alone.
-    `embed` gives the vectors of tokens `[ids, d]`. Then how many questions have no Spearman, tokens
-    no vector, questions the same closest tokens in the control.
+    `lead` is the measured lift minus the control's, undefined where both have the same closest
+    tokens. `embed` gives the vectors of tokens `[ids, d]`.
     """
-    question = tokens.question
+    question, exact = tokens.question, measures.exact(tokens, wanted)
     close = measures.closeness_to(tokens, wanted, embed)
     dealt = measures.closeness_to(tokens, wanted, embed, np.random.default_rng(0))
-    exact = measures.exact(tokens, wanted)
     overlap = np.where((np.bincount(question, exact) > 0)[question], exact, np.nan)
-    spaces = {"measured": (close, SHARE), "permuted": (dealt, SHARE)}
-    spaces["overlap"] = (overlap, 0.0)  # the closest token and its equals: the exact ones
-    tables = {
-        space: measures.indicator(attention, one, question, exact, share).iloc[:, 1:]
-        for space, (one, share) in spaces.items()
-    }
-    tables["overlap"] = tables["overlap"][["attention", "Spearman"]]
+    measured, permuted, same = (
+        measures.indicator(attention, one, question, exact, share)
+        for one, share in ((close, SHARE), (dealt, SHARE), (overlap, 0.0))  # 0: all equally close
+    )
     alike = measures.alike(close, dealt, question, exact, SHARE)
-    lead = tables["measured"]["attention"] - tables["permuted"]["attention"]
-    tables["measured"]["lead"] = lead.mask(alike)
-    lifts = measures.deciles(attention, close, question)
-    tables["tenths"] = pd.DataFrame(lifts, columns=range(1, 11))
-    asked = np.array([len(ids) > 0 for ids in wanted])
-    known = (np.bincount(question, np.isfinite(close)) > 0)[question]
-    undefined = asked & tables["measured"]["Spearman"].isna()
-    lacking = {"Spearman": undefined, "vectors": known & np.isnan(close), "control": alike}
-    return tables, {what: int(which.sum()) for what, which in lacking.items()}
+    measured["lead"] = (measured["attention"] - permuted["attention"]).mask(alike)
+    overlapping = same[["attention", "Spearman"]]
+    return {"measured": measured, "permuted": permuted, "overlap": overlapping}
 
 
 def mean_of(values: Any) -> Interval:
@@ -124,8 +185,9 @@ def mean_of(values: Any) -> Interval:
     return interval(known[np.isfinite(known)])
 
 
-def check(name: str, value: Interval, line: float, told: str) -> Check:
-    """On which side of a line an interval lies, given enough questions."""
+def check(name: str, values: Any, line: float, told: str) -> Check:
+    """On which side of a line the mean of what is defined lies, given enough questions."""
+    value = mean_of(values)
     if value.n < ENOUGH:
         shown = f": {value}" if value.n > 1 else ""
         why = f"too few to tell: at least {ENOUGH} with a value are needed"
@@ -139,38 +201,27 @@ def direct_check(asked: list[Asked], tokens: Tokens, attention: Floats) -> Check
 
     Only questions with the answer in some passages and not in all can tell.
     """
-    first, chance = [], []
+    gains = []
     places = measures.by_question(tokens.question, len(asked))
     for mine, (question, passages) in zip(places, asked, strict=True):
-        found, size = holding(question, passages), len(passages)
-        if 0 < len(found) < size:
-            scores = np.bincount(tokens.owner[mine], attention[mine], size)
-            first.append(int(scores.argmax()) in found)
-            chance.append(len(found) / size)
+        found = holding(question, passages)
+        if 0 < len(found) < len(passages):
+            scores = np.bincount(tokens.owner[mine], attention[mine], len(passages))
+            gains.append((scores.argmax() in found) - len(found) / len(passages))
     name = "The passage with most attention holds the answer. The line: chance"
-    if not first:
-        told = "No question has its answer in some of its passages and not in others."
-        return Check(name, UNSURE, told)
-    told = f"In {np.mean(first):.3f} of the questions, against {np.mean(chance):.3f} by chance"
-    return check(name, interval(np.array(first) - np.array(chance)), 0.0, f"{told}; difference")
+    return check(name, gains, 0.0, "How much more often than one drawn at random")
 
 
-def checks_of(tables: Tables, why_not: str) -> list[Check]:
-    """Indicator 2's Spearman against the paper's line, each indicator's lift against its control.
-
-    `why_not` says why `nouns` is not among the goals of the `tables`.
-    """
-    name = f"Indicator 2, Spearman. The line: the paper's {LINE}"
-    checks = [Check(name, UNSURE, f"Not computed. {why_not}")]
-    if "nouns" in tables:
-        told = "Mean Spearman between attention and closeness to the question's nouns"
-        checks = [check(name, mean_of(tables["nouns"]["measured"]["Spearman"]), LINE, told)]
-    told = (
-        "Lift, minus that of the tokens which are closest with the space's vectors dealt out anew"
-    )
+def checks_of(tables: Tables) -> list[Check]:
+    """Each indicator's lift against its control, Indicator 2's Spearman against LINE."""
+    checks = []
+    told = "Lift minus that of the tokens that are closest with the space's vectors dealt out anew"
     for goal, table in tables.items():
         name = f"{GOALS[goal]}, lift of the closest {SHARE:.0%}. The line: its control"
-        checks.append(check(name, mean_of(table["measured"]["lead"]), 0.0, told))
+        checks.append(check(name, table["measured"]["lead"], 0.0, told))
+    if "nouns" in tables:
+        told = "Mean Spearman between attention and closeness to the question's nouns"
+        checks.append(check(SPEARMAN, tables["nouns"]["measured"]["Spearman"], LINE, told))
     return checks
 
 
@@ -178,15 +229,6 @@ def verdict_of(checks: list[Check]) -> str:
     """ABOVE if every check is, BELOW if any is, else UNSURE."""
     found = {one.verdict for one in checks}
     return BELOW if BELOW in found else ABOVE if found == {ABOVE} else UNSURE
-
-
-def nouns_of(asked: list[Asked], pipeline: str) -> tuple[Spans | None, str]:
-    """The nouns of the questions, or None and why they cannot be found."""
-    try:
-        return find_nouns(load_nouns(pipeline), [question.text for question, _ in asked]), ""
-    except NounsError as error:
-        log.warning("Indicator 2 is not computed. %s", error)
-        return None, str(error)
 
 
 def judge(
@@ -200,35 +242,32 @@ def judge(
     as profiles do by default: last row of the prompt, value norm, mean of all layers. It cannot
     know whether passages are true.
     """
-    started, counts = time.monotonic(), Counter[str]()
-    given, reader = read_asked(Path(questions)), load(name)
-    model = load(other) if other else reader
-    if is_chat := bool(getattr(reader.tokenizer, "chat_template", None)):
+    given, reader, counts = read_asked(Path(questions)), load(name), Counter[str]()
+    model, unsure = load(other) if other else reader, []
+    how = {"Reader": name, "Closeness is measured in the input embeddings of": other or "its own"}
+    if getattr(reader.tokenizer, "chat_template", None):
+        how["Prompt"] = CHAT
         log.warning("%s", CHAT)
     log.info("cutting  %d questions with their passages into tokens", len(given))
     asked = usable(reader, given, counts)
-    texts, found = [question for question, _ in asked], [passages for _, passages in asked]
-    spans, why_not = nouns_of(asked, nouns)
+    texts, spans = [question for question, _ in asked], None
+    try:
+        spans = find_nouns(load_nouns(nouns), [one.text for one in texts])
+        how["Nouns found by"] = nouns
+    except NounsError as error:
+        unsure = [Check(SPEARMAN, UNSURE, f"Not computed. {error}")]
+        log.warning("Indicator 2 is not computed. %s", error)
     log.info("reading  %d prompts, one pass over each", len(asked))
-    tokens, embed = look_at_tokens(reader, texts, found), space(reader, model)
-    attention = tokens.attention(AttentionSettings())
-    wanted, tables = wanted_ids(reader, texts, spans), {}
-    pairs = zip(texts, wanted["answer"], strict=True)
-    wanted["answer"] = [ids if has_word(one.answers[0]) else [] for one, ids in pairs]
-    counts["no noun"] = sum(not ids for ids in wanted.get("nouns", []))
-    for goal, ids in wanted.items():
-        log.info("measuring %s (%.0f s so far)", GOALS[goal], time.monotonic() - started)
-        tables[goal], lacking = measure(tokens, attention, embed, ids)
-        counts.update({f"{goal} {what}": count for what, count in lacking.items()})
-    how = {
-        "Reader": name,
-        "Prompt": CHAT if is_chat else "ragkit's plain prompt",
-        "Closeness is measured in the input embeddings of": other or "its own",
-        "Nouns found by": nouns if spans is not None else "none",
-        "Passages a question, on average": f"{np.mean([len(one) for one in found]):.1f}",
-    }
-    checks = checks_of(tables, why_not)
+    tokens = look_at_tokens(reader, texts, [passages for _, passages in asked])
+    embed, attention = space(reader, model), tokens.attention(AttentionSettings())
+    ids, occur = np.unique(tokens.ids, return_counts=True)
+    counts["vectors"] = int(occur[np.isnan(embed(ids)).any(1)].sum())
+    tables: Tables = {}
+    for goal, wanted in wanted_ids(reader, texts, spans).items():
+        log.info("measuring %s", GOALS[goal])
+        tables[goal] = measure(tokens, attention, embed, wanted)
+    checks = unsure + checks_of(tables)
     return Judgement(
         reader, asked, tokens, attention, spans, tables, verdict_of(checks), checks,
-        direct_check(asked, tokens, attention), counts, how, time.monotonic() - started,
+        direct_check(asked, tokens, attention), counts, how,
     )  # fmt: skip

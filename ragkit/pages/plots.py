@@ -28,7 +28,8 @@ LOGGED = ["loss", "answer lift", "nouns lift", "answer Spearman", "nouns Spearma
 VERDICTS = {"working": PALETTE[0], "not working": PALETTE[3], "too early to tell": "0.55"}
 Look = dict[str, Any]  # options of matplotlib's and seaborn's functions
 RULE: Look = {"color": "0.3", "lw": 1, "ls": ":"}  # a line that says where nothing happens
-WITHIN: Look = {"estimator": "median", "errorbar": ("pi", 100)}  # see `bounds`
+WITHIN: Look = {"y": "value", "estimator": "median", "errorbar": ("pi", 100)}  # see `bounds`
+LEADER: Look = {"arrowstyle": "-", "color": "0.7", "lw": 0.8}  # from a name to its point
 
 
 def use_theme() -> None:
@@ -47,14 +48,14 @@ def column(heights: list[float], sharex: bool = True) -> tuple[Figure, list[Axes
 def panels(
     draw: Any, table: pd.DataFrame, height: float, ncols: int, labels: tuple[str, str], **look: Any
 ) -> Figure:
-    """What `draw` (of seaborn, or like it) makes of each `panel`, or else set, under one legend."""
+    """What `draw` (of seaborn) makes of each `panel`, or else set, under one legend."""
     parts = list(table.groupby("panel" if "panel" in table else "set", sort=False))
     figure, axes = column([height] * len(parts))
     for axis, (name, part) in zip(axes, parts, strict=True):
         draw(part, ax=axis, **look)
         axis.set(title=name, xlabel=labels[0], ylabel=labels[1])
-    handles, names = axes[0].get_legend_handles_labels()
     plt.setp([axis.get_legend() for axis in axes], visible=False)
+    handles, names = axes[0].get_legend_handles_labels()
     if len(names) > 1:
         names = [fill(name, 56 // ncols) for name in names]
         figure.legend(handles, names, loc="outside upper center", ncols=ncols, frameon=False)
@@ -68,9 +69,9 @@ def bounds(table: pd.DataFrame) -> pd.DataFrame:
     return table.melt(table.columns.difference(numbers, sort=False), numbers, "bound")
 
 
-def told(table: pd.DataFrame, form: str) -> str:
-    """The rows of a table in words; `form` names its columns in braces."""
-    return "; ".join(form.format(**row) for row in table.to_dict("records")) + "."
+def told(said: str, table: pd.DataFrame, form: str) -> str:
+    """An alt text: a sentence, and the rows of a table in words; `form` names its columns."""
+    return f"{said} {'; '.join(form.format(**row) for row in table.to_dict('records'))}."
 
 
 def show(figure: Figure, alt: str, folder: Path, name: str, table: pd.DataFrame) -> HTML:
@@ -82,7 +83,7 @@ def show(figure: Figure, alt: str, folder: Path, name: str, table: pd.DataFrame)
     table.to_csv(folder / f"{name}.csv", index=False)
     (folder / f"{name}.txt").write_text(alt, "utf8")
     plt.close(figure)
-    return HTML(html.figure((folder / f"{name}.svg").read_text("utf8"), alt))
+    return HTML(html.figure(folder / f"{name}.svg"))
 
 
 def gains(table: pd.DataFrame) -> tuple[Figure, str]:
@@ -99,26 +100,23 @@ def curves(table: pd.DataFrame, measure: str, label: str) -> tuple[Figure, str]:
     systems = table["system"].unique()
     shades = sns.color_palette("cubehelix", len(systems) + 2)[: len(systems)]  # told apart in grey
     look: Look = {"x": "epoch", "y": measure, "errorbar": ("pi", 100), "markers": True, "ms": 8}
-    look |= {"hue": "system", "hue_order": systems, "style": "system", "style_order": systems}
-    labels = ("epoch of Step 2", label)
-    figure = panels(sns.lineplot, table, 3.3, 2, labels, palette=shades, dashes=False, **look)
+    look |= {"hue": "system", "style": "system", "palette": shades, "dashes": False}
+    figure = panels(sns.lineplot, table, 3.3, 2, ("epoch of Step 2", label), **look)
     plt.setp(figure.axes, xticks=table["epoch"].unique())
     last = table[table["epoch"] == table["epoch"].max()]
     ends = last.groupby(["set", "system"])[measure].mean().rename("value").reset_index()
-    said = f"{label} along the epochs of Step 2, mean and range over seeds. At the end: "
-    return figure, said + told(ends, "{set}, {system}: {value:.3f}")
+    said = f"{label} along the epochs of Step 2, mean and range over seeds. At the end:"
+    return figure, told(said, ends, "{set}, {system}: {value:.3f}")
 
 
 def heat_map(scores: pd.DataFrame) -> tuple[Figure, str]:
     """Attention of each passage (rows) by layer (columns): its share of the layer's attention."""
     figure, (axis,) = column([0.55 * scores.shape[0] + 1.6])
     named = scores.set_axis([fill(str(row), 18) for row in scores.index])
-    look: Look = {
-        "cmap": sns.blend_palette(["#ffffff", "#6baed6"], as_cmap=True)
-    }  # under black digits
+    blues = sns.blend_palette(["#ffffff", "#6baed6"], as_cmap=True)  # under black digits
+    look: Look = {"cbar_kws": {"label": "share of attention", "orientation": "horizontal"}}
     look |= {"annot": scores.shape[1] <= 6, "fmt": ".2f", "annot_kws": {"color": "black"}}
-    look["cbar_kws"] = {"label": "share of attention", "orientation": "horizontal"}
-    sns.heatmap(named, ax=axis, **look)
+    sns.heatmap(named, ax=axis, cmap=blues, **look)
     axis.set(xlabel="layer", ylabel="passage")
     axis.tick_params(axis="y", rotation=0)
     top = scores.mean(axis=1)
@@ -141,24 +139,22 @@ def attention_cost(table: pd.DataFrame) -> tuple[Figure, str]:
         axis.set(xscale="log", yscale="log")
         axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axis.minorticks_off()
-    lines = told(table, "{kind}, {tokens} tokens, {way}: {seconds:.2f} s, {MB:.0f} MB")
     said = "Seconds and peak memory beyond the model of one forward pass against its length."
-    return figure, f"{said} {lines}"
+    return figure, told(said, table, "{kind}, {tokens} tokens, {way}: {seconds:.2f} s, {MB:.0f} MB")
 
 
 def deciles(table: pd.DataFrame) -> tuple[Figure, str]:
     """Lift by closeness; columns set, goal, reader, tenth (10 is closest), mean, low, high."""
     long = bounds(table.assign(panel=table["set"] + ": closeness to the " + table["goal"]))
-    look: Look = {"x": "tenth", "y": "value", "hue": "reader", "style": "reader", **WITHIN}
+    look: Look = {"x": "tenth", "hue": "reader", "style": "reader", "markers": True, **WITHIN}
     labels = ("tenth of the passage tokens, 10 = closest", "lift (1 = average)")
-    figure = panels(sns.lineplot, long, 2.6, 1, labels, markers=True, dashes=False, **look)
+    figure = panels(sns.lineplot, long, 2.6, 1, labels, dashes=False, **look)
     plt.setp(figure.axes, xticks=range(1, 11))
     for axis in figure.axes:
         axis.axhline(1, **RULE)
-    closest = table[table["tenth"] == 10]
-    lines = told(closest, "{set}, {goal}, {reader}: {mean:.2f} from {low:.2f} to {high:.2f}")
-    said = "Lift of passage tokens by tenth of closeness, with 95 percent intervals."
-    return figure, f"{said} In the closest tenth: {lines}"
+    said = "Lift of passage tokens by tenth of closeness, with 95 percent intervals. The closest:"
+    form = "{set}, {goal}, {reader}: {mean:.2f} from {low:.2f} to {high:.2f}"
+    return figure, told(said, table[table["tenth"] == 10], form)
 
 
 def dots(table: pd.DataFrame, row: str, label: str, line: float) -> tuple[Figure, str]:
@@ -170,7 +166,7 @@ def dots(table: pd.DataFrame, row: str, label: str, line: float) -> tuple[Figure
     drawn = table.assign(row=[fill(str(one), 25) for one in table[row]])
     alone = not table.duplicated(["set", row]).any()  # in their rows: none must be moved aside
     colours = ["0.45" if one == "control" else PALETTE[i] for i, one in enumerate(readers)]
-    look: Look = {"x": "value", "y": "row", "order": drawn["row"].unique(), "ls": "none", **WITHIN}
+    look: Look = {**WITHIN, "x": "value", "y": "row", "order": drawn["row"].unique(), "ls": "none"}
     look |= {"hue": "reader", "hue_order": readers, "palette": colours, "markers": MARKERS * 2}
     look |= {"dodge": not alone and 0.14 * (len(readers) - 1), "ms": 6, "err_kws": {"lw": 2}}
     height, ncols = 0.44 * drawn["row"].nunique() + 0.6, 3 if len(readers) in (3, 5, 6) else 2
@@ -178,45 +174,39 @@ def dots(table: pd.DataFrame, row: str, label: str, line: float) -> tuple[Figure
     for axis in figure.axes:
         axis.axvline(line, **RULE)
     best = table.loc[table["mean"].idxmax()]
-    largest = f"Largest: {best[row]} on {best['set']}"
+    said = f"{label}, by {row}, means with 95 percent intervals."
+    said += f" Largest: {best[row]} on {best['set']}."
     form = f"{{set}}, {{reader}}, {{{row}}}: {{mean:.3f}} from {{low:.3f}} to {{high:.3f}}"
-    said = f"{label}, by {row}, means with 95 percent intervals. {largest}. {told(table, form)}"
-    return figure, said
-
-
-def named_points(part: pd.DataFrame, ax: Axes, line: float | None) -> None:
-    """One panel of `followings`: the names of readers stand at the points of the first signal."""
-    signals = part["signal"].unique()
-    colours, signs = (dict(zip(signals, some, strict=False)) for some in (PALETTE, MARKERS))
-    look: Look = {"hue": "signal", "style": "signal", "palette": colours, "markers": signs, "s": 50}
-    sns.scatterplot(part, x="value", y="gain", ax=ax, **look)
-    ax.vlines(part["value"], part["low"], part["high"], part["signal"].map(colours), lw=1.2)
-    for point in part[part["signal"] == signals[0]].itertuples():
-        ax.text(point.value, point.gain, point.reader.removeprefix("step "), size=10)
-    ax.margins(x=0.2)
-    ax.axhline(0, **RULE)
-    if line is not None:
-        ax.axvline(line, **RULE | {"ls": "--"})
+    return figure, told(said, table, form)
 
 
 def followings(table: pd.DataFrame, measure: str, line: float | None = None) -> tuple[Figure, str]:
     """An indicator of every reader against the gain in HR@5 that it teaches; `line`: a threshold.
 
-    `table` has columns set, reader, value, gain, low, high (of the gain) and signal.
+    `table` has columns set, reader, value, gain, low, high (of the gain) and signal. The names of
+    readers stand at the points of the first signal.
     """
-    label = f"{measure}\n(a number: a reader after so many steps of Step 1)"
-    figure = panels(named_points, table, 4.0, 2, (label, "gain in HR@5"), line=line)
-    leader = {"arrowstyle": "-", "color": "0.7", "lw": 0.8}
-    for axis, (_, part) in zip(figure.axes, table.groupby("set", sort=False), strict=True):
-        look: Look = {
-            "x": part["value"].to_numpy(),
-            "y": part["gain"].to_numpy(),
-            "arrowprops": leader,
-        }
-        adjust_text(list(axis.texts), ax=axis, expand=(1.15, 1.5), iter_lim=LABEL_MOVES, **look)
-    lines = told(table, "{set}, {reader}, {signal}: {value:.2f}, gain {gain:+.3f}")
+    signals = table["signal"].unique()
+    colours, signs = (dict(zip(signals, some, strict=False)) for some in (PALETTE, MARKERS))
+    look: Look = {"x": "value", "y": "gain", "hue": "signal", "style": "signal", "s": 50}
+    labels = (f"{measure}\n(a number: a reader after so many steps of Step 1)", "gain in HR@5")
+    look |= {"palette": colours, "markers": signs}
+    figure = panels(sns.scatterplot, table, 4.0, 2, labels, **look)
+    parts = [part for _, part in table.groupby("set", sort=False)]
+    for axis, part in zip(figure.axes, parts, strict=True):
+        axis.vlines(part["value"], part["low"], part["high"], part["signal"].map(colours), lw=1.2)
+        for point in part[part["signal"] == signals[0]].itertuples():
+            axis.text(point.value, point.gain, point.reader.removeprefix("step "), size=10)
+        axis.margins(x=0.2)
+        axis.axhline(0, **RULE)
+        if line is not None:
+            axis.axvline(line, **RULE | {"ls": "--"})
+    for axis, part in zip(figure.axes, parts, strict=True):
+        x, y = part["value"].to_numpy(), part["gain"].to_numpy()
+        look = {"expand": (1.15, 1.5), "iter_lim": LABEL_MOVES, "arrowprops": LEADER}
+        adjust_text(list(axis.texts), x, y, ax=axis, **look)
     said = f"{measure} of each reader against the gain in HR@5 of the retriever it taught."
-    return figure, f"{said} {lines}"
+    return figure, told(said, table, "{set}, {reader}, {signal}: {value:.2f}, gain {gain:+.3f}")
 
 
 def specification(table: pd.DataFrame, choices: list[str], label: str) -> tuple[Figure, str]:
@@ -229,18 +219,18 @@ def specification(table: pd.DataFrame, choices: list[str], label: str) -> tuple[
     options = taken["choice"] + ": " + taken["value"].astype(str)
     figure, (top, below) = column([3.0, 0.26 * options.nunique()])
     above, under = ordered["low"] > 0, ordered["high"] < 0
-    sign = np.select([above, under], [PALETTE.as_hex()[0], PALETTE.as_hex()[3]], "#999999")
-    top.vlines(ordered.index, ordered["low"], ordered["high"], color=sign, lw=1)
-    top.scatter(ordered.index, ordered["mean"], c=sign, s=8, zorder=3)
+    colour = np.select([above, under], [PALETTE.as_hex()[0], PALETTE.as_hex()[3]], "#999999")
+    top.vlines(ordered.index, ordered["low"], ordered["high"], color=colour, lw=1)
+    top.scatter(ordered.index, ordered["mean"], c=colour, s=8, zorder=3)
     top.axhline(0, color="0.2", lw=1)
     top.set_ylabel(label)
     sns.scatterplot(x=taken.index, y=options, ax=below, color="0.25", marker="|", linewidth=1)
     below.tick_params(axis="y", labelsize=10)
     below.set(xlabel="specifications, sorted", ylabel="")
     below.grid(visible=False)
+    said = f"Specification curve of {len(ordered)} combinations of choices: {label}."
     counts = f"{above.sum()} lie clearly above zero, {under.sum()} clearly below"
-    said = f"{counts}, {len(ordered) - above.sum() - under.sum()} neither."
-    return figure, f"Specification curve of {len(ordered)} combinations of choices: {label}. {said}"
+    return figure, f"{said} {counts}, {len(ordered) - above.sum() - under.sum()} neither."
 
 
 def trainings(step1: pd.DataFrame, step2: pd.DataFrame, label: str) -> tuple[Figure, str]:
@@ -250,24 +240,24 @@ def trainings(step1: pd.DataFrame, step2: pd.DataFrame, label: str) -> tuple[Fig
     training, epoch, gain (of `label` since the start) and verdict (what the monitor says of it).
     """
     known = [name for name in LOGGED if name in step1 and step1[name].notna().any()]
-    first = step1.melt(["set", "step"], known, "name").dropna().rename(columns={"step": "at"})
-    parts = first["name"].str.split()
-    first = first.assign(panel="Step 1: " + parts.str[-1], line=first["set"] + " " + parts.str[0])
-    second = step2.rename(columns={"epoch": "at", "gain": "value", "verdict": "line"})
+    first = step1.melt(["set", "step"], known, "name").dropna()
+    words = first["name"].str.split()
+    first = first.assign(panel="Step 1: " + words.str[-1], line=first["set"] + " " + words.str[0])
+    second = step2.rename(columns={"gain": "value", "verdict": "line"})
     second["panel"] = "Step 2, " + second["set"] + f": {label}, from its start"
-    both = pd.concat([first.assign(training=first["line"], unit="step"), second])
-    figure, axes = column([2.6] * both["panel"].nunique(), sharex=False)
-    for axis, (name, part) in zip(axes, both.groupby("panel", sort=False), strict=True):
-        named = enumerate(part["line"].unique())
-        colours = {line: VERDICTS.get(line, PALETTE[number]) for number, line in named}
-        look: Look = {"hue": "line", "palette": colours, "style": "line", "units": "training"}
-        sns.lineplot(part, x="at", y="value", estimator=None, ax=axis, **look)
+    look: Look = {"y": "value", "hue": "line", "style": "line", "estimator": None}
+    drawn = [(*one, look | {"x": "step"}) for one in first.groupby("panel", sort=False)]
+    look |= {"x": "epoch", "units": "training", "palette": VERDICTS}
+    drawn += [(*one, look) for one in second.groupby("panel", sort=False)]
+    figure, axes = column([2.6] * len(drawn), sharex=False)
+    for axis, (name, part, own) in zip(axes, drawn, strict=True):
+        sns.lineplot(part, ax=axis, **own)
         axis.axhline(float(name.endswith("lift")), **RULE)
-        axis.set(title=name, xlabel=part["unit"].fillna("epoch").iloc[0], ylabel="")
+        axis.set(title=name, ylabel="")
         axis.legend(fontsize=10, ncols=2)
     newest = step1.groupby("set", sort=False).last().reset_index()  # the last known of each column
-    lines = told(newest, "{set}: " + ", ".join(f"{name} {{{name}:.2f}}" for name in known))
     counts = step2.groupby("training")["verdict"].first().value_counts()
-    words = ", ".join(f"{count} {word}" for word, count in counts.items()) or "none yet"
+    ends = ", ".join(f"{count} {word}" for word, count in counts.items()) or "none yet"
     said = f"The logs of {len(newest)} trainings of Step 1 and {counts.sum()} of Step 2."
-    return figure, f"{said} Last numbers of Step 1: {lines} Step 2: {words}."
+    form = "{set}: " + ", ".join(f"{name} {{{name}:.2f}}" for name in known)
+    return figure, f"{told(f'{said} Last numbers of Step 1:', newest, form)} Step 2: {ends}."

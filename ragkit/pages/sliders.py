@@ -4,13 +4,11 @@ It works offline: it holds the scores of a sample of the questions for distillat
 
     {"entropy", "theta", "choices": {axis: [names]}, "start": {axis: index}, "sets": [{
         "name", "of", "examples": [{"question", "answers", "passages": [[title, text]]}],
-        "gold": array, "retr": array, "readers": [{"name", "attention": array,
-            "indicators": [{"goal", "measure", "means": array}]}]}]}
+        "gold": [question][passage], "retr": [question][passage],
+        "readers": [{"name", "attention": [question][rows][norm][layer][pooling][passage]}],
+        "indicators": rows of notebook 08's table}]}
 
-An array is {"axes": [names], "shape": [sizes], "values": [numbers in C order]}. `examples` belong
-to the first questions of the arrays; `of` says from how many the sample was taken. `means` are over
-test questions, with the axes rows, norm, layer, where the last layer stands for the mean of all (an
-indicator of averaged attention is no average of indicators); null where undefined.
+`examples` belong to the first of the questions; `of` says from how many the sample was taken.
 """
 
 import json
@@ -28,10 +26,9 @@ QUESTIONS, EXAMPLES = 200, 12
 NUMBERS = 400_000  # scores a reader at most, or the page grows too heavy: fewer questions then
 
 
-def array(axes: str, values: NDArray[Any]) -> dict[str, Any]:
+def rounded(values: NDArray[Any]) -> list[Any]:
     """An array for the page, its numbers rounded to five significant digits."""
-    numbers = [float(f"{v:.5g}") if np.isfinite(v) else None for v in values.ravel().tolist()]
-    return {"axes": axes.split(), "shape": list(values.shape), "values": numbers}
+    return np.vectorize(lambda value: float(f"{value:.5g}"))(values).tolist()
 
 
 def sample(n: int, numbers: int) -> NDArray[np.int64]:
@@ -45,26 +42,8 @@ def sample(n: int, numbers: int) -> NDArray[np.int64]:
     return np.concatenate([first, np.setdiff1d(spread, first)])
 
 
-def indicators(lab: Lab, name: str) -> dict[str, list[dict[str, Any]]]:
-    """Each reader's indicators by choice, from notebook 08's table; none where it is missing."""
-    path = lab.figures / "08_by_layer.csv"
-    found: dict[str, list[dict[str, Any]]] = {}
-    if not path.is_file():
-        return found
-    table = pd.read_csv(path, dtype={"layer": str})
-    for (reader, goal), part in table[table["set"] == name].groupby(["reader", "goal"]):
-        layers = [*map(str, range(1, part["layer"].nunique())), "mean"]
-        order = pd.MultiIndex.from_product([ROWS, ("off", "on"), layers])
-        values = part.set_index(["rows", "norm", "layer"]).reindex(order)
-        for measure in ("attention", "Spearman"):
-            shaped = values[measure].to_numpy().reshape(len(ROWS), 2, len(layers))
-            told = {"goal": goal, "measure": measure, "means": array("rows norm layer", shaped)}
-            found.setdefault(str(reader), []).append(told)
-    return found
-
-
 def set_data(lab: Lab, name: str) -> dict[str, Any]:
-    """What the page needs of one question set."""
+    """What the page needs of one question set; indicators only where notebook 08 made them."""
     from ragkit.experiment import models  # it loads torch: only who writes the page waits
 
     scores = {which: lab.teacher(name, which)["attention"] for which in lab.readers()}
@@ -79,23 +58,29 @@ def set_data(lab: Lab, name: str) -> dict[str, Any]:
         passages = [[corpus.passages[i].title, corpus.passages[i].text] for i in row]
         said = {"question": question.text, "answers": list(question.answers)}
         examples.append({**said, "passages": passages})
-    means, readers = indicators(lab, name), []
-    for which, one in scores.items():
-        attention = array("question rows norm layer pooling passage", one[chosen])
-        readers.append({"name": which, "attention": attention, "indicators": means.get(which, [])})
-    arrays = {"gold": array("question passage", gold), "retr": array("question passage", retr)}
-    return {"name": name, "of": len(asked), "examples": examples, **arrays, "readers": readers}
+    table = pd.DataFrame({"set": []})
+    if (path := lab.figures / "08_by_layer.csv").is_file():
+        table = pd.read_csv(path, dtype={"layer": str})
+    means = table[table["set"] == name].to_json(orient="records", double_precision=5)
+    return {
+        "name": name,
+        "of": len(asked),
+        "examples": examples,
+        "gold": rounded(gold),
+        "retr": rounded(retr),
+        "readers": [{"name": w, "attention": rounded(one[chosen])} for w, one in scores.items()],
+        "indicators": json.loads(means),
+    }
 
 
 def data(lab: Lab) -> dict[str, Any]:
     """Everything the page holds."""
     own, distill = lab.profile.attention, lab.profile.distill
-    choices = {"rows": list(ROWS), "norm": ["off", "on"], "pooling": list(POOLINGS)}
     start = {"rows": ROWS.index(own.rows), "norm": int(own.norm)}
     return {
         "entropy": distill.entropy,
         "theta": distill.retriever_temperature,
-        "choices": choices,
+        "choices": {"rows": list(ROWS), "norm": ["off", "on"], "pooling": list(POOLINGS)},
         "start": start | {"pooling": POOLINGS.index(own.pooling)},
         "sets": [set_data(lab, name) for name in lab.sets],
     }

@@ -33,11 +33,9 @@ from ragkit.data.questions import Question
 from ragkit.data.vocabulary import build_tokenizer
 from ragkit.errors import DataError, JudgeError
 from ragkit.indicators import closeness, measures
-from ragkit.indicators.metrics import Interval
 from ragkit.pages import judge as judging
 from ragkit.pages import judge_page
-from ragkit.pages.asked import read_asked
-from ragkit.pages.judge import ABOVE, BELOW, ENOUGH, UNSURE, Check, mean_of
+from ragkit.pages.judge import ABOVE, BELOW, ENOUGH, UNSURE, Check, mean_of, read_asked
 
 NASTY = "<script src='https://example.com/x.js'>alert(1)</script>"
 SVG_NAMES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # no browser opens them
@@ -101,7 +99,7 @@ def nouns(tmp_path_factory):
     return str(folder)
 
 
-def test_one_question_by_hand(reader, nouns):
+def test_one_question_by_hand(reader, nouns, tmp_path):
     """Attention from the recorder, then written out: lift, cosine, closest tenth, Spearman."""
     asked = row()
     judged = judge(reader, [asked], nouns)
@@ -149,22 +147,24 @@ def test_one_question_by_hand(reader, nouns):
     assert sum(mass.values()) == pytest.approx(1, abs=1e-5)
     assert judged.verdict == UNSURE
     assert all("too few to tell" in one.told for one in judged.checks)
-    (shown,) = judge_page.examples(judged)
-    assert shown["nouns"] == ["orla", "venn"]
-    spelt = re.sub(r"<[^>]*>|\s", "", shown["shown"].data)
-    assert spelt == "".join(f"{i}.{t.split(' ')[0]}{t.lower()}" for i, t in enumerate(TEXTS, 1)).replace(" ", "")  # fmt: skip  # noqa: E501
+    judge_page.write_html(judged, tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text("utf8")
+    assert "Nouns: orla, venn." in page
+    spelt = re.sub(r"<[^>]*>|\s", "", page)
+    assert all("".join(text.lower().split()) in spelt for text in TEXTS)
 
 
 def test_questions_with_other_numbers_of_passages_do_not_touch_each_other(reader, nouns):
     lyda = row("on which river lies old tarholm", ["Lyda", "the Lyda"], TEXTS[:2])
     rows = [row(), lyda, row(PLACES[1], texts=TEXTS[::-1])]
     together = judge(reader, rows, nouns)
-    assert together.how["Passages a question, on average"] == "2.7"
     alone = [judge(reader, [one], nouns) for one in rows]
     for goal in ("answer", "nouns"):
         own = pd.concat([one.tables[goal]["measured"] for one in alone], ignore_index=True)
         table = together.tables[goal]["measured"]
-        names = [name for name in table if "closest" not in name and name != "lead"]
+        names = [
+            name for name in table if "closest" not in name and name not in ("lead", "question")
+        ]
         pd.testing.assert_frame_equal(table[names], own[names], atol=1e-4)
 
 
@@ -188,8 +188,8 @@ def test_dprs_ctxs_and_triviaqas_answers_are_read(tmp_path):
         ({"passages": [{"text": "one"}] * 21}, "a list of 2 to 20"),
         ({"passages": [{"text": "a"}, {"title": "b"}]}, r"passage 1 \(counted from 0\) has no"),
         ({"passages": [{"text": "a"}, "b"]}, r"passage 1 \(counted from 0\) has no"),
-        ({"passages": [{"text": "a", "title": float("nan")}] * 2}, "a 'title' that is no text"),
-        ({"passages": [{"text": "a", "title": ["b"]}] * 2}, "a 'title' that is no text"),
+        ({"passages": [{"text": "a", "title": float("nan")}] * 2}, "a title that is no text"),
+        ({"passages": [{"text": "a", "title": ["b"]}] * 2}, "a title that is no text"),
         ({"gold": [3]}, "places of passages, 0 to 2"),
         ({"gold": [True]}, "places of passages"),
     ],
@@ -214,16 +214,12 @@ def test_odd_answers_and_questions_are_counted(reader, nouns):
     odd = [("orla", "zzz"), ("venn", "u"), ("river", "?!"), ("it", "Ulm"), ("town", "\u0301")]
     rows = [row(), *(row(f"where is {what}", answer) for what, answer in odd)]
     judged = judge(reader, rows, nouns)
-    assert len(judged.asked) == 5
+    assert len(judged.asked) == 4
     assert judged.counts["no token for the answer"] == 1
-    assert judged.counts["in no passage"] == 3  # signs too stand nowhere in that order
-    assert judged.counts["one character"] == 1
     assert judged.counts["only signs"] == 1
-    assert judged.counts["no noun"] == 1
-    for goal in ("answer", "nouns"):
-        assert number(judged, goal, "Spearman").n == 4
-    assert judged.tables["nouns"]["measured"]["Spearman"].isna().tolist() == [False] * 4 + [True]
-    assert judged.counts["answer Spearman"] == judged.counts["nouns Spearman"] == 0
+    assert judged.counts["in no passage"] == 2
+    assert number(judged, "answer", "Spearman").n == 4
+    assert judged.tables["nouns"]["measured"]["Spearman"].isna().tolist() == [False] * 3 + [True]
 
 
 def test_a_repeated_question_is_one_question(reader, nouns):
@@ -251,10 +247,9 @@ def silent(model):
 
 
 @pytest.mark.parametrize("change", [flat, silent])
-def test_constant_attention_is_counted_and_left_out(change, nouns, tmp_path):
+def test_constant_attention_is_left_out(change, nouns, tmp_path):
     judged = judge(llama(tmp_path, change), [row(), row(PLACES[1])], nouns)
     for goal in ("answer", "nouns"):
-        assert judged.counts[f"{goal} Spearman"] == 2
         assert number(judged, goal, "Spearman").n == 0
         assert np.isnan(number(judged, goal, "Spearman").mean)
     assert judged.verdict == UNSURE
@@ -263,24 +258,17 @@ def test_constant_attention_is_counted_and_left_out(change, nouns, tmp_path):
     assert not re.search(r"\bnan\b", text.split("the numbers")[1])
 
 
-def test_constant_closeness_is_counted_and_left_out(reader, nouns):
-    judged = judge(reader, [row(texts=["river river river"] * 2), row(PLACES[1])], nouns)
-    assert judged.counts["answer Spearman"] == 1
-    assert judged.counts["nouns Spearman"] == 1
-    assert number(judged, "answer", "Spearman").n == 1
+def test_constant_closeness_and_a_question_of_two_tokens_are_left_out(reader, nouns):
+    for texts in (["river river river"] * 2, ["river", "town"]):
+        judged = judge(reader, [row(texts=texts), row(PLACES[1])], nouns)
+        assert number(judged, "answer", "Spearman").n == 1
     assert number(judged, "answer", "attention").n == 2
 
 
-def test_a_question_of_two_passage_tokens(reader, nouns):
-    judged = judge(reader, [row(texts=["river", "town"]), row(PLACES[1])], nouns)
-    assert judged.counts["answer Spearman"] == 1
-
-
-def test_a_control_that_cannot_differ_is_counted_and_left_out(reader, nouns):
+def test_a_control_that_cannot_differ_is_left_out(reader, nouns):
     """Where the answer fills the closest tenth, it does so whatever the vectors are."""
     texts = ["Ulm Ulm Ulm the town", "Ulm by the river Ulm"]
     judged = judge(reader, [row(texts=texts), row(PLACES[1])], nouns)
-    assert judged.counts["answer control"] >= 1
     assert np.isnan(judged.tables["answer"]["measured"]["lead"][0])
     assert np.isfinite(judged.tables["answer"]["measured"]["attention"]).all()
 
@@ -297,10 +285,10 @@ def test_a_space_with_another_tokenizer(reader, nouns, tmp_path):
     LlamaForCausalLM(config).save_pretrained(tmp_path)
     judged = judge(reader, [row(), row(PLACES[1], "or")], nouns, other=str(tmp_path))
     assert str(tmp_path) in judged.how.values()
-    assert judged.counts["answer vectors"] > 0
+    assert judged.counts["vectors"] > 0
     assert number(judged, "nouns", "Spearman").n == 2
     none = judge(reader, [row(answer="zz"), row(PLACES[1])], nouns, other=str(tmp_path))
-    assert none.counts["answer Spearman"] == 1
+    assert number(none, "answer", "Spearman").n == 1
 
 
 def test_an_encoder_decoder(nouns, tmp_path):
@@ -334,7 +322,7 @@ def test_prompts_that_do_not_fit(nouns, tmp_path):
 def test_without_a_noun_finder_the_rest_is_computed(reader, nouns, caplog, tmp_path):
     judged = judge(reader, [row(question) for question in PLACES], "no_such_pipeline")
     assert set(judged.tables) == {"answer"}
-    assert judged.checks[0].verdict == UNSURE
+    assert judged.checks[0].verdict == judged.verdict == UNSURE
     assert re.match(r"Not computed\. .*no_such_pipeline.*--nouns", judged.checks[0].told)
     assert "Indicator 2 is not computed" in caplog.text
     judge_page.write_html(judged, tmp_path / "page.html")
@@ -358,19 +346,19 @@ def test_a_chat_reader_and_what_the_verdict_cannot_know(reader, caplog, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("value", "verdict"),
+    ("values", "verdict"),
     [
-        (Interval(0.4, 0.31, 0.5, ENOUGH), ABOVE),
-        (Interval(0.4, 0.29, 0.5, ENOUGH), UNSURE),
-        (Interval(0.2, 0.1, 0.29, ENOUGH), BELOW),
-        (Interval(0.4, 0.31, 0.5, ENOUGH - 1), UNSURE),
-        (Interval(float("nan"), float("nan"), float("nan"), 0), UNSURE),
+        ([0.35, 0.45] * (ENOUGH // 2), ABOVE),
+        ([0.0, 0.6] * (ENOUGH // 2), UNSURE),
+        ([0.1, 0.2] * (ENOUGH // 2) + [np.nan], BELOW),
+        ([0.35, 0.45] * (ENOUGH // 2 - 1) + [np.nan], UNSURE),
+        ([np.nan], UNSURE),
     ],
 )
-def test_which_side_of_the_line(value, verdict):
-    found = judging.check("name", value, 0.3, "Mean")
+def test_which_side_of_the_line(values, verdict):
+    found = judging.check("name", values, 0.3, "Mean")
     assert found.verdict == verdict
-    assert ("too few" in found.told) == (value.n < ENOUGH)
+    assert ("too few" in found.told) == (np.isfinite(values).sum() < ENOUGH)
     assert "nan" not in found.told
 
 
@@ -401,9 +389,9 @@ def test_attention_that_follows_closeness_lies_above_and_the_contrary_below(seen
     follows, shuns = close - close.min() + 0.1, close.max() - close + 0.1
     for attention, verdict in ((follows, ABOVE), (shuns, BELOW)):
         tables = {
-            goal: judging.measure(tokens, attention, embed, ids)[0] for goal, ids in wanted.items()
+            goal: judging.measure(tokens, attention, embed, ids) for goal, ids in wanted.items()
         }
-        assert judging.verdict_of(judging.checks_of(tables, "")) == verdict
+        assert judging.verdict_of(judging.checks_of(tables)) == verdict
 
 
 def test_the_direct_check_by_hand(seen):
@@ -411,10 +399,10 @@ def test_the_direct_check_by_hand(seen):
     _, asked, tokens = seen
     on_first = np.where(tokens.owner == 0, 5.0, 0.1)
     found = judging.direct_check(asked, tokens, on_first)
-    assert "In 0.500 of the questions, against 0.333 by chance" in found.told
+    assert re.search(r": 0\.167 \[.* over 20 questions", found.told)
     assert found.verdict == UNSURE  # two thirds of ENOUGH questions
     nowhere = [(replace(question, answers=("zzz",)), found) for question, found in asked]
-    assert "No question has" in judging.direct_check(nowhere, tokens, on_first).told
+    assert "over 0 questions" in judging.direct_check(nowhere, tokens, on_first).told
     gold = [(replace(question, gold=(0,)), found) for question, found in asked]
     assert judging.direct_check(gold, tokens, on_first).verdict == ABOVE
 
@@ -440,25 +428,6 @@ def test_the_page_is_escaped_and_loads_nothing(nouns, tmp_path):
     assert all(value.startswith("#") for name, value in tags if name in loading)
     assert set(re.findall(r"url\(.", text)) <= {"url(#"}
     assert {value for _, value in tags if value and "://" in value} <= SVG_NAMES
-
-
-def test_tokens_are_spelt_as_words():
-    """Byte-level and SentencePiece vocabularies mark where a word begins, WordPiece the rest."""
-
-    class Stand:
-        def __init__(self, *tokens):
-            self.tokens = tokens
-
-        def convert_ids_to_tokens(self, ids):
-            return [self.tokens[i] for i in ids]
-
-        def decode(self, ids):
-            return self.tokens[ids[0]].replace("Ġ", " ").replace("▁", "")
-
-    spelt = judge_page.spelt
-    assert spelt(Stand("Or", "la", "ĠV", "enn"), [0, 1, 2, 3]) == ["##Or", "##la", "V", "##enn"]
-    assert spelt(Stand("▁Or", "la"), [0, 1]) == ["Or", "##la"]
-    assert spelt(Stand("or", "##la"), [0, 1]) == ["or", "##la"]
 
 
 # The command line
