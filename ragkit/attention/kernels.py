@@ -1,7 +1,4 @@
-"""The arithmetic of attention rows, from the query, key, value and mask that reach a kernel.
-
-Only the rows asked for are computed. The softmax is in float32, or wider as the inputs are.
-"""
+"""The arithmetic of attention rows, from the query, key, value and mask that reach a kernel."""
 
 import math
 from dataclasses import dataclass
@@ -33,7 +30,7 @@ class Call:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """The tensor in float32, or as it is where it is wider."""
+    """The tensor in float32, in which a softmax is made, or as it is where it is wider."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

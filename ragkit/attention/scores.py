@@ -51,9 +51,8 @@ def passage_scores(tokens: Tensor, owner: Tensor, k: int, pooling: str = "sum") 
     `owner` `[tokens]` is a token's passage, or negative; `pooling` is "sum" or "mean". A passage
     without a token scores 0.
     """
-    count = tokens.shape[-1]
-    if k < 1 or owner.shape != (count,):
-        told = f"{count} tokens with {len(owner)} owners"
+    if k < 1 or owner.shape != tokens.shape[-1:]:
+        told = f"{tokens.shape[-1]} tokens with {len(owner)} owners"
         raise AttentionError(f"Scores of {k} passages cannot be made from {told}.")
     own = (owner[:, None] == torch.arange(k, device=owner.device)).to(tokens)
     sums = tokens @ own

@@ -66,8 +66,7 @@ class Watch(TorchFunctionMode):
     def leave_layer(self, layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """After a layer: its attention must have been seen."""
         if self.calls != 1 + self.cross:
-            why = f"made {self.calls} attention calls, not {1 + self.cross}"
-            raise unfit(f"Layer {self.done}", why)
+            raise unfit(f"Layer {self.done}", f"attends {self.calls} times, not {1 + self.cross}")
         self.inside, self.done = False, self.done + 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -99,12 +98,9 @@ class Watch(TorchFunctionMode):
         self.calls += 1
         if self.calls != 1 + self.cross:
             return
-        expected = (self.queries, self.seen.shape[1])
-        if (found := (call.query.shape[2], call.key.shape[2])) != expected:
-            why = (
-                f"attends from {found[0]} to {found[1]} places, not {expected[0]} to {expected[1]}"
-            )
-            raise unfit(f"Layer {self.done}", why)
+        found, wanted = (call.query.shape[2], call.key.shape[2]), (self.queries, self.seen.shape[1])
+        if found != wanted:
+            raise unfit(f"Layer {self.done}", f"has {found} queries and keys, not {wanted}")
         alpha = self.checked_rows(call, self.rows)
         norms = value_norms(call).to(alpha.device).masked_fill(~self.seen[:, None], 0.0)
         self.sound &= alpha.isfinite().all() & norms.isfinite().all()

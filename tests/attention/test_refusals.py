@@ -92,7 +92,7 @@ def test_what_cannot_be_recorded_is_refused_before_any_work():
 def test_attention_of_another_kind_is_refused_at_its_first_layer():
     shape = {"vocab_size": 60, **SHAPE, "intermediate_size": 64, "num_key_value_heads": 2}
     two_calls = tiny("DiffLlama", **shape, attn_implementation="sdpa")
-    assert not refused(two_calls, "Layer 0 made 2 attention calls")
+    assert not refused(two_calls, "Layer 0 attends 2 times, not 1")
     experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
     sinks = tiny("GptOss", **shape, head_dim=8, **experts, pad_token_id=0)
     assert not refused(sinks, "s_aux")
