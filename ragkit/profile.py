@@ -14,17 +14,14 @@ from ragkit.settings import ASSETS, Count, Name, Section, Seeds, asset
 
 # Not by `asset()`: no result depends on a profile that is not its own.
 SHIPPED = {path.stem: path for path in sorted((ASSETS / "profiles").glob("*.yaml"))}
-VARIATIONS: dict[str, dict[str, Any]] = yaml.safe_load(asset("variations.yaml").read_text("utf8"))
-TAKEN = (
-    *("rows: predicting", "rows: consuming", "no value norm", "mean over tokens"),
-    *("sharper target", "flatter target", "reverse KL"),
-)
+CHOICES = yaml.safe_load(asset("variations.yaml").read_text("utf8"))
+VARIATIONS: dict[str, dict[str, Any]] = CHOICES["taken"] | CHOICES["others"]
 
 
 class ChoiceSettings(Section):
     """Which of VARIATIONS notebook 08 runs Step 2 again for, under the first of `distill.seeds`."""
 
-    variations: tuple[str, ...] = Field(default=TAKEN, strict=False)
+    variations: tuple[str, ...] = Field(default=tuple(CHOICES["taken"]), strict=False)
 
 
 class Profile(Section):
@@ -62,11 +59,9 @@ class Profile(Section):
 
 def varied(profile: Profile, name: str) -> Profile:
     """A profile with one of VARIATIONS made."""
-    changes = {
-        key: getattr(profile, key).model_copy(update=new) if isinstance(new, dict) else new
-        for key, new in VARIATIONS[name].items()
-    }
-    return profile.model_copy(update=changes)
+    ((key, new),) = VARIATIONS[name].items()
+    made = getattr(profile, key).model_copy(update=new) if isinstance(new, dict) else new
+    return profile.model_copy(update={key: made})
 
 
 def load_profile(name_or_path: str, changes: Sequence[str] = ()) -> Profile:

@@ -23,22 +23,10 @@ def write_trivia(folder, questions, held_out):
     """TriviaQA's `unfiltered.nocontext`: answers are objects with `value` and `aliases`."""
     (folder / "unfiltered.nocontext").mkdir(parents=True)
     for split, rows in (("train", questions), ("validation", held_out)):
-        answers = [
-            {
-                "value": a[0],
-                "aliases": list(a),
-                "normalized_value": a[0].lower(),
-                "type": "WikipediaEntity",
-            }
-            for _, a in rows
-        ]
-        table = datasets.Dataset.from_dict(
-            {
-                "question": [q for q, _ in rows],
-                "question_id": [f"tc_{i}" for i in range(len(rows))],
-                "answer": answers,
-            }
-        )
+        kind = {"type": "WikipediaEntity"}
+        answers = [{"value": a[0], "aliases": list(a), **kind} for _, a in rows]
+        asked = {"question": [q for q, _ in rows], "answer": answers}
+        table = datasets.Dataset.from_dict(asked)
         table.to_parquet(folder / "unfiltered.nocontext" / f"{split}-00000-of-00001.parquet")
     (folder / "README.md").write_text(
         "---\nconfigs:\n- config_name: unfiltered.nocontext\n  data_files:\n"
@@ -55,13 +43,7 @@ def write_wiki(folder, passages, files=2):
     size = -(-len(passages) // files)
     for number in range(files):
         part = passages[number * size : (number + 1) * size]
-        table = datasets.Dataset.from_dict(
-            {
-                "id": [p.id for p in part],
-                "text": [p.text for p in part],
-                "title": [p.title for p in part],
-            }
-        )
+        table = datasets.Dataset.from_list([vars(passage) for passage in part])
         table.to_parquet(home / f"train-{number:05}-of-{files:05}.parquet")
     return folder
 

@@ -52,13 +52,9 @@ def read_qed(path: Path) -> list[Explained]:
             (place(pair["question_reference"]), place(pair["sentence_reference"]))
             for pair in note["referential_equalities"]
         ]
-        found.append(
-            Explained(
-                question=row["question_text"],
-                passage=row["paragraph_text"],
-                links=[(asked, said) for asked, said in pairs if said[0] >= 0],
-                implied=[asked for asked, said in pairs if said[0] < 0],
-                answers=[place(answer["paragraph_reference"]) for answer in note["answer"]],
-            )
-        )
+        links = [(asked, said) for asked, said in pairs if said[0] >= 0]
+        implied = [asked for asked, said in pairs if said[0] < 0]
+        answers = [place(answer["paragraph_reference"]) for answer in note["answer"]]
+        texts = row["question_text"], row["paragraph_text"]
+        found.append(Explained(*texts, links, implied, answers))
     return found

@@ -33,10 +33,9 @@ def open_text(path: Path) -> Iterator[TextIO]:
     try:
         with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
             yield file
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path} is damaged or no gzip file ({error}). Fetch it again.") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}). Save it as UTF-8.") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error, UnicodeDecodeError) as error:
+        why = f"is damaged, no gzip file or not UTF-8 ({error})"
+        raise DataError(f"{path} {why}. Fetch it again, or save it as UTF-8.") from None
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:

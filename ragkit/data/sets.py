@@ -112,7 +112,7 @@ def load(table: HubTable, split: str, columns: Sequence[str]) -> Dataset:
         told = str(error.__cause__ or error).strip().partition("\n")[0][:300]
         raise DataError(
             f"{where} cannot be loaded ({told or type(error).__name__}). A folder needs its whole "
-            "files; the hub must be reached, have it so, and may have to know you (`hf auth login`)."
+            "files; the hub must be reached, have it, and may have to know you (`hf auth login`)."
         ) from None
     if (expected := table.rows.get(split, len(found))) != len(found):
         raise DataError(f"{where}: {len(found)} rows; the profile expects {expected}.")
@@ -154,9 +154,7 @@ def hub_rows(settings: HubSet, columns: Sequence[str]) -> tuple[list[Row], Count
     twice the first row counts; one in both splits is kept for `test`."""
     heldout, rows, left_out = settings.heldout, list[Row](), Counter[str]()
     split = {"distill": settings.train, "dev": settings.train, "test": heldout}
-    tables = {
-        name: load(settings.questions, name, columns) for name in dict.fromkeys(split.values())
-    }
+    tables = {name: load(settings.questions, name, columns) for name in (settings.train, heldout)}
     asked = {}
     for name, table in tables.items():
         asked[name] = pd.Series([same_question(str(text)) for text in table["question"]])

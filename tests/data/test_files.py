@@ -51,16 +51,10 @@ def test_a_dpr_file_plain_or_gzipped(tmp_path):
         ("a\tb\n", "line 1: expected the header"),
         (HEADER, "no passages"),
         (HEADER + "1\tone\tA\n2\ttwo\tB\n1\tthree\tC\n", "Passages 1 and 3 have the same id '1'"),
-        (
-            HEADER + '1\t"never closed\n' + "x\n" * 100_000,
-            "line 2: field larger .*the file's quotes are CSV's",
-        ),
+        (HEADER + '1\t"never closed\n' + "x\n" * 100_000, "line 2: field larger .*are CSV's"),
         (HEADER + '1\t"Brann"\tB\n', "line 2: are these quotes CSV's or part of the text"),
         (HEADER + '1\t"A ""b"""\tT\n2\t"C" d\tU\n', "line 3: .*the file's quotes are CSV's"),
-        (
-            HEADER + '2\t"C" d\tU\n1\t"A ""b"""\tT\n',
-            "line 3: quotes are doubled here.*quotes are part of the text",
-        ),
+        (HEADER + '2\t"C" d\tU\n1\t"A ""b"""\tT\n', "line 3: quotes are doubled .*of the text"),
     ],
 )
 def test_bad_passages_are_named(tmp_path, text, words):
@@ -73,12 +67,9 @@ def test_files_that_are_damaged_or_no_text_are_named(tmp_path):
     (tmp_path / "cut.tsv.gz").write_bytes(whole[: len(whole) // 2])
     (tmp_path / "plain.tsv.gz").write_text(HEADER)
     (tmp_path / "latin.tsv").write_bytes((HEADER + "1\tM\xfcnchen\tA\n").encode("latin-1"))
-    for name, words in (
-        ("cut.tsv.gz", "damaged"),
-        ("plain.tsv.gz", "no gzip file"),
-        ("latin.tsv", "not UTF-8"),
-    ):
-        with pytest.raises(DataError, match=f"{name} .*{words}"):
+    told = {"cut.tsv.gz": "damaged", "plain.tsv.gz": "no gzip file", "latin.tsv": "not UTF-8"}
+    for name, words in (told | {"none.tsv": "Check the path"}).items():
+        with pytest.raises(DataError, match=f"{name}.* {words}"):
             list(read_tsv(tmp_path / name))
 
 
@@ -104,26 +95,12 @@ def test_bad_questions_are_named(tmp_path, line, words):
         read_questions(path, [Passage("1", "T", "x")])
 
 
-def test_triviaqa_answers_with_aliases(tmp_path):
-    row = {"question": "q", "answer": {"value": "Ulm", "aliases": ["Ulm", "City of Ulm"]}}
-    assert read_questions(write(tmp_path, "q.jsonl", json.dumps(row)), [])[0].answers == (
-        "Ulm",
-        "City of Ulm",
-    )
-
-
-def test_a_missing_file(tmp_path):
-    with pytest.raises(DataError, match="Check the path"):
-        list(read_tsv(tmp_path / "none.tsv"))
-
-
 def made(tmp_path, rows, **sizes):
     """The stages of a set of files, through JSON as the graph hands their settings on."""
     passages = write(tmp_path, "p.tsv", HEADER + "a\tx\tT\nb\ty\tU\n")
     questions = write(tmp_path, "q.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    settings = FileSet(
-        source="files", name="f", passages=str(passages), questions=str(questions), **sizes
-    )
+    paths = {"passages": str(passages), "questions": str(questions)}
+    settings = FileSet(source="files", name="f", **paths, **sizes)
     whole = json.loads(json.dumps([passage_settings(settings), question_settings(settings)]))
     for name in ("passages", "questions"):
         (tmp_path / name).mkdir(exist_ok=True)
@@ -136,26 +113,21 @@ def made(tmp_path, rows, **sizes):
 def test_repeated_questions_are_one(tmp_path, caplog):
     """After normalisation, with the answers and gold passages of all; counted, and said."""
     rows = [{"question": f"q{i}", "answer": [f"a{i}"]} for i in range(6)]
-    rows += [
-        {"question": "Q0?", "answer": "b", "gold_id": "b"},
-        {"question": "the q0", "answer": "a0"},
-    ]
+    rows.append({"question": "Q0?", "answer": "b", "gold_id": "b"})
+    rows.append({"question": "the q0", "answer": "a0"})
     _, corpus = made(tmp_path, rows, distill=2, dev=2, test=2)
     asked = [question for part in corpus.questions.values() for question in part]
     assert sorted(normalise(question.text) for question in asked) == [f"q{i}" for i in range(6)]
     (merged,) = (question for question in asked if question.text == "q0")
     assert (merged.answers, merged.gold) == (("a0", "b"), (1,))
     assert "f: 2 questions were left out (repeated)" in caplog.text
-    with pytest.raises(
-        DataError, match=r"7 questions asked for, 6 different there\. Lower distill"
-    ):
+    with pytest.raises(DataError, match=r"7 questions asked for, 6 different .*Lower distill"):
         made(tmp_path, rows, distill=3, dev=2, test=2)
 
 
 def test_an_edited_file_changes_the_settings_that_read_it(tmp_path):
-    settings, _ = made(
-        tmp_path, [{"question": f"q{i}", "answer": "a"} for i in range(3)], distill=1, dev=1, test=1
-    )
+    rows = [{"question": f"q{i}", "answer": "a"} for i in range(3)]
+    settings, _ = made(tmp_path, rows, distill=1, dev=1, test=1)
     before = passage_settings(settings), question_settings(settings)
     with (tmp_path / "q.jsonl").open("a") as file:
         file.write('{"question": "more", "answer": "a"}\n')
@@ -198,6 +170,7 @@ def test_arrays_and_indented_objects_are_read_with_their_lines(tmp_path):
         (float("nan"), "the answer nan is no text"),
         (["a", None], "the answer None is no text"),
         ([["a"]], r"the answer \['a'\] is no text"),
+        ({"value": "Ulm", "aliases": ["Ulm", "City of Ulm"]}, ("Ulm", "City of Ulm")),
         ({"value": "a", "aliases": None}, ("a",)),
         ({"value": "a", "aliases": "b"}, ("a", "b")),
         ({"value": "a", "aliases": 5}, "the answer 5 is no text"),
@@ -246,12 +219,8 @@ RAW = [
 
 def test_quotes_are_read_as_the_file_means_them(tmp_path):
     raw = write(tmp_path, "raw.tsv", HEADER + "".join("\t".join(row) + "\n" for row in RAW))
-    csv_rows = [
-        *RAW,
-        ("4", 'two\nlines, a \t tab, "q"', "T\nU"),
-        ("5", "", "none"),
-        ("6", "z", '"'),
-    ]
+    more = [("4", 'two\nlines, a \t tab, "q"', "T\nU"), ("5", "", "none"), ("6", "z", '"')]
+    csv_rows = [*RAW, *more]
     for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL):
         with (tmp_path / "quoted.tsv").open("w", newline="") as file:
             writer = csv.writer(file, delimiter="\t", quoting=quoting)
@@ -283,9 +252,8 @@ def test_files_are_written_whole_and_hashed_once(tmp_path, monkeypatch):
 @REAL
 def test_real_passages_and_questions(tmp_path):
     folder = Path(os.environ["RAGKIT_REAL_DATA"])
-    passages = write_passages(
-        tmp_path / "p.arrow", read_tsv(folder / "wiki/psgs_w100.sample.tsv.gz")
-    )
+    source = folder / "wiki/psgs_w100.sample.tsv.gz"
+    passages = write_passages(tmp_path / "p.arrow", read_tsv(source))
     assert len(passages) == 25316 - 79  # 79 records have no text; none of them is a gold passage
     questions = read_questions(folder / "nq/nq-open-gold.jsonl.gz", passages)
     assert len(questions) == 2655
@@ -294,7 +262,5 @@ def test_real_passages_and_questions(tmp_path):
     trivia = read_questions(folder / "triviaqa/trivia-dev.sample.jsonl", [])
     assert len(trivia) == 2000
     assert np.mean([len(q.answers) for q in trivia]) > 5  # aliases are kept
-    (tmp_path / "p.tsv").write_bytes(
-        gzip.decompress((folder / "wiki/psgs_w100.sample.tsv.gz").read_bytes())
-    )
+    (tmp_path / "p.tsv").write_bytes(gzip.decompress(source.read_bytes()))
     assert list(read_tsv(tmp_path / "p.tsv")) == list(passages)

@@ -16,14 +16,8 @@ from ragkit.data.text import normalise
 from ragkit.errors import DataError
 from ragkit.settings import HubSet, HubTable
 
-TOWNS = [
-    Passage(
-        str(100 + i),
-        f"Town {i}",
-        f"Town {i} lies on the river Nr{i} and was founded by Count N{i}.",
-    )
-    for i in range(25)
-]
+TOLD = "Town {0} lies on the river Nr{0} and was founded by Count N{0}."
+TOWNS = [Passage(str(100 + i), f"Town {i}", TOLD.format(i)) for i in range(25)]
 ASKED = [(f"which river does town {i} lie on", (f"Nr{i}", f"the Nr{i}")) for i in range(25)]
 
 
@@ -35,28 +29,21 @@ def own_cache(tmp_path, monkeypatch):
 def hub_set(tmp_path, **changes):
     write_nq(tmp_path / "nq", ASKED[:20], ASKED[20:])
     write_wiki(tmp_path / "wiki", TOWNS)
-    questions = HubTable(
-        dataset=str(tmp_path / "nq"),
-        config="nq_open",
-        rows={"train": 20, "validation": 5},
-        licence="CC BY-SA 3.0",
-    )
-    passages = HubTable(
-        dataset=str(tmp_path / "wiki"),
-        files="data/psgs_w100/no_embeddings/{split}-*.parquet",
-        rows={"train": 25},
-    )
-    sizes = {"distill": 10, "dev": 5, "test": 5}
-    return HubSet(
-        **{
-            "source": "hub",
-            "name": "nq",
-            "questions": questions,
-            "passages": passages,
-            **sizes,
-            **changes,
-        }
-    )
+    questions = nq(tmp_path, config="nq_open", rows={"train": 20, "validation": 5})
+    files = "data/psgs_w100/no_embeddings/{split}-*.parquet"
+    passages = HubTable(dataset=str(tmp_path / "wiki"), files=files, rows={"train": 25})
+    given = {"questions": questions, "passages": passages, "distill": 10, "dev": 5, "test": 5}
+    return HubSet(source="hub", name="nq", **given | changes)
+
+
+def pool_set(tmp_path, rows, pools, **columns):
+    """A set of one table in Tevatron's layout."""
+    write_pools(tmp_path / "pools", rows)
+    columns |= {"question": "query", "answer": "answers"}
+    files = "default/wikipedia-nq-{split}.parquet"
+    table = HubTable(dataset=str(tmp_path / "pools"), files=files, columns=columns)
+    changes = {"passages": None, "pools": pools, "train": "dev", "heldout": "dev"}
+    return hub_set(tmp_path, questions=table, **changes)
 
 
 def made(settings, folder):
@@ -75,11 +62,8 @@ def as_json(value):
 
 def test_nq_and_wikipedia(tmp_path):
     one = made(hub_set(tmp_path), tmp_path / "made")
-    assert {part: len(questions) for part, questions in one.questions.items()} == {
-        "distill": 10,
-        "dev": 5,
-        "test": 5,
-    }
+    sizes = {part: len(questions) for part, questions in one.questions.items()}
+    assert sizes == {"distill": 10, "dev": 5, "test": 5}
     assert list(one.passages) == TOWNS
     ids = [q.id for questions in one.questions.values() for q in questions]
     assert len(set(ids)) == 20
@@ -103,9 +87,8 @@ def test_hits_are_told_by_the_answer_where_no_gold_passage_is_known(tmp_path):
 
 
 def test_passages_from_a_tsv(tmp_path):
-    (tmp_path / "p.tsv").write_text(
-        "id\ttext\ttitle\n" + "".join(f"{p.id}\t{p.text}\t{p.title}\n" for p in TOWNS)
-    )
+    rows = [("id", "text", "title"), *((p.id, p.text, p.title) for p in TOWNS)]
+    (tmp_path / "p.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
     whole = made(hub_set(tmp_path, passages=str(tmp_path / "p.tsv")), tmp_path / "made")
     assert list(whole.passages) == TOWNS
 
@@ -121,24 +104,11 @@ def test_trivia_answers_come_with_their_aliases(tmp_path):
 @pytest.mark.parametrize("gold", [False, True])
 def test_pools_make_the_corpus(tmp_path, gold, pools):
     """Also where the column of the gold passages is one of the pools."""
-    rows = [
-        (q, a, [TOWNS[i]], [TOWNS[(i + 1) % 25], TOWNS[(i + 2) % 25]])
-        for i, (q, a) in enumerate(ASKED)
-    ]
-    write_pools(tmp_path / "pools", rows)
-    columns = {"question": "query", "answer": "answers"} | (
-        {"gold": "positive_passages"} if gold else {}
-    )
-    table = HubTable(
-        dataset=str(tmp_path / "pools"),
-        files="default/wikipedia-nq-{split}.parquet",
-        columns=columns,
-    )
+    others = [[TOWNS[(i + n) % 25] for n in (1, 2)] for i in range(25)]
+    rows = [(q, a, [TOWNS[i]], others[i]) for i, (q, a) in enumerate(ASKED)]
     pools = tuple(f"{name}_passages" for name in pools)
-    settings = hub_set(
-        tmp_path, questions=table, passages=None, pools=pools, train="dev", heldout="dev"
-    )
-    one = made(settings, tmp_path / "made")
+    columns = {"gold": "positive_passages"} if gold else {}
+    one = made(pool_set(tmp_path, rows, pools, **columns), tmp_path / "made")
     asked = [q for questions in one.questions.values() for q in questions]
     assert len({q.id for q in asked}) == 20  # all three parts from one split, none twice
     assert len({p.id for p in one.passages}) == len(one.passages)
@@ -208,13 +178,8 @@ def test_sets_over_the_same_passages_share_them(tmp_path):
 
 def test_a_title_that_is_no_text_is_refused(tmp_path):
     rows = [(q, a, [], [Passage("1", 3.5, "x")]) for q, a in ASKED]
-    write_pools(tmp_path / "pools", rows)
-    columns = {"question": "query", "answer": "answers"}
-    files = "default/wikipedia-nq-{split}.parquet"
-    table = HubTable(dataset=str(tmp_path / "pools"), files=files, columns=columns)
-    changes = {"passages": None, "pools": ("negative_passages",), "train": "dev", "heldout": "dev"}
-    with pytest.raises(DataError, match=r"'title' is no text but 3\.5"):
-        made(hub_set(tmp_path, questions=table, **changes), tmp_path / "made")
+    with pytest.raises(DataError, match=r"\(1\): 'title' is no text but 3\.5"):
+        made(pool_set(tmp_path, rows, ("negative_passages",)), tmp_path / "made")
 
 
 def test_a_set_takes_its_passages_from_one_place(tmp_path):
@@ -225,9 +190,8 @@ def test_a_set_takes_its_passages_from_one_place(tmp_path):
 
 def test_passages_are_memory_mapped(tmp_path):
     """200 MB of passages opened, and some of them read, in a process that may grow by 60 MB."""
-    write_passages(
-        tmp_path / "many.arrow", (Passage(str(i), f"T{i}", "word " * 200) for i in range(200_000))
-    )
+    many = (Passage(str(i), f"T{i}", "word " * 200) for i in range(200_000))
+    write_passages(tmp_path / "many.arrow", many)
     code = (
         "import sys\nfrom pathlib import Path\nfrom ragkit.data.passages import Passages\n"
         "def anonymous():\n    lines = open('/proc/self/status').read().splitlines()\n"
@@ -236,28 +200,16 @@ def test_passages_are_memory_mapped(tmp_path):
         "assert passages[199_999].id == '199999' and len(passages[5:9]) == 4\n"
         "assert sum(1 for _ in passages) == 200_000\nprint(anonymous() - before)"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "many.arrow")],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": "."},
-    )
-    assert ended.returncode == 0, ended.stderr
+    command = [sys.executable, "-c", code, str(tmp_path / "many.arrow")]
+    environment = os.environ | {"PYTHONPATH": "."}
+    ended = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment)
     assert int(ended.stdout) < 60
 
 
 def test_places_and_slices_are_those_of_a_list(tmp_path):
     stored = write_passages(tmp_path / "p.arrow", TOWNS)
-    for place in (
-        0,
-        -1,
-        np.int64(7),
-        slice(3, 9),
-        slice(None, None, 5),
-        slice(20, 99),
-        slice(9, 3),
-    ):
+    slices = [slice(3, 9), slice(None, None, 5), slice(20, 99), slice(9, 3)]
+    for place in (0, -1, np.int64(7), *slices):
         assert stored[place] == TOWNS[place]
     with pytest.raises(IndexError):
         stored[25]
