@@ -67,10 +67,9 @@ def load_closeness(folder: Path, goal: str, space: str) -> tuple[Floats, Bools]:
     wrote it, and which tokens are the goal's own. Raises IndicatorError where there is none."""
     arrays = load_file(folder / "closeness.safetensors")
     if f"{goal}/{space}" not in arrays:
-        raise IndicatorError(
-            f"No closeness to the {goal} in the space {space!r}: nouns need a noun finder, contextual"
-            " a decoder with the off-the-shelf reader's tokens. Choose another indicators.space."
-        )
+        what = f"No closeness to the {goal} in the space {space!r}"
+        why = "nouns need a noun finder, contextual a decoder with the off-the-shelf reader's tokens"
+        raise IndicatorError(f"{what}: {why}. Choose another indicators.space.")
     return arrays[f"{goal}/{space}"], arrays[f"{goal}/exact"].astype(bool)
 
 
