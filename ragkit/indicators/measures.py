@@ -68,7 +68,7 @@ def load_closeness(folder: Path, goal: str, space: str) -> tuple[Floats, Bools]:
     arrays = load_file(folder / "closeness.safetensors")
     if f"{goal}/{space}" not in arrays:
         what = f"No closeness to the {goal} in the space {space!r}"
-        why = "nouns need a noun finder, contextual a decoder with the off-the-shelf reader's tokens"
+        why = "nouns need a noun finder, contextual a decoder with the off-the-shelf one's tokens"
         raise IndicatorError(f"{what}: {why}. Choose another indicators.space.")
     return arrays[f"{goal}/{space}"], arrays[f"{goal}/exact"].astype(bool)
 
