@@ -67,10 +67,9 @@ def load_closeness(folder: Path, goal: str, space: str) -> tuple[Floats, Bools]:
     wrote it, and which tokens are the goal's own. Raises IndicatorError where there is none."""
     arrays = load_file(folder / "closeness.safetensors")
     if f"{goal}/{space}" not in arrays:
-        raise IndicatorError(
-            f"No closeness to the {goal} in the space {space!r}: nouns need a finder, contextual "
-            "a decoder with the off-the-shelf reader's tokens. Choose another indicators.space."
-        )
+        what = f"No closeness to the {goal} in the space {space!r}"
+        why = "nouns need a noun finder, contextual a decoder with the off-the-shelf one's tokens"
+        raise IndicatorError(f"{what}: {why}. Choose another indicators.space.")
     return arrays[f"{goal}/{space}"], arrays[f"{goal}/exact"].astype(bool)
 
 
@@ -155,8 +154,8 @@ def closest(close: Floats, question: Ints, share: float) -> Bools:
 def alike(close: Floats, control: Floats, question: Ints, exact: Bools, share: float) -> Bools:
     """Where the closest share and its control's are the same exact tokens `[questions]`: whatever
     the reader attends to, such a question cannot tell a space from its control. Leave it out."""
-    either = np.isfinite(close + control)
-    near = (np.where(either, one, np.nan) for one in (close, control))
+    known = np.isfinite(close + control)
+    near = (np.where(known, one, np.nan) for one in (close, control))
     mine, other = (closest(one, question, share) for one in near)
     telling = np.bincount(question, (mine != other) | (mine & ~exact))
     return (telling == 0) & (np.bincount(question, mine) > 0)

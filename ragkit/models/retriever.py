@@ -3,6 +3,7 @@
 import random
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +61,12 @@ class Retriever(nn.Module):
     def encode(self, texts: Sequence[str], kind: str = "query") -> NDArray[np.float32]:
         """Vectors `[texts, dimensions]` in every process, computed together in `settings.dtype`.
         Raises RetrieverError if they are not finite."""
-        options: dict[str, Any] = {"prompt": self.prompts[kind], "show_progress_bar": False}
-        options["batch_size"] = self.settings.at_once
-
-        def work(chosen: list[str]) -> NDArray[np.float32]:
-            return self.encoder.encode(list(map(readable, chosen)), **options)
-
+        given, at_once = list(map(readable, texts)), self.settings.at_once
+        quiet: dict[str, Any] = {"batch_size": at_once, "show_progress_bar": False}
+        work = partial(self.encoder.encode, prompt=self.prompts[kind], **quiet)
         dtype = getattr(torch, self.settings.dtype)
         with torch.autocast(device.device().type, dtype, enabled=dtype != torch.float32):
-            rows = device.spread(texts, CHUNK * self.settings.at_once, work, "encode")
+            rows = device.spread(given, CHUNK * at_once, work, "encode")
         if np.isfinite(made := np.stack(rows).astype(np.float32)).all():
             return made
         why = "the retriever is damaged, or its training went astray (lower distill.rate)"
