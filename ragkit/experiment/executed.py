@@ -130,7 +130,8 @@ class Notebooks:
         (folder / "figures").mkdir(parents=True)
         opened = folder / "opened.jsonl"
         opened.touch()
-        started, _ = time.monotonic(), peak_memory()
+        started = time.monotonic()
+        peak_memory()  # counts from here on
         self.execute(source, folder, {OPENED: str(opened), FIGURES: str(folder / "figures")})
         seconds = round(time.monotonic() - started, 1)
         stages = dict(json.loads(line) for line in opened.read_text("utf8").splitlines())

@@ -43,7 +43,7 @@ def used(tree: ast.AST, package: str) -> Iterator[str]:
                 start = resolve_name("." * level + (module or ""), package)
                 yield from (f"{start}.{one.name}" for one in names)  # a module, or a name in one
             case ast.Call(
-                func=ast.Name("asset") | ast.Attribute(attr="asset"), args=[ast.Constant(str(name))]
+                ast.Name("asset") | ast.Attribute(attr="asset"), [ast.Constant(str(name))]
             ):
                 files = [ASSETS / name, *(ASSETS / name).rglob("*")]
                 yield from (str(one.relative_to(PACKAGE)) for one in files if one.is_file())
@@ -60,11 +60,9 @@ def without_docstrings(tree: ast.AST) -> str:
 
 @cache
 def reached(name: str) -> tuple[str, list[str]]:
-    """The fingerprint of a module or asset of the package, and the names that it leads to.
-
-    A name in a module leads to the module, and that to the packages above it. The fingerprint is
-    empty where there is no such file.
-    """
+    """The fingerprint of a module or asset of the package, and the names that it leads to. A name
+    in a module leads to the module, and that to the packages above it. The fingerprint is empty
+    where there is no such file."""
     if name.startswith("assets/"):
         return file_hash(PACKAGE / name)[:16], []
     above, place = name.rpartition(".")[0], PACKAGE.parent.joinpath(*name.split("."))
@@ -101,9 +99,8 @@ def versions(also: tuple[str, ...] = ()) -> dict[str, str]:
 
 def model_files(name: str) -> dict[str, str]:
     """The files that make a local model what it is, by hash, no model card; empty for a hub name.
-
-    Not by `asset()` for the embedded reader: every stage that loads it has these in its settings.
-    """
+    Not by `asset()` for the embedded reader: every stage that loads it has these in its
+    settings."""
     found = contents(str(ASSETS / "reader") if name == "embedded" else name)
     kinds = (".safetensors", ".json", ".gguf")
     return {Path(file).name: code for file, code in found.items() if file.endswith(kinds)}
@@ -130,9 +127,8 @@ def peak_memory() -> int | None:
 def commit() -> dict[str, Any]:
     """The checkout's commit, and whether package or notebooks differ from it."""
     command = ["git", "status", "--porcelain=v2", "--branch", "--", PACKAGE.name, "notebooks"]
-    options: Any = {"cwd": PACKAGE.parent, "capture_output": True, "text": True, "check": False}
     with suppress(OSError):  # no git here
-        told = subprocess.run(command, **options).stdout
+        told = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True).stdout
         if found := re.match(r"# branch\.oid (\w+)", told):
             return {"commit": found[1], "dirty": bool(re.search("^[^#]", told, re.MULTILINE))}
     return {"commit": "not a git checkout"}
