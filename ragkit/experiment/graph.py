@@ -129,8 +129,7 @@ class Graph:
                 return of.start
             case "vectors" | "index" | "candidates":
                 # Where only the query side learns, Step 2 goes on with the first vectors and index.
-                both = self.profile.distill.side == "both"
-                if both or role == "candidates" or kind == "index":
+                if role == "candidates" or kind == "index" or self.profile.distill.side == "both":
                     after = replace(after, start=of.start)
             case "tokens":
                 after = replace(after, which=of.which)

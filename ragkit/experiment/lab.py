@@ -29,6 +29,7 @@ TAKEN = ("course", "lab", "bench")  # folders below `runs/` that are no runs
 OPENED = "RAGKIT_OPENED"  # names a file that takes down which stages a notebook opens
 FIGURES = "RAGKIT_FIGURES"  # names the folder that a notebook's figures go to
 Places = NDArray[np.int64]  # of passages
+Curve = list[dict[str, float]]  # of Step 2: a row a look at dev
 
 
 def changed_profile(name_or_path: str, changes: Sequence[str]) -> Profile:
@@ -157,9 +158,7 @@ class Lab:
         asked = Asked(self.corpus(set_name), *self.asked(set_name))
         return stored, asked, self.profile.attention
 
-    def distilled(
-        self, set_name: str, target: str, seed: int
-    ) -> tuple[Places, list[dict[str, float]]]:
+    def distilled(self, set_name: str, target: str, seed: int) -> tuple[Places, Curve]:
         """Step 2: the test ranking `[questions, 20]`, and the curve over epochs. With index
         refreshes the curve is that of the last part."""
         folder = self.open_stage(self.graph.step2(set_name, target, seed))

@@ -49,15 +49,6 @@ def used(tree: ast.AST, package: str) -> Iterator[str]:
                 yield from (str(one.relative_to(PACKAGE)) for one in files if one.is_file())
 
 
-def without_docstrings(tree: ast.AST) -> str:
-    """A syntax tree as text; comments are already gone, docstrings are taken out."""
-    documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module
-    for node in ast.walk(tree):
-        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.dump(tree)
-
-
 @cache
 def reached(name: str) -> tuple[str, list[str]]:
     """The fingerprint of a module or asset of the package, and the names that it leads to. A name
@@ -71,7 +62,12 @@ def reached(name: str) -> tuple[str, list[str]]:
         return "", [above]
     tree = ast.parse(file.read_text("utf8"))
     further = [above, *used(tree, name if place.is_dir() else above)]
-    return hashlib.sha256(without_docstrings(tree).encode()).hexdigest()[:16], further
+    for node in ast.walk(tree):  # comments are already gone: now docstrings and other bare texts
+        if isinstance(body := getattr(node, "body", None), list):
+            texts = [one for one in body if isinstance(one, ast.Expr)]
+            texts = [one for one in texts if isinstance(one.value, ast.Constant)]
+            body[:] = [one for one in body if one not in texts]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], further
 
 
 @cache
