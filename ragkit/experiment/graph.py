@@ -11,17 +11,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ragkit.data.questions import passage_settings, question_settings
 from ragkit.data.worlds import relations, spec
 from ragkit.distillation.targets import TARGETS, UNTAUGHT, teacher_of
 from ragkit.experiment.provenance import finder_state, model_files
-from ragkit.experiment.store import Stage
+from ragkit.experiment.store import KINDS, Stage
 from ragkit.profile import Profile, varied
-from ragkit.settings import QuestionSet, WorldSet, asset
+from ragkit.settings import QuestionSet, WorldSet
 
-KINDS: dict[str, dict[str, str]] = yaml.safe_load(asset("kinds.yaml").read_text("utf8"))
 CEILING = "both sides"  # the variation under which the oracle shows how far Step 2 can go
 POOL, ROW, ROW_GZ = 50, 650, 220  # about: passages of a question's pool; bytes of one in a TSV
 PROBED = 32  # questions of dev on which a probe measures the indicators
@@ -33,10 +30,8 @@ READING = ("model", "revision", "context", "dtype", "at_once", "answer_tokens", 
 @dataclass(frozen=True)
 class Of:
     """What one stage is of: a set, and where its kind asks for it a reader, a target, a seed.
-
     `start` is the stage whose retriever Step 2 goes on from after an index refresh (None: the
-    initial one); `epochs` and `keep` belong to a part of Step 2.
-    """
+    initial one); `epochs` and `keep` belong to a part of Step 2."""
 
     set_name: str
     which: str = ""
@@ -72,14 +67,10 @@ class Graph:
         self.trains_retriever = profile.retriever.model == "embedded"
         untaught = () if self.has_clozes else UNTAUGHT[1:]  # which are asked by clozes
         self.targets = {t: what for t, what in TARGETS.items() if not t.startswith(untaught)}
-        self.common = profile.model_dump(mode="json") | {
-            "weights": model_files(profile.reader.model),
-            "nouns": profile.nouns.model,
-            "state": finder_state(profile.nouns.model),
-            "clozes": self.has_clozes,
-            "share": profile.indicators.share,
-            "shuffle_seed": profile.seed,
-        }
+        nouns, share = profile.nouns.model, profile.indicators.share
+        self.common = profile.model_dump(mode="json") | {"nouns": nouns, "share": share}
+        self.common |= {"state": finder_state(nouns), "weights": model_files(profile.reader.model)}
+        self.common |= {"clozes": self.has_clozes, "shuffle_seed": profile.seed}
         for name in ("stage", "varied", "again"):
             setattr(self, name, cache(getattr(self, name)))  # each is made once
 
@@ -101,8 +92,6 @@ class Graph:
         """Whether a noun finder is at hand for a set; the embedded one knows worlds only."""
         in_world = isinstance(self.sets[set_name], WorldSet)
         return in_world if self.profile.nouns.model == "embedded" else bool(self.common["state"])
-
-    # One stage
 
     def stage(self, kind: str, of: Of) -> Stage:
         """The stage of a kind; asking for it makes nothing."""
@@ -140,8 +129,7 @@ class Graph:
                 return of.start
             case "vectors" | "index" | "candidates":
                 # Where only the query side learns, Step 2 goes on with the first vectors and index.
-                both = self.profile.distill.side == "both"
-                if both or role == "candidates" or kind == "index":
+                if role == "candidates" or kind == "index" or self.profile.distill.side == "both":
                     after = replace(after, start=of.start)
             case "tokens":
                 after = replace(after, which=of.which)
@@ -201,10 +189,8 @@ class Graph:
         return self.number(kind, of) * times.get(kind, 1)
 
     def step2(self, set_name: str, target: str, seed: int) -> Stage:
-        """Step 2 for a target and seed; with index refreshes it is the last of several parts.
-
-        At a refresh the retriever as it is looks for new candidates, and the reader looks at them.
-        """
+        """Step 2 for a target and seed; with index refreshes it is the last of several parts. At a
+        refresh the retriever as it is looks for new candidates, and the reader looks at them."""
         of = Of(set_name, target=target, seed=seed, epochs=self.profile.distill.epochs)
         for left in range(self.profile.index_refreshes, 0, -1):
             part = of.epochs // (left + 1)

@@ -29,6 +29,7 @@ TAKEN = ("course", "lab", "bench")  # folders below `runs/` that are no runs
 OPENED = "RAGKIT_OPENED"  # names a file that takes down which stages a notebook opens
 FIGURES = "RAGKIT_FIGURES"  # names the folder that a notebook's figures go to
 Places = NDArray[np.int64]  # of passages
+Curve = list[dict[str, float]]  # of Step 2: a row a look at dev
 
 
 def changed_profile(name_or_path: str, changes: Sequence[str]) -> Profile:
@@ -50,10 +51,8 @@ def read_json(file: Path) -> Any:
 
 class Lab:
     """One run: a profile, its folder and store, and its graph with `sets`, `targets`, `readers`.
-
     `status` says what happened to each stage that this process opened (`Store.status`); figures and
-    tables go to `figures`.
-    """
+    tables go to `figures`."""
 
     def __init__(self, profile: str | Profile = "tiny", runs: Path | str = "runs") -> None:
         self.profile = profile if isinstance(profile, Profile) else changed_profile(profile, ())
@@ -94,8 +93,6 @@ class Lab:
         other.graph, other.profile = graph, graph.profile
         return other
 
-    # Questions, and what is found for them
-
     def corpus(self, set_name: str) -> Corpus:
         """Passages and questions of a set."""
         if set_name not in self.corpora:
@@ -105,8 +102,7 @@ class Lab:
 
     def candidates(self, set_name: str, by: str = "candidates") -> dict[str, Places]:
         """By part, each question's first 20 passages `[n, 20]`: the initial retriever's, or BM25's
-        (`bm25`, for `test` alone).
-        """
+        (`bm25`, for `test` alone)."""
         return load_file(self.open(by, set_name) / "candidates.safetensors")
 
     def found(self, set_name: str, part: str, ranking: Places | None = None) -> list[list[Passage]]:
@@ -125,21 +121,16 @@ class Lab:
         return 0
 
     def noun_spans(self, set_name: str, part: str) -> list[list[tuple[int, int]]]:
-        """Start and end, in characters, of the nouns of each question of a part.
-
-        Raises NounsError, which says why, where no noun finder is at hand for this set.
-        """
+        """Start and end, in characters, of the nouns of each question of a part. Raises NounsError,
+        which says why, where no noun finder is at hand for this set."""
         if not self.graph.has_nouns(set_name):
             raise NounsError(
                 f"No noun finder for the questions of {set_name}: {self.profile.nouns.model!r} is "
-                "neither an installed spaCy package nor a pipeline's folder, and the embedded one "
-                "knows the embedded worlds only. Install one (python -m spacy download "
-                "en_core_web_sm) and name it under nouns.model, or name a folder."
+                "not here, or knows the embedded worlds only. Get one (python -m spacy download "
+                "en_core_web_sm) and name it, or a pipeline's folder, under nouns.model."
             )
         spans = read_json(self.open("nouns", set_name) / "spans.json")[part]
         return [[(start, end) for start, end in question] for question in spans]
-
-    # What readers see, and what is taught with it
 
     def teacher(self, set_name: str, which: str) -> dict[str, NDArray[np.float32]]:
         """All scores of one reader on the questions for distillation."""
@@ -163,13 +154,9 @@ class Lab:
         entropy, seed = self.profile.distill.entropy, self.profile.seed
         return targets.target_of(target, self.scores(set_name, target), entropy, seed)
 
-    def distilled(
-        self, set_name: str, target: str, seed: int
-    ) -> tuple[Places, list[dict[str, float]]]:
-        """Step 2: the test ranking `[questions, 20]`, and the curve over epochs.
-
-        With index refreshes the curve is that of the last part.
-        """
+    def distilled(self, set_name: str, target: str, seed: int) -> tuple[Places, Curve]:
+        """Step 2: the test ranking `[questions, 20]`, and the curve over epochs. With index
+        refreshes the curve is that of the last part."""
         folder = self.open_stage(self.graph.step2(set_name, target, seed))
         ranking = load_file(folder / "ranking.safetensors")["test"]
         return ranking, read_json(folder / "curve.json")

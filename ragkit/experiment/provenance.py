@@ -43,28 +43,17 @@ def used(tree: ast.AST, package: str) -> Iterator[str]:
                 start = resolve_name("." * level + (module or ""), package)
                 yield from (f"{start}.{one.name}" for one in names)  # a module, or a name in one
             case ast.Call(
-                func=ast.Name("asset") | ast.Attribute(attr="asset"), args=[ast.Constant(str(name))]
+                ast.Name("asset") | ast.Attribute(attr="asset"), [ast.Constant(str(name))]
             ):
                 files = [ASSETS / name, *(ASSETS / name).rglob("*")]
                 yield from (str(one.relative_to(PACKAGE)) for one in files if one.is_file())
 
 
-def without_docstrings(tree: ast.AST) -> str:
-    """A syntax tree as text; comments are already gone, docstrings are taken out."""
-    documented = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Module
-    for node in ast.walk(tree):
-        if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return ast.dump(tree)
-
-
 @cache
 def reached(name: str) -> tuple[str, list[str]]:
-    """The fingerprint of a module or asset of the package, and the names that it leads to.
-
-    A name in a module leads to the module, and that to the packages above it. The fingerprint is
-    empty where there is no such file.
-    """
+    """The fingerprint of a module or asset of the package, and the names that it leads to. A name
+    in a module leads to the module, and that to the packages above it. The fingerprint is empty
+    where there is no such file."""
     if name.startswith("assets/"):
         return file_hash(PACKAGE / name)[:16], []
     above, place = name.rpartition(".")[0], PACKAGE.parent.joinpath(*name.split("."))
@@ -73,7 +62,12 @@ def reached(name: str) -> tuple[str, list[str]]:
         return "", [above]
     tree = ast.parse(file.read_text("utf8"))
     further = [above, *used(tree, name if place.is_dir() else above)]
-    return hashlib.sha256(without_docstrings(tree).encode()).hexdigest()[:16], further
+    for node in ast.walk(tree):  # comments are already gone: now docstrings and other bare texts
+        if isinstance(body := getattr(node, "body", None), list):
+            texts = [one for one in body if isinstance(one, ast.Expr)]
+            texts = [one for one in texts if isinstance(one.value, ast.Constant)]
+            body[:] = [one for one in body if one not in texts]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16], further
 
 
 @cache
@@ -101,9 +95,8 @@ def versions(also: tuple[str, ...] = ()) -> dict[str, str]:
 
 def model_files(name: str) -> dict[str, str]:
     """The files that make a local model what it is, by hash, no model card; empty for a hub name.
-
-    Not by `asset()` for the embedded reader: every stage that loads it has these in its settings.
-    """
+    Not by `asset()` for the embedded reader: every stage that loads it has these in its
+    settings."""
     found = contents(str(ASSETS / "reader") if name == "embedded" else name)
     kinds = (".safetensors", ".json", ".gguf")
     return {Path(file).name: code for file, code in found.items() if file.endswith(kinds)}
@@ -130,9 +123,8 @@ def peak_memory() -> int | None:
 def commit() -> dict[str, Any]:
     """The checkout's commit, and whether package or notebooks differ from it."""
     command = ["git", "status", "--porcelain=v2", "--branch", "--", PACKAGE.name, "notebooks"]
-    options: Any = {"cwd": PACKAGE.parent, "capture_output": True, "text": True, "check": False}
     with suppress(OSError):  # no git here
-        told = subprocess.run(command, **options).stdout
+        told = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True).stdout
         if found := re.match(r"# branch\.oid (\w+)", told):
             return {"commit": found[1], "dirty": bool(re.search("^[^#]", told, re.MULTILINE))}
     return {"commit": "not a git checkout"}

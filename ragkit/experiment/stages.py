@@ -14,10 +14,8 @@ BESIDE = ("LOOP", "EMDR2")  # and those that only the two regimes' readers do
 
 
 def answered(graph: Graph, targets: Iterable[str] | None = None) -> Iterator[tuple[str, str, int]]:
-    """System, reader and seed of all answers in the main table, or for some targets only.
-
-    Each regime's reader answers for its own retrievers, the fine-tuned one for those of controls.
-    """
+    """System, reader and seed of all answers in the main table, or for some targets only. Each
+    regime's reader answers for its own retrievers, the fine-tuned one for those of controls."""
     for which in READERS:
         yield "closed book", which, 0
     if graph.profile.evaluate.bm25:

@@ -22,20 +22,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import filelock
+import yaml
 
 from ragkit.data.files import file_hash, room_on_disk, write_whole
 from ragkit.errors import StoreError
 from ragkit.experiment.provenance import closure, peak_memory, provenance, versions
-from ragkit.settings import FREE, MachineSettings
+from ragkit.settings import FREE, MachineSettings, asset
 
 log = logging.getLogger(__name__)
-KNOBS = {
-    "retriever": "retriever.crop_batch",
-    "vectors": "retriever.at_once (texts in one pass) or retriever.passage_tokens",
-    "index": "index.shard or index.trained_on",
-    "step1": "reader.at_once, set reader.gradient_checkpointing, or adapt only (reader.lora_rank)",
-    "step2": "distill.batch, or set distill.side to 'query'",
-}  # what to turn where memory runs out
+KINDS: dict[str, dict[str, str]] = yaml.safe_load(asset("kinds.yaml").read_text("utf8"))
 RECORD = "stage.json"
 SHARED = int(os.environ.get("WORLD_SIZE", "1")) > 1  # torchrun started several processes as one
 MAIN = os.environ.get("RANK", "0") == "0"
@@ -52,12 +47,9 @@ def without_free(settings: Any) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """One node of the experiment.
-
-    `maker` is `module:function`, called as `function(folder, inputs, settings)` with the folders of
-    the inputs by role; `settings` are JSON values. `machine` (device, threads) is part of the key,
-    `units`, how much work it is, are not.
-    """
+    """One node of the experiment. `maker` is `module:function`, called as `function(folder, inputs,
+    settings)` with the folders of the inputs by role; `settings` are JSON values. `machine`
+    (device, threads) is part of the key, `units`, how much work it is, are not."""
 
     kind: str
     name: str
@@ -102,11 +94,9 @@ def room_in_memory(stage: Stage) -> Iterator[None]:
         told = re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE)
         if not (told or isinstance(error, MemoryError)):
             raise
-        knob = KNOBS.get(stage.kind, "reader.at_once (prompts in one pass)")
-        raise StoreError(
-            f"Stage {stage.name}: memory ran out. Lower {knob} in the profile; "
-            "what was finished is kept."
-        ) from error
+        knob = KINDS.get(stage.kind, {}).get("knob", "reader.at_once (prompts in one pass)")
+        why = f"memory ran out. Lower {knob} in the profile; what was finished is kept."
+        raise StoreError(f"Stage {stage.name}: {why}") from error
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -142,8 +132,7 @@ class Store:
         try:
             (folder / "partial").mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            why = f"{error.strerror}: {error.filename}"
-            raise StoreError(f"{folder} cannot be made ({why}). Choose another --runs.") from None
+            raise StoreError(f"{folder} cannot be made ({error}). Choose another --runs.") from None
 
     def home(self, stage: Stage) -> Path:
         """Where a stage lies, or will lie."""
@@ -202,7 +191,8 @@ class Store:
             partial.mkdir(exist_ok=True)
         agreed(None)
         module, _, function = stage.maker.partition(":")
-        started, _ = time.monotonic(), peak_memory()  # from here on
+        started = time.monotonic()
+        peak_memory()  # counts from here on
         with room_on_disk(self.folder, f"stage {stage.name}"), room_in_memory(stage):
             if stage.machine and not module.startswith("ragkit.data"):  # that needs no torch
                 machine = MachineSettings(**stage.machine["machine"])
