@@ -192,11 +192,12 @@ def part(analysis: Analysis, claim: str) -> Part:
         found = {seed: JUDGES[claim](run) for seed, run in analysis.runs().items()}
     except NounsError as error:
         return Part("not yet measured", f"not computed: {error}")
-    verdict, told = together([one.verdict for one in found.values()]), []
+    verdict = together([one.verdict for one in found.values()])
     if claim not in ("C1", "C2"):
         verdict = at_most_partly(verdict, len(found))
-    for seed, one in found.items():
-        told.append(f"Step 1 with seed {seed}: {one.measured}" if len(found) > 1 else one.measured)
+    if len(found) == 1:
+        return Part(verdict, next(iter(found.values())).measured)
+    told = [f"Step 1 with seed {seed}: {one.measured}" for seed, one in found.items()]
     return Part(verdict, " | ".join(told))
 
 
@@ -244,10 +245,9 @@ def ledger(
         rows.append((measured, together([one.verdict for one in found.values()]), why))
     told = f"the same verdict on both sets: {', '.join(same) or 'none'}; "
     told += f"of these reproduced or partly so: {', '.join(held) or 'none'}"
-    alike = "partly" if held else "not reproduced"
-    if all(verdict == "reproduced" for _, verdict, _ in rows):
+    alike = "not comparable" if len(parts) < 2 else "partly" if held else "not reproduced"
+    if len(parts) > 1 and {verdict for _, verdict, _ in rows} == {"reproduced"}:
         alike = "reproduced"
-    alike = alike if len(parts) > 1 else "not comparable"
     rows.append((told if judge else "", alike, "claim by claim, set by set"))
     columns = ["claim", "statement", "rule", "measured", "verdict", "why"]
     texts = [(claim, text["claim"], text["rule"]) for claim, text in STATEMENTS.items()]
