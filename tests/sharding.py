@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 
 from ragkit.data.files import write_jsonl
 from ragkit.data.passages import write_passages
@@ -76,8 +77,8 @@ def main(out: Path) -> None:
     reader = open_reader(inputs, SETTINGS | {"which": "step 3"})
     prompts = [reader.prompt(q, passages, q.answers[0]) for q in questions]
     with torch.no_grad():
-        losses = device.spread(prompts, lambda p: [p], lambda p: float(reader.losses(p)), "losses")
-    mean = device.mean_over_processes(float(device.rank()))
+        losses = device.spread(prompts, 1, lambda one: reader.losses(one).tolist(), "losses")
+    mean = device.mean_over_processes(float(PartialState().process_index))
     seen = {"losses": losses, "mean rank": mean, "size": device.size()}
     seen["started"] = int(os.environ.get("WORLD_SIZE", 1))
     seen["backend"] = dist.get_backend() if dist.is_initialized() else None

@@ -21,7 +21,7 @@ from ragkit.distillation.log import LOOKS, Row, write_log
 from ragkit.distillation.targets import target_of
 from ragkit.errors import DistillError
 from ragkit.models import device
-from ragkit.models.index import DEPTH, Index, open_index, search
+from ragkit.models.index import DEPTH, Index
 from ragkit.models.retriever import Retriever
 from ragkit.settings import AttentionSettings, DistillSettings, IndexSettings, RetrieverSettings
 
@@ -70,16 +70,17 @@ class Lesson(nn.Module):
         self.stays, self.loss_of = side == "query", loss_of
         self.texts = [question.text for question in asked.questions]
 
-    def forward(self, tokens: dict[str, Any], chosen: Tensor) -> Tensor:
-        """The mean loss of the questions chosen, given as tokens."""
-        queries = self.retriever(tokens).float()
+    def forward(self, chosen: Tensor) -> Tensor:
+        """The mean loss of the questions chosen."""
+        chosen = chosen.cpu()  # where they are spread over several GPUs, they came to this one's
+        queries = self.retriever([self.texts[i] for i in chosen]).float()
         vectors = self.vectors(self.asked.candidates[chosen.numpy()]).float()
         return self.loss_of(chosen, torch.einsum("qd,qkd->qk", queries, vectors))
 
     def vectors(self, places: NDArray[np.int64]) -> Tensor:
         """The vectors of passages `[batch, k, d]`."""
         if self.stays:
-            return torch.from_numpy(self.index.vectors.take(places)).to(device.device())
+            return torch.from_numpy(self.index.take(places)).to(device.device())
         unique, back = np.unique(places, return_inverse=True)
         texts = [passage_text(self.asked.corpus.passages[i]) for i in unique]
         vectors = self.retriever(texts, "passage")
@@ -91,8 +92,8 @@ class Lesson(nn.Module):
         queries = encode([q.text for q in corpus.questions[part]])
         if not self.stays:
             texts = list(map(passage_text, corpus.passages))
-            return search(queries, encode(texts, "passage"), depth)[0]
-        return device.agreed(self.index.search(queries, depth)[0] if device.is_main() else None)
+            return Index(encode(texts, "passage")).search(queries, depth)
+        return device.agreed(self.index.search(queries, depth) if device.is_main() else None)
 
     def hr(self) -> float:
         """HR@k on dev."""
@@ -125,8 +126,7 @@ def train(lesson: Lesson, settings: DistillSettings, seed: int, folder: Path) ->
 
     def step(batch: Tensor) -> float:
         chosen, weight = device.share(batch)
-        tokens = retriever.tokens([lesson.texts[i] for i in chosen])
-        loss = module(tokens, chosen) * weight
+        loss = module(chosen) * weight
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(retriever.parameters(), 1.0)
         optimizer.step()
@@ -187,7 +187,8 @@ def make_step2(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
     asked = Asked.open(inputs, "distill", distill.questions, settings["k"])
     encoding = RetrieverSettings(**settings["retriever"])
     retriever = Retriever.load(str(inputs["retriever"] / "model"), encoding)
-    index = open_index(inputs["vectors"], inputs["index"], IndexSettings(**settings["index"]))
+    searched = IndexSettings(**settings["index"])
+    index = Index.open(inputs["vectors"], searched, inputs["index"])
     look = load_file(inputs["look"] / "scores.safetensors") if "look" in inputs else None
     torch.manual_seed(settings["seed"])
     lesson = Lesson(retriever, asked, index, distill.side, loss_of(asked, look, settings))

@@ -18,7 +18,7 @@ from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
 from ragkit.models import device
 from ragkit.models.fid import open_reader
-from ragkit.models.reader import Prompt, Reader, in_order
+from ragkit.models.reader import Prompt, Reader
 from ragkit.settings import POOLINGS
 
 Array = NDArray[np.float32]
@@ -63,7 +63,7 @@ def look(
         return result
 
     prompts = [reader.prompt(q, passages, q.answers[0]) for q, passages in pairs]
-    made = in_order(prompts, reader.settings.at_once, seen, "attention")
+    made = device.spread(prompts, reader.settings.at_once, seen, "attention")
     alone = [reader.prompt(q, [p], q.answers[0]) for q, passages in pairs for p in passages]
     logs = -answer_losses(reader, alone, 4 * reader.settings.at_once)
     return {
@@ -81,7 +81,7 @@ def answer_losses(reader: Reader, prompts: list[Prompt], at_once: int) -> Array:
     def of_batch(batch: list[Prompt]) -> list[Tensor]:
         return list(reader.token_losses(batch).float().cpu())
 
-    rows = in_order(prompts, at_once, of_batch, "likelihood")
+    rows = device.spread(prompts, at_once, of_batch, "likelihood")
     return pad_sequence(rows, batch_first=True, padding_value=math.nan).numpy()
 
 

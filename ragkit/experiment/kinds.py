@@ -62,7 +62,7 @@ KINDS = {
         "distillation.teacher:make_loop", (*FOUND, "by"), (*READ, "questions"), "questions"
     ),
     "tokens": Kind(
-        "indicators.tokens:make_tokens", (*FOUND, "by"), (*READ, "questions"), "questions"
+        "indicators.closeness:make_tokens", (*FOUND, "by"), (*READ, "questions"), "questions"
     ),
     "contextual": Kind(
         "indicators.closeness:make_contextual",

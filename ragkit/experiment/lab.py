@@ -183,10 +183,10 @@ class Lab:
         return Retriever.load(str(folder), self.profile.retriever)
 
     def vectors(self, set_name: str) -> Any:
-        """The initial retriever's vectors of all passages (`ragkit.models.index.Vectors`)."""
-        from ragkit.models.index import Vectors
+        """The initial retriever's vectors of all passages (`ragkit.models.index.Index`)."""
+        from ragkit.models.index import Index
 
-        return Vectors(self.open("vectors", set_name))
+        return Index.open(self.open("vectors", set_name))
 
     def reader(self, set_name: str, which: str) -> Any:
         """One of `readers()` (`ragkit.models.reader.Reader`)."""

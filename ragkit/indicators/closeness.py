@@ -1,9 +1,9 @@
-"""How close passage tokens are to the answer and to the question's nouns, in several spaces."""
+"""A reader's look at every question's prompt, token by token, and how close passage tokens are to
+the answer and to the question's nouns, in several spaces."""
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,39 +11,75 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from ragkit.data.asked import Asked
 from ragkit.data.files import write_arrays, write_json
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
+from ragkit.distillation.teacher import Array, token_contributions
 from ragkit.indicators import measures
-from ragkit.indicators.measures import Floats, Ints, Tokens
-from ragkit.indicators.tokens import look_at_tokens
+from ragkit.indicators.measures import Embed, Floats, Ints, Tokens
 from ragkit.models import device
 from ragkit.models.fid import load_reader, open_reader
-from ragkit.models.reader import PART, Reader
+from ragkit.models.reader import PART, Prompt, Reader
 from ragkit.models.retriever import Retriever
 from ragkit.settings import AttentionSettings, ReaderSettings, RetrieverSettings
 
-Spans = Sequence[Sequence[tuple[int, int]]]  # the nouns of each question, by their characters
+Words = Sequence[tuple[int, int]]  # where they stand in a text, by their characters
+Spans = Sequence[Words]  # the nouns of each question
+Found = Sequence[Sequence[Passage]]  # the passages of each question
+Arrays = dict[str, NDArray[Any]]
+
+
+def look_at_tokens(reader: Reader, questions: Sequence[Question], found: Found) -> Tokens:
+    """One pass over every question's prompt with its answer."""
+
+    def look(batch: list[Prompt]) -> Iterator[tuple[Array, Array]]:
+        every = token_contributions(reader, batch).cpu().float()
+        for place, prompt in enumerate(batch):
+            # [tokens, rows, norm (off, on), layers]
+            own = every[..., place, : len(prompt)].permute(3, 2, 0, 1).numpy()
+            owner, plain = np.array(prompt.owner), own[:, :, 0].mean(2)
+            beside = ("title", "question", "other", "answer")  # in the order of `measures.PLACES`
+            parts = np.stack([owner >= 0, *(owner == PART[name] for name in beside)])
+            parts[:, 0] = False  # the first token is a place of its own
+            sums = np.stack([plain[part].sum(0) for part in parts] + [plain[0]], axis=1)
+            yield own[owner >= 0], (sums / plain.sum(0)[:, None]).astype(np.float32)[None]
+
+    pairs = list(zip(questions, found, strict=True))
+    prompts = [reader.prompt(q, list(passages), q.answers[0]) for q, passages in pairs]
+    seen = device.spread(prompts, reader.settings.at_once, look, "tokens")
+    parts = []
+    for number, (prompt, passages, one) in enumerate(zip(prompts, found, seen, strict=True)):
+        owner = np.array(prompt.owner)
+        places = np.flatnonzero(owner >= 0)
+        ids, own = np.array(prompt.ids)[places], owner[places]
+        ends = [last_characters(reader, p.text, ids[own == i]) for i, p in enumerate(passages)]
+        mine, from_end = np.full(len(ids), number), prompt.answer_start - places
+        parts.append((ids, own, mine, from_end, np.concatenate(ends), *one))
+    return Tokens(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def last_characters(reader: Reader, text: str, ids: Ints) -> Ints:
+    """The place in a passage's text of the last character of each of its first tokens `[tokens]`,
+    which are given as they stand in a prompt; all -1 where the text alone has other tokens."""
+    encoded = reader.tokenizer(" " + text, add_special_tokens=False, return_offsets_mapping=True)
+    if encoded["input_ids"][: len(ids)] != ids.tolist():
+        return np.full(len(ids), -1)
+    ends = [end for _, end in encoded["offset_mapping"][: len(ids)]]
+    return np.array(ends, dtype=np.int64) - 2  # one for the space put before the text
 
 
 def within_spans(
-    reader: Reader,
-    question: Question,
-    spans: Sequence[tuple[int, int]],
-    passages: Sequence[Passage] = (),
+    reader: Reader, question: Question, spans: Words, passages: Sequence[Passage] = ()
 ) -> list[tuple[int, bool]]:
     """The question's tokens as they stand in a question prompt, and whether each overlaps one of
-    the character spans of its text, such as its nouns."""
+    the spans of its text, such as its nouns."""
     asking = copy.copy(reader)
     asking.style = "question"
     pieces = asking.pieces(question, list(passages))
-    place = [who for _, who in pieces].index(PART["question"])
-    texts = [text for text, _ in pieces]
-    before = len("".join(texts[:place]))
+    texts, owners = zip(*pieces, strict=True)
+    before = len("".join(texts[: owners.index(PART["question"])]))
     offsets = asking.tokenizer("".join(texts), return_offsets_mapping=True)["offset_mapping"]
     found = []
     for token, who, (start, end) in zip(*asking.tokens(pieces), offsets, strict=True):
@@ -57,96 +93,95 @@ def wanted_ids(
     reader: Reader, questions: Sequence[Question], nouns: Spans | None
 ) -> dict[str, list[list[int]]]:
     """The tokens that closeness is measured to, by goal: each question's first answer, as it stands
-    behind its prompt without the end token, and its nouns.
-
-    Raises ReaderError for a question longer than the reader's context.
-    """
+    behind its prompt without the end token, and its nouns. Raises ReaderError for a question longer
+    than the reader's context."""
     prompts = [reader.prompt(question, [], question.answers[0]) for question in questions]
     wanted = {"answer": [prompt.ids[prompt.answer_start : -1] for prompt in prompts]}
     if nouns is not None:
-        wanted["nouns"] = [
-            [token for token, inside in within_spans(reader, question, spans) if inside]
-            for question, spans in zip(questions, nouns, strict=True)
-        ]
+        words = [within_spans(reader, *pair) for pair in zip(questions, nouns, strict=True)]
+        wanted["nouns"] = [[token for token, is_noun in word if is_noun] for word in words]
     return wanted
 
 
-def embeddings(
-    tokenizer: PreTrainedTokenizerBase, ids: Ints, table: Tensor, owner: PreTrainedTokenizerBase
-) -> Floats:
-    """Vectors of tokens `[tokens, d]` in an embedding `table` `[vocabulary, d]` of the tokenizer
-    `owner`. A token of another tokenizer is the mean of the pieces that its text has there; one
-    without any becomes NaN."""
+def space(reader: Reader, model: Reader | Retriever) -> Embed:
+    """What gives the vectors of a reader's tokens `[ids, d]` in a model's input embeddings. A token
+    of another tokenizer is the mean of the pieces that its text has there; without any, NaN."""
+    tokenizer, owner = reader.tokenizer, model.tokenizer
     is_own, special = tokenizer.get_vocab() == owner.get_vocab(), set(owner.all_special_ids)
-    vectors = np.full((len(ids), table.shape[1]), np.nan)
-    for row, token in enumerate(ids.tolist()):
-        pieces = [token]
-        if not is_own:
-            text = tokenizer.decode([token])
-            pieces = owner(text, add_special_tokens=False)["input_ids"]
-            pieces = [piece for piece in pieces if piece not in special]
-        if pieces:
-            vectors[row] = table[pieces].detach().double().mean(0).cpu().numpy()
-    return vectors
+    table = model.model.get_input_embeddings().weight.detach()
+
+    def embed(ids: Ints) -> Floats:
+        vectors = np.full((len(ids), table.shape[1]), np.nan)
+        for row, token in enumerate(ids.tolist()):
+            pieces = [token]
+            if not is_own:
+                cut = owner(tokenizer.decode([token]), add_special_tokens=False)["input_ids"]
+                pieces = [piece for piece in cut if piece not in special]
+            if pieces:
+                vectors[row] = table[pieces].double().mean(0).cpu().numpy()
+        return vectors
+
+    return embed
 
 
 @torch.no_grad()
 def contextual_closeness(
-    reader: Reader,
-    questions: Sequence[Question],
-    found: Sequence[Sequence[Passage]],
-    nouns: Spans | None,
-) -> dict[str, NDArray[Any]]:
+    reader: Reader, questions: Sequence[Question], found: Found, nouns: Spans | None
+) -> Arrays:
     """Closeness of each passage token to the `answer` and to the `nouns`, and its id (`ids`)
     `[tokens]`, as in `Tokens`: in a decoder's last hidden states of the prompt with its answer."""
 
-    def look(number: int) -> dict[str, NDArray[Any]]:
-        question = questions[number]
-        prompt = reader.prompt(question, list(found[number]), question.answers[0])
-        ids, mask = reader.batch([prompt])
-        seen = reader.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        states, owner = seen.last_hidden_state[0].double().cpu().numpy(), np.array(prompt.owner)
-        own, answer = states[owner >= 0], states[prompt.answer_start : -1]
-        result = {"ids": np.array(prompt.ids)[owner >= 0]}
-        result["answer"] = measures.closeness(own, answer)
-        if nouns is not None:
-            words = within_spans(reader, question, nouns[number], found[number])
-            inside = np.array([is_noun for _, is_noun in words], dtype=bool)
-            result["nouns"] = measures.closeness(own, states[owner == PART["question"]][inside])
-        return result
+    def look(batch: Iterable[Any]) -> Iterator[Arrays]:
+        for question, passages, spans in batch:
+            prompt = reader.prompt(question, list(passages), question.answers[0])
+            ids, mask = reader.batch([prompt])
+            seen = reader.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+            states, owner = seen.last_hidden_state[0].double().cpu().numpy(), np.array(prompt.owner)
+            goals = {"answer": states[prompt.answer_start : -1]}
+            if nouns is not None:
+                words = within_spans(reader, question, spans, passages)
+                inside = np.array([is_noun for _, is_noun in words], dtype=bool)
+                goals["nouns"] = states[owner == PART["question"]][inside]
+            own = {name: measures.closeness(states[owner >= 0], to) for name, to in goals.items()}
+            yield own | {"ids": np.array(prompt.ids)[owner >= 0]}
 
-    parts = device.spread(range(len(questions)), int, look, "contextual")
+    asked = list(zip(questions, found, nouns or [[]] * len(questions), strict=True))
+    parts = device.spread(asked, 1, look, "contextual")
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def opened(
     inputs: Mapping[str, Path], settings: Mapping[str, Any], part: str
-) -> tuple[Asked, Spans | None]:
-    """The first questions of a part, and their nouns; None where no noun finder is at hand."""
-    asked = Asked.open(inputs, part, settings["questions"], settings["k"])
-    if "nouns" not in inputs:
-        return asked, None
-    spans = json.loads((inputs["nouns"] / "spans.json").read_text("utf8"))
-    return asked, spans[part][: len(asked.questions)]
+) -> tuple[Asked, Spans | None, Reader]:
+    """The first questions of a part, their nouns (None where no noun finder is at hand), and the
+    off-the-shelf reader, asked by questions."""
+    asked, nouns = Asked.open(inputs, part, settings["questions"], settings["k"]), None
+    if "nouns" in inputs:
+        spans = json.loads((inputs["nouns"] / "spans.json").read_text("utf8"))
+        nouns = spans[part][: len(asked.questions)]
+    reading = ReaderSettings(**settings["reader"])
+    return asked, nouns, load_reader(reading.model, reading)
 
 
-def untaught(settings: Mapping[str, Any]) -> Reader:
-    """The off-the-shelf reader, asked by questions."""
-    return load_reader(settings["reader"]["model"], ReaderSettings(**settings["reader"]))
-
-
-def space(reader: Reader, model: Reader | Retriever) -> Callable[[Ints], Floats]:
-    """What gives the vectors of a reader's tokens `[ids, d]` in a model's input embeddings."""
-    table = model.model.get_input_embeddings().weight
-    return partial(embeddings, reader.tokenizer, table=table, owner=model.tokenizer)
+def make_tokens(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
+    """The test questions' tokens as a reader sees them: `tokens.safetensors` (Tokens), and
+    `words.json`: how the vocabulary spells each token that occurs, by its id."""
+    asked = Asked.open(inputs, "test", settings["questions"], settings["k"])
+    reader = open_reader(inputs, settings)
+    tokens = look_at_tokens(reader, asked.questions, asked.passages)
+    if device.is_main():
+        write_arrays(folder / "tokens.safetensors", vars(tokens))
+        ids = np.unique(tokens.ids).tolist()
+        words = reader.tokenizer.convert_ids_to_tokens(ids)
+        write_json(folder / "words.json", dict(zip(ids, words, strict=True)))
 
 
 def make_contextual(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """`contextual.safetensors`: `contextual_closeness` of the test questions for the off-the-shelf
     reader; nothing for an encoder-decoder."""
-    reader, arrays = untaught(settings), {}
+    asked, nouns, reader = opened(inputs, settings, "test")
+    arrays: Arrays = {}
     if not reader.model.config.is_encoder_decoder:
-        asked, nouns = opened(inputs, settings, "test")
         arrays = contextual_closeness(reader, asked.questions, asked.passages, nouns)
     if device.is_main():
         write_arrays(folder / "contextual.safetensors", arrays)
@@ -154,38 +189,34 @@ def make_contextual(folder: Path, inputs: Mapping[str, Path], settings: Mapping[
 
 def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """`closeness.safetensors`: of the test questions' tokens as a reader saw them, for each goal
-    (`answer`, `nouns`) `{goal}/exact`, and `{goal}/{space}` in each of SPACES and CONTROLS.
+    (`answer`, `nouns`) `{goal}/exact`, and `{goal}/{space}` in each of SPACES and CONTROLS, but
+    `contextual` only where this reader saw the off-the-shelf one's passage tokens.
 
-    `contextual` is left out where this reader saw other passage tokens than the off-the-shelf one.
     Beside it, for whoever measures by hand: `vectors.safetensors` (the input space's vectors of all
     `ids` that occur, sorted), and `answers.json`, the tokens of each question's answer.
     """
-    tokens, contextual = Tokens.load(inputs["tokens"]), {}
-    if "contextual" in inputs:
-        contextual = load_file(inputs["contextual"] / "contextual.safetensors")
+    tokens, reader = Tokens.load(inputs["tokens"]), open_reader(inputs, settings)
+    contextual = load_file(inputs["contextual"] / "contextual.safetensors")
+    asked, nouns, base = opened(inputs, settings, "test")
     encoding = RetrieverSettings(**settings["retriever"])
-    retriever = Retriever.load(str(inputs["retriever"] / "model"), encoding)
-    reader, base = open_reader(inputs, settings), untaught(settings)
-    models: dict[str, Reader | Retriever] = {"input": base, "own": reader}
-    models |= {"retriever": retriever, "permuted": base}
-    asked, nouns = opened(inputs, settings, "test")
+    retriever = Retriever.load(inputs["retriever"] / "model", encoding)
+    spaces = {"input": space(reader, base), "own": space(reader, reader)}
+    spaces |= {"retriever": space(reader, retriever), "permuted": spaces["input"]}
     wanted = wanted_ids(reader, asked.questions, nouns)
-    arrays: dict[str, NDArray[Any]] = {}
+    arrays: Arrays = {}
     for goal, goals in wanted.items():
         exact = measures.exact(tokens, goals)
-        arrays[f"{goal}/exact"] = exact.astype(np.uint8)
-        arrays[f"{goal}/overlap"] = exact.astype(np.float64)
-        for name, model in models.items():
+        arrays |= {f"{goal}/exact": exact.astype(np.uint8), f"{goal}/overlap": exact.astype(float)}
+        for name, embed in spaces.items():
             dealt = np.random.default_rng(settings["seed"]) if name == "permuted" else None
-            embed = space(reader, model)
             arrays[f"{goal}/{name}"] = measures.closeness_to(tokens, goals, embed, dealt)
         if goal in contextual and np.array_equal(contextual["ids"], tokens.ids):
             arrays[f"{goal}/contextual"] = contextual[goal]
-    ids = np.unique(np.concatenate([tokens.ids, *map(np.array, wanted["answer"])]))
-    vectors = {"ids": ids, "vectors": space(reader, base)(ids)}
     if device.is_main():
         write_arrays(folder / "closeness.safetensors", arrays)
-        write_arrays(folder / "vectors.safetensors", vectors)
+        ids = np.unique(np.concatenate([tokens.ids, *map(np.array, wanted["answer"])]))
+        by_hand = {"ids": ids, "vectors": spaces["input"](ids)}
+        write_arrays(folder / "vectors.safetensors", by_hand)
         write_json(folder / "answers.json", wanted["answer"])
 
 
@@ -193,17 +224,15 @@ def make_probe(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
     """`indicators.json`: of a reader, on the first dev questions, `answer lift`, `answer Spearman`,
     `nouns lift`, `nouns Spearman`, where they are defined, in the off-the-shelf reader's input
     embeddings."""
-    asked, nouns = opened(inputs, settings, "dev")
+    asked, nouns, base = opened(inputs, settings, "dev")
     reader = open_reader(inputs, settings)
-    embed = space(reader, untaught(settings))
-    tokens = look_at_tokens(reader, asked.questions, asked.passages)
+    tokens, embed = look_at_tokens(reader, asked.questions, asked.passages), space(reader, base)
     attention = tokens.attention(AttentionSettings(**settings["attention"]))
-    measured = {}
+    measured: dict[str, float] = {}
     for goal, goals in wanted_ids(reader, asked.questions, nouns).items():
         close, exact = measures.closeness_to(tokens, goals, embed), measures.exact(tokens, goals)
         rows = measures.indicator(attention, close, tokens.question, exact, settings["share"])
-        for name, short in (("attention", "lift"), ("Spearman", "Spearman")):
-            if rows[name].notna().any():
-                measured[f"{goal} {short}"] = float(np.nanmean(rows[name].to_numpy()))
+        means = rows[["attention", "Spearman"]].mean().dropna().rename({"attention": "lift"})
+        measured |= {f"{goal} {name}": float(mean) for name, mean in means.items()}
     if device.is_main():
         write_json(folder / "indicators.json", measured)

@@ -2,10 +2,10 @@
 
 A token's attention is its lift: its contribution over the mean of the question's passage tokens.
 Its closeness is the cosine to the nearest wanted token in one frozen space. All is measured per
-question, for tokens of one prompt are no independent sample. What is undefined is NaN.
+question, for tokens of one prompt are no independent sample; they come question after question, and
+`question` `[tokens]` numbers them. What is undefined is NaN.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,6 +23,9 @@ from ragkit.settings import ROWS, AttentionSettings
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+Embed = Callable[[Ints], Floats]  # the vectors of tokens `[ids, d]`
+Wanted = Sequence[Sequence[int]]  # tokens, for each question
 PLACES = ("passages", "titles", "question", "template", "answer", "first token")
 MEASURES = ("attention", "Spearman", "Spearman closest")
 SPACES = ("input", "own", "retriever", "contextual")  # where closeness is measured
@@ -59,35 +62,21 @@ class Tokens:
         return cls(**load_file(folder / "tokens.safetensors"))
 
 
-def load_words(folder: Path) -> dict[int, str]:
-    """How the vocabulary spells each token that `make_tokens` met, by its id."""
-    words = json.loads((folder / "words.json").read_text("utf8"))
-    return {int(token): word for token, word in words.items()}
-
-
-def load_closeness(folder: Path, goal: str, space: str) -> tuple[Floats, NDArray[np.bool_]]:
+def load_closeness(folder: Path, goal: str, space: str) -> tuple[Floats, Bools]:
     """Closeness to a goal (`answer`, `nouns`) in a space or control `[tokens]`, as `make_closeness`
-    wrote it, and which tokens are the goal's own. Raises IndicatorError where there is none.
-    """
+    wrote it, and which tokens are the goal's own. Raises IndicatorError where there is none."""
     arrays = load_file(folder / "closeness.safetensors")
     if f"{goal}/{space}" not in arrays:
-        raise IndicatorError(
-            f"There is no closeness to the {goal} in the space {space!r} (nouns need a noun finder,"
-            " 'contextual' a decoder that cuts text as the off-the-shelf reader does). "
-            "Choose another indicators.space."
-        )
+        what = f"No closeness to the {goal} in the space {space!r}"
+        why = "nouns need a noun finder, contextual a decoder with the off-the-shelf one's tokens"
+        raise IndicatorError(f"{what}: {why}. Choose another indicators.space.")
     return arrays[f"{goal}/{space}"], arrays[f"{goal}/exact"].astype(bool)
 
 
-def count(question: Ints) -> int:
-    """The number of the questions whose tokens these are."""
-    return int(question.max(initial=-1)) + 1
-
-
 def by_question(question: Ints, n: int | None = None) -> list[slice]:
-    """Where the tokens of each of n questions stand: they come question after question."""
-    edges = np.searchsorted(question, np.arange((count(question) if n is None else n) + 1))
-    return [slice(start, end) for start, end in pairwise(edges)]
+    """Where the tokens of each of n questions stand."""
+    numbers = np.arange((len(np.bincount(question)) if n is None else n) + 1)
+    return [slice(start, end) for start, end in pairwise(np.searchsorted(question, numbers))]
 
 
 @UNDEFINED
@@ -106,10 +95,8 @@ def lift(attention: Floats, question: Ints) -> Floats:
 @UNDEFINED
 def closeness(tokens: Floats, wanted: Floats) -> Floats:
     """Cosine of each token `[tokens, d]` to the nearest of the wanted vectors `[wanted, d]`.
-
-    NaN where a vector is missing or zero, or none is wanted. Rounded to 12 digits: a token that
-    comes twice is as close twice, and rounding errors must not break the tie.
-    """
+    NaN where a vector is missing or zero, or none is wanted. Rounded to 12 digits, so that a token
+    that comes twice is as close twice."""
     units, goals = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (tokens, wanted))
     goals = goals[np.isfinite(goals).all(1)]
     if not len(goals):
@@ -117,24 +104,18 @@ def closeness(tokens: Floats, wanted: Floats) -> Floats:
     return (units @ goals.T).max(1).round(12)
 
 
-def exact(tokens: Tokens, wanted: Sequence[Sequence[int]]) -> NDArray[np.bool_]:
+def exact(tokens: Tokens, wanted: Wanted) -> Bools:
     """Whether each token `[tokens]` is one of the wanted tokens of its question."""
     pairs = zip(by_question(tokens.question, len(wanted)), wanted, strict=True)
     return np.concatenate([np.isin(tokens.ids[mine], ids) for mine, ids in pairs])
 
 
 def closeness_to(
-    tokens: Tokens,
-    wanted: Sequence[Sequence[int]],
-    embed: Callable[[Ints], Floats],
-    dealt: np.random.Generator | None = None,
+    tokens: Tokens, wanted: Wanted, embed: Embed, dealt: np.random.Generator | None = None
 ) -> Floats:
-    """Closeness of each token `[tokens]` to the wanted tokens of its question.
-
-    `embed` gives the vectors of ids `[ids, d]`. With `dealt` they are dealt out anew among all ids
-    that occur, for each question again: dealt once for all, common words would have the same luck
-    everywhere, which no interval over questions shows.
-    """
+    """Closeness of each token `[tokens]` to the wanted tokens of its question. With `dealt` the
+    vectors are dealt out anew among all ids that occur, for each question again: dealt once for
+    all, common words would have the same luck everywhere, which no interval shows."""
     goals = [np.array(ids, dtype=np.int64) for ids in wanted]
     every = np.unique(np.concatenate([tokens.ids, *goals]))
     vectors, order, parts = embed(every), np.arange(len(every)), []
@@ -154,66 +135,53 @@ def ranks(values: Floats, question: Ints, ties: Literal["average", "min"] = "ave
 
 @UNDEFINED
 def spearman(x: Floats, y: Floats, question: Ints | None = None, n: int = 1) -> Floats:
-    """Spearman's rank correlation of each of n questions `[n]`, by default of one with all tokens.
-
-    NaN for fewer than three tokens, or one side constant.
-    """
+    """Spearman's rank correlation of each of n questions `[n]`, by default of one with all tokens;
+    NaN for fewer than three tokens, or one side constant."""
     question = np.zeros(len(x), dtype=np.int64) if question is None else question
     sizes = np.bincount(question, minlength=n)
     a, b = (ranks(side, question) - (sizes[question] + 1) / 2 for side in (x, y))
-    products = (a * b, a * a, b * b)
-    both, first, second = (np.bincount(question, weights=p, minlength=n) for p in products)
+    both, first, second = (np.bincount(question, p, minlength=n) for p in (a * b, a * a, b * b))
     return np.where(sizes < 3, np.nan, both / np.sqrt(first * second))
 
 
-def closest(close: Floats, question: Ints, share: float) -> NDArray[np.bool_]:
-    """The closest share of each question's tokens `[tokens]`, at least one; ties come along."""
-    counts = np.maximum(1, np.round(share * np.bincount(question)))
+def closest(close: Floats, question: Ints, share: float) -> Bools:
+    """The closest share of each question's tokens with a closeness `[tokens]`, at least one; ties
+    come along."""
+    counts = np.maximum(1, np.round(share * np.bincount(question, np.isfinite(close))))
     return ranks(-close, question, "min") <= counts[question]
 
 
-def alike(
-    close: Floats, control: Floats, question: Ints, exact: NDArray[np.bool_], share: float
-) -> NDArray[np.bool_]:
-    """Where the closest share and its control's are the same exact tokens `[questions]`.
-
-    Such a question cannot tell a space from its control, whatever the reader attends to: leave it
-    out of their comparison, and say how many are.
-    """
-    known, n = np.isfinite(close) & np.isfinite(control), count(question)
-    near = np.zeros((2, len(close)), dtype=bool)
-    for row, values in zip(near, (close, control), strict=True):
-        row[known] = closest(values[known], question[known], share)
-    telling = np.bincount(question[(near[0] != near[1]) | (near[0] & ~exact)], minlength=n)
-    return (telling == 0) & (np.bincount(question[near[0]], minlength=n) > 0)
+def alike(close: Floats, control: Floats, question: Ints, exact: Bools, share: float) -> Bools:
+    """Where the closest share and its control's are the same exact tokens `[questions]`: whatever
+    the reader attends to, such a question cannot tell a space from its control. Leave it out."""
+    known = np.isfinite(close + control)
+    near = (np.where(known, one, np.nan) for one in (close, control))
+    mine, other = (closest(one, question, share) for one in near)
+    telling = np.bincount(question, (mine != other) | (mine & ~exact))
+    return (telling == 0) & (np.bincount(question, mine) > 0)
 
 
 def indicator(
-    attention: Floats, close: Floats, question: Ints, exact: NDArray[np.bool_], share: float
+    attention: Floats, close: Floats, question: Ints, exact: Bools, share: float
 ) -> pd.DataFrame:
     """An indicator, a row a question: MEASURES (mean lift of the closest share, Spearman over all
     tokens, and within the closest share), and each again with ' (no exact)': without the wanted
-    tokens themselves, which `exact` `[tokens]` marks.
-
-    Tokens without a closeness are left out.
-    """
-    lifts, n = lift(attention, question), count(question)
+    tokens themselves, which `exact` `[tokens]` marks. Tokens without a closeness are left out."""
+    lifts, n = lift(attention, question), len(np.bincount(question))
     table = pd.DataFrame({"question": np.arange(n)})
     known = np.isfinite(lifts) & np.isfinite(close)
     for ending, kept in (("", known), (" (no exact)", known & ~exact)):
-        near = np.zeros_like(kept)
-        near[kept] = closest(close[kept], question[kept], share)
+        near = closest(np.where(kept, close, np.nan), question, share)
         table[f"attention{ending}"] = means(lifts[near], question[near], n)
-        for name, which in (("Spearman", kept), ("Spearman closest", near)):
-            found = spearman(lifts[which], close[which], question[which], n)
-            table[f"{name}{ending}"] = found
+        for name, some in (("Spearman", kept), ("Spearman closest", near)):
+            table[name + ending] = spearman(lifts[some], close[some], question[some], n)
     return table
 
 
 def deciles(attention: Floats, close: Floats, question: Ints) -> Floats:
     """Mean lift of each tenth of a question's tokens by closeness `[questions, 10]`, farthest
     first; ties share the tenth of their mean rank."""
-    lifts, n = lift(attention, question), count(question)
+    lifts, n = lift(attention, question), len(np.bincount(question))
     known = np.isfinite(close) & np.isfinite(lifts)
     lifts, close, question = lifts[known], close[known], question[known]
     places = (ranks(close, question) - 0.5) / np.bincount(question)[question]

@@ -24,24 +24,19 @@ class Interval:
 def interval(values: NDArray[np.float64], resamples: int = 2000) -> Interval:
     """Mean of `values` `[n]` with a percentile interval (SciPy); of fewer than two, NaN bounds."""
     n, mean = len(values), float(np.mean(values)) if len(values) else math.nan
-    if n < 2 or np.ptp(values) == 0:
-        bound = mean if n > 1 else math.nan
-        return Interval(mean, bound, bound, n)
-    low, high = stats.bootstrap(
-        (values,), np.mean, n_resamples=resamples, method="percentile", rng=0
-    ).confidence_interval
+    low = high = mean if n > 1 else math.nan
+    if n > 1 and np.ptp(values) > 0:
+        resampling = {"n_resamples": resamples, "method": "percentile", "rng": 0}
+        low, high = stats.bootstrap((values,), np.mean, **resampling).confidence_interval
     return Interval(mean, float(low), float(high), n)
 
 
 def paired_gain(
-    after: NDArray[np.float64], before: NDArray[np.float64], seed: int = 0, resamples: int = 2000
+    after: NDArray[np.float64], before: NDArray[np.float64], resamples: int = 2000
 ) -> Interval:
-    """Mean gain of `after` over `before` `[questions]`, bootstrapped over questions.
-
-    `after` may be `[seeds, questions]`: then seeds are resampled too, and the interval holds both
-    sources of chance.
-    """
-    gains, rng = np.atleast_2d(after) - before[None, :], np.random.default_rng(seed)
+    """Mean gain of `after` over `before` `[questions]`, bootstrapped over questions, and over seeds
+    where `after` is `[seeds, questions]`: the interval then holds both sources of chance."""
+    gains, rng = np.atleast_2d(after) - before[None, :], np.random.default_rng(0)
     # how often each seed and each question is drawn: a resample's mean is weighted by these
     by_seed, by_question = (
         rng.multinomial(size, np.full(size, 1 / size), size=resamples) for size in gains.shape

@@ -1,15 +1,13 @@
-"""What a run computes on: one process, or several that work as one (torchrun and Accelerate).
-
-Every process walks through the same stages: `spread` deals out lists of work, `share` the batches
-of a training. Only the main process writes files.
-"""
+"""What a run computes on: one process, or several (torchrun and Accelerate) that walk through the
+same stages: `spread` deals out lists of work, `share` the batches of a training, and only the main
+process writes files."""
 
 import logging
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import faiss
 import torch
@@ -21,26 +19,19 @@ from tqdm.auto import tqdm
 from ragkit.errors import ProfileError
 from ragkit.settings import MachineSettings
 
-Item = TypeVar("Item")
-Made = TypeVar("Made")
 log = logging.getLogger(__name__)
 PATIENCE = timedelta(days=14)  # of the others, while the main process works alone
 
 
 def start(machine: MachineSettings, threads: int) -> None:
-    """Takes the profile's device and threads; joins the other processes of the run.
-
-    Raises ProfileError if there is no such device, or this process already computes on another.
-    """
-    if machine.device == "cuda" and not torch.cuda.is_available():
-        raise ProfileError(
-            "machine.device is 'cuda', but torch finds no GPU here. "
-            "Install the CUDA build of torch, or set machine.device to 'cpu'."
-        )
-    if PartialState._shared_state and device().type != machine.device:
-        here = device().type
-        raise ProfileError(f"This process computes on {here}: start another for {machine.device}.")
+    """Takes the profile's device and threads; joins the other processes of the run. ProfileError if
+    this process computes on another device."""
     PartialState(cpu=machine.device == "cpu", timeout=PATIENCE)
+    if (here := device().type) != (wanted := machine.device):
+        raise ProfileError(
+            f"machine.device is {wanted!r}, but this process computes on {here!r}. Set that, or "
+            "start another process: for 'cuda' one whose torch finds a GPU."
+        )
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
 
@@ -60,11 +51,6 @@ def size() -> int:
     return int(PartialState().num_processes)
 
 
-def rank() -> int:
-    """The number of this process among them, from 0 on."""
-    return int(PartialState().process_index)
-
-
 def wait() -> None:
     """Until every process has come here."""
     PartialState().wait_for_everyone()
@@ -72,47 +58,37 @@ def wait() -> None:
 
 def agreed(value: Any) -> Any:
     """The main process's value, in every process."""
-    return value if size() == 1 else gather_object([value])[0]
+    return gather_object([value])[0]
 
 
 def mean_over_processes(value: float) -> float:
     """The mean of the processes' values, in every process."""
-    return value if size() == 1 else float(sum(gather_object([value])) / size())
+    return float(sum(gather_object([value])) / size())
 
 
 def spread(
-    items: Sequence[Item], prepare: Callable[[Item], Any], work: Callable[[Any], Made], desc: str
-) -> list[Made]:
-    """`work(prepare(item))` of every item, in order, in every process; each does a share of them.
-
-    The items go round in turn, so that a list sorted by length is shared evenly. Results do not
-    depend on the number of processes: only who works on an item changes.
-    """
-    mine = items[rank() :: size()]
-    hidden = {"disable": True} if len(mine) < 20 or not is_main() else {}
-    made = [work(prepare(item)) for item in tqdm(mine, desc=desc, leave=False, **hidden)]
-    if size() == 1:
-        return made
-    every = dict(gather_object(list(zip(range(rank(), len(items), size()), made, strict=True))))
-    return [every[i] for i in range(len(items))]
-
-
-def by_length(lengths: Sequence[int], batch: int) -> list[list[int]]:
-    """Places of texts in batches of like length, so that little is padded.
-
-    The longest come first: memory runs out at once or never.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    return [order[start : start + batch] for start in range(0, len(order), batch)]
+    items: Sequence[Any], at_once: int, work: Callable[[list[Any]], Iterable[Any]], desc: str
+) -> list[Any]:
+    """What `work` makes of each item, in order, in every process; it gets batches of items of like
+    length, so that little is padded, the longest first: memory runs out at once or never. Processes
+    take batches in turn; no result depends on who works on which."""
+    order = sorted(range(len(items)), key=lambda i: -len(items[i]))
+    batches = [order[start : start + at_once] for start in range(0, len(order), at_once)]
+    mine = batches[PartialState().process_index :: size()]
+    shown = tqdm(mine, desc=desc, leave=False) if len(mine) >= 20 and is_main() else mine
+    made = [list(work([items[i] for i in batch])) for batch in shown]
+    found = [None] * len(items)
+    for batch, results in gather_object(list(zip(mine, made, strict=True))):
+        for place, one in zip(batch, results, strict=True):
+            found[place] = one
+    return found
 
 
 def share(batch: Any) -> tuple[Any, float]:
-    """This process's part of a training batch (a list or a tensor), and its mean loss's weight.
-
-    Gradients are averaged over processes, so n of N items weigh n * processes / N. Who gets none
-    takes the first with weight 0: all must compute, or the others wait for ever.
-    """
-    mine = batch[rank() :: size()]
+    """This process's part of a training batch (a list or a tensor), and its mean loss's weight:
+    gradients are averaged over processes, so n of N items weigh n * processes / N. Who gets none
+    takes the first with weight 0: all must compute, or the others wait for ever."""
+    mine = batch[PartialState().process_index :: size()]
     return (mine, len(mine) * size() / len(batch)) if len(mine) else (batch[:1], 0.0)
 
 
@@ -120,31 +96,24 @@ def accelerator(dtype: str) -> Accelerator:
     """What prepares a model and its optimizer for several processes and mixed precision."""
     AcceleratorState._reset_state()  # models may differ in precision; the processes stay connected
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # such as BERT's pooler
-    precision = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}[dtype]
-    on_cpu = device().type == "cpu"
-    return Accelerator(cpu=on_cpu, kwargs_handlers=[unused], mixed_precision=precision)
+    lower, on_cpu = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "no"), device().type == "cpu"
+    return Accelerator(cpu=on_cpu, kwargs_handlers=[unused], mixed_precision=lower)
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes `state` (tensors, numbers, texts, lists, dicts) and torch's generators.
-
-    The main process writes, aside, and renames: a kill leaves the old checkpoint or the new one.
-    """
-    if not is_main():
-        return
-    generators = {"cpu": torch.get_rng_state()}
-    if device().type == "cuda":
-        generators["cuda"] = torch.cuda.get_rng_state()
-    aside = path.with_name(f"{path.name}.new")
-    torch.save({"state": state, "generators": generators}, aside)
-    aside.replace(path)
+    """Writes `state` (tensors, numbers, texts, lists, dicts) and torch's generators, by the main
+    process. Aside, and renamed: a kill leaves the old checkpoint or the new one."""
+    if is_main():
+        whole = {"state": state, "cpu": torch.get_rng_state()}
+        if device().type == "cuda":
+            whole["cuda"] = torch.cuda.get_rng_state()
+        torch.save(whole, aside := path.with_name(f"{path.name}.new"))
+        aside.replace(path)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """What `save_checkpoint` wrote, in memory, with torch's generators as they were.
-
-    None if there is no checkpoint, or only a damaged one, which the log then says.
-    """
+    """What `save_checkpoint` wrote, in memory, with torch's generators as they were; None if there
+    is no checkpoint, or only a damaged one, which the log then says."""
     if not path.is_file():
         return None
     try:
@@ -152,8 +121,8 @@ def load_checkpoint(path: Path) -> dict[str, Any] | None:
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
         log.warning("The checkpoint %s is damaged (%r); the training starts again.", path, error)
         return None
-    torch.set_rng_state(whole["generators"]["cpu"])
-    if device().type == "cuda" and "cuda" in whole["generators"]:
-        torch.cuda.set_rng_state(whole["generators"]["cuda"])
+    torch.set_rng_state(whole["cpu"])
+    if device().type == "cuda" and "cuda" in whole:
+        torch.cuda.set_rng_state(whole["cuda"])
     log.info("going on from the checkpoint %s", path)
     return whole["state"]

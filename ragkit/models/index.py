@@ -1,205 +1,133 @@
-"""The search of passages: by their vectors through FAISS, and BM25 through bm25s."""
+"""Passage vectors, on disk and mapped into memory, and their search: FAISS, and BM25 beside it."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import bm25s
 import faiss
 import numpy as np
+from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
-from ragkit.data.files import write_arrays, write_json
-from ragkit.data.passages import Passages, passage_text
+from ragkit.data.files import write_arrays, write_whole
+from ragkit.data.passages import Passage, Passages, passage_text
 from ragkit.data.questions import PARTS, PASSAGES, Corpus
 from ragkit.errors import RetrieverError
 from ragkit.models import device
 from ragkit.models.retriever import Retriever
-from ragkit.models.vectors import BLOCK_BYTES, Vectors, encode
 from ragkit.settings import IndexSettings, RetrieverSettings
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # on import it sets its own, and reports much
+log = logging.getLogger(__name__)
 DEPTH = 20  # passages kept of every ranking
-FILE = "index.faiss"
-EXACT = "Flat"  # the factory string that needs no index
+VECTORS, PROGRESS, FILE = "vectors.npy", "encoded.txt", "index.faiss"
+FLAT = IndexSettings()  # passages are compared one by one, without an index
+BLOCK_BYTES = 2**26  # of float32 values handed out at once
+ALIGNED = 1024  # rows, as many as FAISS multiplies at a time: blocks add up as one array would
 A_CELL, CODES = 39, 256  # vectors to learn a cell from (FAISS warns below), codes of a byte
-RECALL_QUESTIONS = 200  # of dev, searched exactly too, to see what an approximate index misses
-Found = tuple[NDArray[np.int64], NDArray[np.float32]]  # places and scores [queries, k], best first
-
-
-def checked(queries: NDArray[Any], shape: tuple[int, ...], k: int) -> NDArray[np.float32]:
-    """Queries that k of so many passages of so many dimensions can be found for.
-
-    Raises RetrieverError on others.
-    """
-    if k > shape[0]:
-        raise RetrieverError(
-            f"k = {k} passages a question asked for, but the corpus holds {shape[0]}. Lower k."
-        )
-    if queries.shape[1] != shape[1]:
-        raise RetrieverError(
-            f"Queries have {queries.shape[1]} dimensions, passages {shape[1]}: "
-            "they come from different retrievers."
-        )
-    if not np.isfinite(queries).all():
-        raise RetrieverError(
-            "Some queries hold values that are not finite: the retriever is damaged, "
-            "or its training went astray (lower distill.rate)."
-        )
-    return np.ascontiguousarray(queries, np.float32)
-
-
-def search(queries: NDArray[np.float32], passages: NDArray[np.float32], k: int) -> Found:
-    """The k passages with the largest dot product."""
-    queries = checked(queries, passages.shape, k)
-    flat = faiss.IndexFlatIP(passages.shape[1])
-    flat.add(np.ascontiguousarray(passages))
-    scores, found = flat.search(queries, k)
-    return found, scores
-
-
-def exact_search(queries: NDArray[np.float32], vectors: Vectors, k: int) -> Found:
-    """What `search` finds, from vectors on disk, a block in memory at a time.
-
-    Of equal scores the later place comes first, as in FAISS; which of those that tie for the last
-    rank are found is left open.
-    """
-    queries = checked(queries, vectors.array.shape, k)
-    scores, places = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-    for start, block in vectors.blocks():
-        some = min(k, len(block))
-        more, found = faiss.knn(queries, block, some, metric=faiss.METRIC_INNER_PRODUCT)
-        places, scores = best(np.hstack([places, found + start]), np.hstack([scores, more]), k)
-    return places, scores
-
-
-def best(places: NDArray[np.int64], scores: NDArray[np.float32], k: int) -> Found:
-    """The k best of each row, best first; of equal scores the later place."""
-    order = np.lexsort((-places, -scores))[:, :k]
-    return np.take_along_axis(places, order, 1), np.take_along_axis(scores, order, 1)
-
-
-def build(vectors: Vectors, settings: IndexSettings, folder: Path, seed: int) -> None:
-    """Builds the index of `settings.factory`; nothing for `Flat`, which reads the vectors.
-
-    What it learnt is kept when a build is killed. Raises RetrieverError if the factory string and
-    the vectors do not go together.
-    """
-    if settings.factory == EXACT:
-        return
-    learnt = folder / "learnt.faiss"
-    if not learnt.is_file():
-        write_index(learn(vectors, settings, seed), learnt)
-    index = faiss.read_index(str(learnt))
-    for _, block in vectors.blocks():
-        index.add(block)
-    write_index(index, folder / FILE)
-    learnt.unlink()
-
-
-def learn(vectors: Vectors, settings: IndexSettings, seed: int) -> Any:
-    """An index without vectors, its cells and codes learnt from `trained_on` drawn by the seed."""
-    number, kind = min(settings.trained_on, len(vectors)), faiss.METRIC_INNER_PRODUCT
-    try:
-        index: Any = faiss.index_factory(vectors.dimensions, settings.factory, kind)
-    except RuntimeError as error:
-        what = f"no index of {vectors.dimensions} dimensions from {settings.factory!r}"
-        raise RetrieverError(f"index.factory: FAISS makes {what} ({reason(error)}).") from None
-    inverted = faiss.try_extract_index_ivf(index)
-    cells = max(inverted.nlist if inverted else 0, CODES if "PQ" in settings.factory else 0)
-    if number < A_CELL * cells:
-        raise RetrieverError(
-            f"index.factory {settings.factory!r} learns from {A_CELL * cells} vectors or more, "
-            f"and there are {number}. Take fewer cells, raise index.trained_on, or search so few "
-            f"exactly: index.factory: {EXACT}."
-        )
-    drawn = np.random.default_rng(seed).choice(len(vectors), number, replace=False, shuffle=False)
-    index.train(vectors.take(np.sort(drawn)))
-    return index
-
-
-def reason(error: Exception) -> str:
-    """FAISS's own words, without the place in its code."""
-    return str(error).rsplit(": ", 1)[-1].strip()
-
-
-def write_index(index: Any, path: Path) -> None:
-    """Writes an index aside and renames it."""
-    aside = path.with_name(f"{path.name}.new")
-    faiss.write_index(index, str(aside))
-    aside.replace(path)
+Places = NDArray[np.int64]
 
 
 class Index:
-    """The vectors of a corpus with what finds them: a FAISS index, or None to look at all."""
+    """The vectors of a corpus `[passages, dimensions]`, in memory or mapped into it from a file,
+    and their search: exact, or by an `approximate` FAISS index."""
 
-    def __init__(self, vectors: Vectors, settings: IndexSettings, approximate: Any) -> None:
-        self.vectors, self.settings, self.approximate = vectors, settings, approximate
+    def __init__(self, vectors: NDArray[Any], settings: IndexSettings = FLAT) -> None:
+        self.vectors, self.settings = vectors, settings
+        self.approximate: Any = None
 
-    def search(self, queries: NDArray[np.float32], k: int) -> Found:
-        """The k passages with the largest dot product.
+    @classmethod
+    def open(cls, vectors: Path, settings: IndexSettings = FLAT, index: Path = Path()) -> "Index":
+        """The vectors in one folder, with the index in another where `settings` ask for one.
+        Raises RetrieverError for a file that is missing or damaged."""
+        path = vectors / VECTORS
+        try:
+            opened = cls(np.load(path, mmap_mode="r", allow_pickle=False), settings)
+            if settings.factory != FLAT.factory:
+                path = index / FILE
+                flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
+                opened.approximate = faiss.read_index(str(path), flags)
+                if inverted := faiss.try_extract_index_ivf(opened.approximate):
+                    inverted.nprobe = settings.probes
+        except (OSError, ValueError, EOFError, RuntimeError) as error:
+            why = f"{path} is missing or damaged ({error}). Make it again."
+            raise RetrieverError(why) from None
+        return opened
 
-        An approximate index finds `candidates`, which are scored exactly from the vectors on disk.
-        Raises RetrieverError if k exceeds the corpus or what the index finds, or queries have other
-        dimensions or are not finite.
+    def take(self, places: NDArray[np.integer]) -> NDArray[np.float32]:
+        """The vectors at `places` `[...]`: `[..., dimensions]`, read from front to back."""
+        unique, back = np.unique(places, return_inverse=True)
+        return self.vectors[unique].astype(np.float32)[back.reshape(places.shape)]
+
+    def blocks(self) -> Iterator[tuple[int, NDArray[Any]]]:
+        """The place of the first row and the rows, block by block of about BLOCK_BYTES."""
+        step = max(1, BLOCK_BYTES // (4 * self.vectors.shape[1]) // ALIGNED) * ALIGNED
+        for start in range(0, len(self.vectors), step):
+            yield start, self.vectors[start : start + step]
+
+    def search(self, queries: NDArray[np.float32], k: int) -> Places:
+        """The k passages with the largest dot product with each query `[queries, k]`, best first.
+
+        Of equal scores the later place comes first, as in FAISS; which of those that tie for the
+        last rank are found is left open. Raises RetrieverError where fewer than k can be found.
         """
-        if self.approximate is None:
-            return exact_search(queries, self.vectors, k)
-        queries = checked(queries, self.vectors.array.shape, k)
-        wanted = min(max(k, self.settings.candidates), len(self.vectors))
-        step = max(1, BLOCK_BYTES // (4 * wanted * self.vectors.dimensions))
-        parts = [(np.empty((0, k), np.int64), np.empty((0, k), np.float32))]
-        for start in range(0, len(queries), step):
-            asked = queries[start : start + step]
-            found = self.approximate.search(asked, wanted)[1]
-            if (least := int((found >= 0).sum(1).min())) < k:  # FAISS fills up with -1
+        count, size = self.vectors.shape
+        if k > count or queries.shape[1] != size:
+            raise RetrieverError(
+                f"k = {k} passages for queries of {queries.shape[1]} dimensions, but there are "
+                f"{count} of {size}. Lower k, or encode both with the same retriever."
+            )
+        if self.approximate is not None:
+            return self.near(queries, k)
+        places: Places = np.empty((len(queries), 0), np.int64)
+        scores: NDArray[Any] = np.empty((len(queries), 0), np.float32)
+        for start, block in self.blocks():
+            some = min(k, len(block))
+            more, found = faiss.knn(queries, block, some, metric=faiss.METRIC_INNER_PRODUCT)
+            places, scores = np.hstack([places, found + start]), np.hstack([scores, more])
+            order = np.lexsort((-places, -scores))[:, :k]
+            places = np.take_along_axis(places, order, 1)
+            scores = np.take_along_axis(scores, order, 1)
+        return places
+
+    def near(self, queries: NDArray[np.float32], k: int) -> Places:
+        """Of the `candidates` that the approximate index finds, the k best by the vectors."""
+        wanted, rows = min(max(k, self.settings.candidates), len(self.vectors)), []
+        for query, row in zip(queries, self.approximate.search(queries, wanted)[1], strict=True):
+            found = row[row >= 0]  # FAISS fills up with -1
+            if len(found) < k:
                 raise RetrieverError(
-                    f"The index found only {least} of {k} passages for a question. "
+                    f"The index found only {len(found)} of {k} passages for a question. "
                     f"Raise index.probes (now {self.settings.probes})."
                 )
-            exact = np.matmul(self.vectors.take(np.maximum(found, 0)), asked[:, :, None])[:, :, 0]
-            exact[found < 0] = -np.inf
-            parts.append(best(found, exact, k))
-        places, scores = (np.concatenate(part) for part in zip(*parts, strict=True))
-        return places, scores
+            rows.append(found[np.lexsort((-found, -(self.take(found) @ query)))[:k]])
+        return np.array(rows)
 
 
-def open_index(vectors: Path, index: Path, settings: IndexSettings) -> Index:
-    """What searches the vectors in one folder by the index in another, mapped into memory.
-
-    Raises RetrieverError if the index is missing, damaged or made from other vectors.
-    """
-    opened, path = Vectors(vectors), index / FILE
-    if settings.factory == EXACT:
-        return Index(opened, settings, None)
-    try:
-        flags = faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY
-        approximate: Any = faiss.read_index(str(path), flags)
-    except RuntimeError as error:
-        why = f"is missing or damaged ({reason(error)})"
-        raise RetrieverError(f"The index {path} {why}. Build it again.") from None
-    holds = (approximate.ntotal, approximate.d)
-    if holds != opened.array.shape:
-        raise RetrieverError(
-            f"The index {path} holds {holds} vectors and dimensions, {opened.path} "
-            f"{opened.array.shape}. Build it again."
-        )
-    if (inverted := faiss.try_extract_index_ivf(approximate)) is not None:
-        inverted.nprobe = settings.probes
-    return Index(opened, settings, approximate)
+def encode(
+    passages: Sequence[Passage], retriever: Retriever, settings: IndexSettings, folder: Path
+) -> None:
+    """Writes the passages' vectors; a killed encoding goes on behind its last whole shard."""
+    path, progress = folder / VECTORS, folder / PROGRESS
+    done = device.agreed(int(progress.read_text("utf8")) if progress.is_file() else 0)
+    for start in range(done, len(passages), settings.shard):
+        texts = [passage_text(p) for p in passages[start : start + settings.shard]]
+        made = retriever.encode(texts, "passage").astype(settings.dtype)
+        if device.is_main():
+            shape = (len(passages), made.shape[1])
+            array: Any = open_memmap(path, "r+" if start else "w+", made.dtype, shape)
+            array[start : start + len(texts)] = made
+            array.flush()
+            write_whole(progress, str(start + len(texts)))
+            log.info("vectors: %d of %d passages", start + len(texts), len(passages))
+    if device.is_main():
+        progress.unlink(missing_ok=True)
 
 
-def recall(index: Index, queries: NDArray[np.float32], k: int) -> float:
-    """The share of the exact k best passages that the index finds among its own k."""
-    exact, found = exact_search(queries, index.vectors, k)[0], index.search(queries, k)[0]
-    return float((exact[:, :, None] == found[:, None, :]).any(2).mean())
-
-
-def bm25(queries: Sequence[str], passages: Sequence[str], k: int) -> NDArray[np.int64]:
+def bm25(queries: Sequence[str], passages: Sequence[str], k: int) -> Places:
     """The places `[queries, k]` of the best passages by BM25 (Lucene's variant, k1 1.5, b 0.75)."""
-    if k > len(passages):
-        raise RetrieverError(f"k = {k}, but there are {len(passages)} passages. Lower k.")
     model, quiet = bm25s.BM25(), {"show_progress": False}
     model.index(bm25s.tokenize(passages, stopwords="en", **quiet), **quiet)
     asked = bm25s.tokenize(queries, stopwords="en", **quiet)
@@ -215,26 +143,45 @@ def make_vectors(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str
 
 
 def make_index(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """The index over them; nothing where they are searched exactly."""
-    if device.is_main():
-        chosen = IndexSettings(**settings["index"])
-        build(Vectors(inputs["vectors"]), chosen, folder, settings["seed"])
+    """The index of `factory`, learnt from `trained_on` vectors; nothing for `Flat`. Raises
+    RetrieverError if the factory string and the vectors do not go together."""
+    chosen, corpus = IndexSettings(**settings["index"]), Index.open(inputs["vectors"])
+    if chosen.factory == FLAT.factory or not device.is_main():
+        return
+    count, size = corpus.vectors.shape
+    try:
+        index: Any = faiss.index_factory(size, chosen.factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        why = str(error).rsplit(": ", 1)[-1].strip()  # without the place in FAISS's code
+        what = f"no index of {size} dimensions from {chosen.factory!r} ({why})"
+        raise RetrieverError(f"index.factory: FAISS makes {what}. Take another.") from None
+    inverted, number = faiss.try_extract_index_ivf(index), min(chosen.trained_on, count)
+    cells = max(inverted.nlist if inverted else 0, CODES if "PQ" in chosen.factory else 0)
+    if number < A_CELL * cells:
+        raise RetrieverError(
+            f"index.factory {chosen.factory!r} learns from {A_CELL * cells} vectors or more, and "
+            f"there are {number}. Take fewer cells, raise index.trained_on, or search so few "
+            f"exactly: index.factory: {FLAT.factory}."
+        )
+    rng = np.random.default_rng(settings["seed"])
+    index.train(corpus.take(np.sort(rng.choice(count, number, replace=False, shuffle=False))))
+    for _, block in corpus.blocks():
+        index.add(block)
+    faiss.write_index(index, str(folder / FILE))
 
 
 def make_candidates(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """The first DEPTH passages of every question, and the share of the true ones found."""
+    """The first DEPTH passages of every question of every part."""
     corpus = Corpus.load("", inputs["passages"], inputs["questions"])
-    index = open_index(inputs["vectors"], inputs["index"], IndexSettings(**settings["index"]))
+    searched = IndexSettings(**settings["index"])
+    index = Index.open(inputs["vectors"], searched, inputs["index"])
     encoding = RetrieverSettings(**settings["retriever"])
     retriever = Retriever.load(inputs["retriever"] / "model", encoding)
     queries = {part: retriever.encode([q.text for q in corpus.questions[part]]) for part in PARTS}
     if device.is_main():
         depth = min(DEPTH, len(corpus.passages))
-        found = {part: index.search(asked, depth)[0] for part, asked in queries.items()}
+        found = {part: index.search(asked, depth) for part, asked in queries.items()}
         write_arrays(folder / "candidates.safetensors", found)
-        sample = queries["dev"][:RECALL_QUESTIONS]
-        cuts = [] if index.approximate is None else sorted({min(5, depth), depth})
-        write_json(folder / "recall.json", {f"recall@{k}": recall(index, sample, k) for k in cuts})
 
 
 def make_bm25(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:

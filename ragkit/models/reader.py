@@ -1,10 +1,9 @@
 """The reader: a causal language model that answers a question from the passages in its prompt."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +39,9 @@ class Prompt:
     answer_start: int
     trimmed: int
     blocks: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 class Reader:
@@ -158,7 +160,7 @@ class Reader:
 
     def answer(self, prompts: Sequence[Prompt]) -> list[str]:
         """Greedy answers, in order; the processes of a run share the prompts."""
-        return in_order(prompts, 2 * self.settings.at_once, self.generated, "answer")
+        return device.spread(prompts, 2 * self.settings.at_once, self.generated, "answer")
 
     @torch.no_grad()
     def generated(self, prompts: Sequence[Prompt]) -> list[str]:
@@ -186,7 +188,7 @@ class Reader:
         ids, mask = self.batch(prompts)
         states = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
         rows = zip(states.last_hidden_state, prompts, strict=True)
-        predicting = [row[p.answer_start - 1 : len(p.ids) - 1] for row, p in rows]
+        predicting = [row[p.answer_start - 1 : len(p) - 1] for row, p in rows]
         return self.model.get_output_embeddings()(torch.cat(predicting))
 
     def losses(self, prompts: Sequence[Prompt]) -> Tensor:
@@ -201,22 +203,12 @@ class Reader:
             tokens = pooled(self.watched(prompts, rows), uses)
         except AttentionError as error:
             raise ReaderError(f"{self.settings.model}: {error}") from None
-        longest = max(len(p.ids) for p in prompts)
+        longest = max(map(len, prompts))
         return nn.functional.pad(tokens, (0, longest - tokens.shape[-1]))
 
     def watched(self, prompts: Sequence[Prompt], rows: Tensor) -> Callable[..., None]:
         """The pass over the prompts that hands each layer's rows of attention to a visitor."""
         return partial(observe, self.model, *self.batch(prompts), rows)
-
-
-def in_order(
-    prompts: Sequence[Prompt], size: int, work: Callable[[list[Prompt]], Iterable[Any]], desc: str
-) -> list[Any]:
-    """What `work` gives for each prompt, in order; processes share its batches of like length."""
-    batches = device.by_length([len(p.ids) for p in prompts], size)
-    parts = device.spread(batches, lambda chosen: [prompts[i] for i in chosen], work, desc)
-    made = dict(zip(chain(*batches), chain(*parts), strict=True))
-    return [made[i] for i in range(len(prompts))]
 
 
 def embedded_reader() -> Path:

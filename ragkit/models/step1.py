@@ -29,7 +29,7 @@ from ragkit.data.worlds import build_world
 from ragkit.errors import ReaderError
 from ragkit.models import device
 from ragkit.models.fid import open_reader
-from ragkit.models.index import search
+from ragkit.models.index import Index
 from ragkit.models.reader import Prompt, Reader
 from ragkit.models.retriever import Retriever
 from ragkit.settings import ReaderSettings, RetrieverSettings, WorldSet
@@ -237,7 +237,7 @@ def make_step1(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
             questions = corpus.questions["distill"]
             queries = retriever.encode([q.text for q in questions])
             passages = retriever.encode([passage_text(p) for p in corpus.passages], "passage")
-            asked = Asked(corpus, questions, search(queries, passages, k)[0])
+            asked = Asked(corpus, questions, Index(passages).search(queries, k))
             lessons += lessons_of(asked, k)
     else:
         lessons = lessons_of(Asked.open(inputs, "distill"), k)

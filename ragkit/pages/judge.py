@@ -19,11 +19,10 @@ from transformers import AutoConfig
 from ragkit.errors import NounsError
 from ragkit.experiment.evidence import LINE
 from ragkit.indicators import measures
-from ragkit.indicators.closeness import Spans, space, wanted_ids
+from ragkit.indicators.closeness import Spans, look_at_tokens, space, wanted_ids
 from ragkit.indicators.measures import Floats, Ints, Tokens
 from ragkit.indicators.metrics import Interval, interval
 from ragkit.indicators.nouns import find_nouns, load_nouns
-from ragkit.indicators.tokens import look_at_tokens
 from ragkit.models.fid import load_reader
 from ragkit.models.loading import loading
 from ragkit.models.reader import Reader, embedded_reader

@@ -87,15 +87,12 @@ class Table(torch.nn.Module):
         self.vectors = torch.nn.Parameter(torch.zeros(n, 3))
         self.calls, self.killed_at = 0, math.inf
 
-    def tokens(self, texts):
-        return [int(t) for t in texts]
-
-    def forward(self, tokens):
+    def forward(self, texts):
         self.calls += 1
         if self.calls == self.killed_at:
             raise KeyboardInterrupt
-        noise = 0.01 * torch.randn(len(tokens), 3) if self.training else 0.0  # as dropout draws
-        return self.vectors[tokens] + noise
+        noise = 0.01 * torch.randn(len(texts), 3) if self.training else 0.0  # as dropout draws
+        return self.vectors[[int(text) for text in texts]] + noise
 
 
 class TableLesson(step2.Lesson):

@@ -20,7 +20,7 @@ from ragkit.data.files import write_jsonl
 from ragkit.data.passages import Passage, write_passages
 from ragkit.data.questions import Question
 from ragkit.errors import IndicatorError
-from ragkit.indicators import closeness, measures, tokens
+from ragkit.indicators import closeness, measures
 from ragkit.indicators.measures import CONTROLS, SPACES, Tokens
 from ragkit.models.fid import load_reader
 from ragkit.models.reader import PART
@@ -95,7 +95,7 @@ def without(inputs, *roles):
 
 
 def test_tokens_hold_what_the_recorder_gives(reader):
-    seen = tokens.look_at_tokens(reader, QUESTIONS, FOUND)
+    seen = closeness.look_at_tokens(reader, QUESTIONS, FOUND)
     for number, (question, passages) in enumerate(zip(QUESTIONS, FOUND, strict=True)):
         prompt = reader.prompt(question, passages, question.answers[0])
         ids, mask = reader.batch([prompt])
@@ -118,7 +118,7 @@ def test_tokens_hold_what_the_recorder_gives(reader):
 def test_a_tokens_end_is_its_last_character(reader):
     """Also in a prompt that is cut; where a passage alone has other tokens, no place is told."""
     for one in (reader, load_reader("embedded", ReaderSettings(context=40))):
-        seen = tokens.look_at_tokens(one, QUESTIONS, FOUND)
+        seen = closeness.look_at_tokens(one, QUESTIONS, FOUND)
         for number, passages in enumerate(FOUND):
             for place, passage in enumerate(passages):
                 mine = (seen.question == number) & (seen.owner == place)
@@ -128,7 +128,7 @@ def test_a_tokens_end_is_its_last_character(reader):
                     assert passage.text[first : last + 1].strip().lower() == piece.lower()
     assert (seen.question == 0).sum() < len(reader.prompt(QUESTIONS[0], FOUND[0]).ids) - 20
     ids = seen.ids[(seen.question == 0) & (seen.owner == 0)]
-    assert tokens.last_characters(reader, "Another text.", ids).tolist() == [-1] * len(ids)
+    assert closeness.last_characters(reader, "Another text.", ids).tolist() == [-1] * len(ids)
 
 
 def test_the_answers_tokens_are_those_of_the_prompt(reader):
@@ -183,20 +183,21 @@ def test_nouns_are_found_where_a_text_is_cut_otherwise_at_its_beginning():
 def test_a_token_of_another_tokenizer_is_the_mean_of_its_pieces(reader):
     letters = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
     letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    space = PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="[UNK]")
+    model = torch.nn.Embedding.from_pretrained(torch.tensor([[9.0, 9.0], [1, 0], [0, 1]]))
+    model.get_input_embeddings = lambda: model
+    owner = PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="[UNK]")
+    one = SimpleNamespace(tokenizer=owner, model=model)
     spelt = {1: "a", 2: "bab", 3: "z"}
     other = SimpleNamespace(get_vocab=dict, decode=lambda ids: spelt[ids[0]])
-    table = torch.tensor([[9.0, 9.0], [1.0, 0.0], [0.0, 1.0]])
-    vectors = closeness.embeddings(other, np.array([2, 1, 3, 2]), table, space)
+    vectors = closeness.space(SimpleNamespace(tokenizer=other), one)(np.array([2, 1, 3, 2]))
     expected = [[1 / 3, 2 / 3], [1, 0], [np.nan, np.nan], [1 / 3, 2 / 3]]
     assert np.allclose(vectors, expected, equal_nan=True)  # 'z' has no piece there
-    own = closeness.embeddings(space, np.array([2, 0]), table, space)
-    assert own.tolist() == [[0, 1], [9, 9]]
+    assert closeness.space(one, one)(np.array([2, 0])).tolist() == [[0, 1], [9, 9]]
 
 
 def test_contextual_closeness_is_that_of_the_last_hidden_states(reader):
     close = closeness.contextual_closeness(reader, QUESTIONS, FOUND, NOUNS)
-    seen = tokens.look_at_tokens(reader, QUESTIONS, FOUND)
+    seen = closeness.look_at_tokens(reader, QUESTIONS, FOUND)
     assert close["ids"].tolist() == seen.ids.tolist()
     for number, (question, passages) in enumerate(zip(QUESTIONS, FOUND, strict=True)):
         prompt = reader.prompt(question, passages, question.answers[0])
@@ -217,7 +218,7 @@ def make(folder, inputs, **changes):
     """Runs the makers of one reader; returns its tokens and its closeness."""
     settings = SETTINGS | changes
     for maker, role in (
-        (tokens.make_tokens, "tokens"),
+        (closeness.make_tokens, "tokens"),
         (closeness.make_contextual, "contextual"),
         (closeness.make_closeness, "closeness"),
     ):
@@ -258,10 +259,9 @@ def test_closeness_is_measured_in_every_space(tmp_path, inputs, reader, which):
         assert not np.allclose(made[f"{goal}/permuted"], made[f"{goal}/input"])
         assert made[f"{goal}/input"].dtype == np.float64
     assert np.array_equal(made["answer/own"], made["answer/input"]) == (which == "off-the-shelf")
-    words = measures.load_words(tmp_path / "tokens")
+    words = json.loads((tmp_path / "tokens" / "words.json").read_text("utf8"))
     spelt = reader.tokenizer.convert_ids_to_tokens(seen.ids.tolist())
-    assert [words[i] for i in seen.ids.tolist()] == spelt
-    assert set(words) == set(seen.ids.tolist())
+    assert words == dict(zip(map(str, seen.ids.tolist()), spelt, strict=True))
 
 
 def test_without_nouns_there_is_only_the_answer(tmp_path, inputs):
@@ -290,10 +290,10 @@ def test_an_encoder_decoder_has_no_contextual_closeness(tmp_path, inputs, monkey
     config = SimpleNamespace(is_encoder_decoder=True)
     two_sided = SimpleNamespace(model=SimpleNamespace(config=config))
     with monkeypatch.context() as changed:
-        changed.setattr(closeness, "untaught", lambda settings: two_sided)
+        changed.setattr(closeness, "load_reader", lambda *_: two_sided)
         closeness.make_contextual(tmp_path, inputs, SETTINGS)
     mine = without(inputs, "step1")
-    tokens.make_tokens(tmp_path, mine, SETTINGS)
+    closeness.make_tokens(tmp_path, mine, SETTINGS)
     roles = {"tokens": tmp_path, "contextual": tmp_path}
     closeness.make_closeness(tmp_path, mine | roles, SETTINGS)
     made = load_file(tmp_path / "closeness.safetensors")
@@ -304,7 +304,7 @@ def test_a_probe_holds_the_means_of_the_indicators(tmp_path, inputs, reader):
     closeness.make_probe(tmp_path, inputs, SETTINGS | {"which": "fine-tuned"})
     probe = json.loads((tmp_path / "indicators.json").read_text("utf8"))
     taught = load_reader(inputs["step1"] / "fine-tuned", READER)
-    seen = tokens.look_at_tokens(taught, QUESTIONS, FOUND)
+    seen = closeness.look_at_tokens(taught, QUESTIONS, FOUND)
     table = reader.model.get_input_embeddings().weight.detach().double().numpy()
     for goal, texts in WANTED.items():
         ids = [reader.tokenizer(text, add_special_tokens=False).input_ids for text in texts]

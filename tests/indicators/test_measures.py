@@ -1,6 +1,5 @@
 """Measures against SciPy, by brute force and by hand, with everything that can be undefined."""
 
-import json
 import subprocess
 import sys
 
@@ -107,6 +106,8 @@ def test_the_closest_share_takes_ties_along():
     two = np.repeat([0, 1], 5)
     assert np.flatnonzero(measures.closest(close, two, 0.2)).tolist() == [0, 5]
     assert measures.closest(np.array([]), one[:0], 0.1).size == 0
+    some = np.where(close > 0.15, close, np.nan)  # a fifth of the five that have a closeness
+    assert np.flatnonzero(measures.closest(some, one, 0.2)).tolist() == [0]
 
 
 def test_an_indicator_by_hand():
@@ -165,8 +166,6 @@ def test_tokens_come_back_from_their_folder(tmp_path):
         assert np.array_equal(getattr(again, name), value)
     chosen = AttentionSettings(rows="consuming", norm=False, layers="middle")
     assert np.array_equal(again.attention(chosen), tokens.contribution[:, 2, 0, 1])
-    (tmp_path / "words.json").write_text(json.dumps({"4": "a", "10": "##b"}))
-    assert measures.load_words(tmp_path) == {4: "a", 10: "##b"}
 
 
 def test_a_closeness_that_is_not_there_is_named(tmp_path):

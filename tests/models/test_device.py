@@ -1,6 +1,7 @@
 """Shares of work, checkpoints, and what the machine lacks."""
 
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,18 +12,14 @@ from ragkit.models import device
 from ragkit.settings import MachineSettings
 
 
-def test_one_process_takes_everything_with_weight_one():
-    assert device.share([1, 2, 3]) == ([1, 2, 3], 1.0)
-    assert device.share(torch.arange(4))[0].tolist() == [0, 1, 2, 3]
-
-
 def test_each_process_takes_its_share(monkeypatch):
     """The weights of three processes make the gradients' mean that of the whole batch."""
-    batch, seen = list(range(7)), []
-    monkeypatch.setattr(device, "size", lambda: 3)
-    total = 0.0
+    assert device.share([1, 2, 3]) == ([1, 2, 3], 1.0)
+    assert device.share(torch.arange(4))[0].tolist() == [0, 1, 2, 3]
+    batch, seen, total = list(range(7)), [], 0.0
     for rank in range(3):
-        monkeypatch.setattr(device, "rank", lambda rank=rank: rank)
+        here = SimpleNamespace(num_processes=3, process_index=rank)
+        monkeypatch.setattr(device, "PartialState", lambda here=here: here)
         mine, weight = device.share(batch)
         seen += mine
         total += weight * float(np.mean(mine)) / 3
@@ -32,10 +29,21 @@ def test_each_process_takes_its_share(monkeypatch):
     assert device.share([5, 6]) == ([5], 0.0)
 
 
-def test_a_machine_without_a_gpu_is_said():
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    with pytest.raises(ProfileError, match=r"machine.device is 'cuda', but torch finds no GPU"):
+def test_batches_are_of_like_length_and_results_in_order():
+    batches = []
+
+    def work(texts):
+        batches.append(texts)
+        return [text.upper() for text in texts]
+
+    texts = ["a", "bbb", "cc", "dddd", "e"]
+    assert device.spread(texts, 2, work, "") == ["A", "BBB", "CC", "DDDD", "E"]
+    assert batches == [["dddd", "bbb"], ["cc", "a"], ["e"]]
+
+
+def test_another_device_than_the_processs_is_refused():
+    device.start(MachineSettings(device="cpu"), 1)
+    with pytest.raises(ProfileError, match=r"machine.device is 'cuda', .* computes on 'cpu'"):
         device.start(MachineSettings(device="cuda"), 1)
 
 

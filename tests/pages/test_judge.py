@@ -34,7 +34,6 @@ from ragkit.data.vocabulary import build_tokenizer
 from ragkit.errors import DataError, JudgeError
 from ragkit.indicators import closeness, measures
 from ragkit.indicators.metrics import Interval
-from ragkit.indicators.tokens import look_at_tokens
 from ragkit.pages import judge as judging
 from ragkit.pages import judge_page
 from ragkit.pages.asked import read_asked
@@ -388,7 +387,7 @@ def seen(reader, tmp_path):
     one, orders = judging.load(reader), (TEXTS, TEXTS[::-1], TEXTS[1:])
     rows = [row(texts=texts) for texts in orders for _ in range(ENOUGH // 3)]
     asked = read_asked(lines(tmp_path / "q.jsonl", rows))
-    return one, asked, look_at_tokens(one, *zip(*asked, strict=True))
+    return one, asked, closeness.look_at_tokens(one, *zip(*asked, strict=True))
 
 
 def test_attention_that_follows_closeness_lies_above_and_the_contrary_below(seen):
