@@ -23,22 +23,15 @@ from ragkit.models.fid import open_reader
 from ragkit.models.index import make_candidates, make_index, make_vectors
 from ragkit.models.retriever import make_retriever
 from ragkit.models.step1 import make_step1
-from ragkit.settings import (
-    IndexSettings,
-    MachineSettings,
-    ReaderSettings,
-    RetrieverSettings,
-    WorldSet,
-)
+from ragkit.settings import MachineSettings, ReaderSettings, WorldSet
 
-ONE = WorldSet(
-    source="world", name="a", world="almanac", seed=5, entities=40, distill=45, dev=20, test=20
-)
+SIZES = {"entities": 40, "distill": 45, "dev": 20, "test": 20}
+ONE = WorldSet(source="world", name="a", world="almanac", seed=5, **SIZES)
 READER = ReaderSettings(steps=6, checkpoints=1, batch=4, at_once=2)
 SETTINGS = {
     "set": ONE.model_dump(),
-    "retriever": RetrieverSettings(crop_steps=10, at_once=4).model_dump(),
-    "index": IndexSettings(shard=50).model_dump(),
+    "retriever": {"crop_steps": 10, "at_once": 4},
+    "index": {"shard": 50},
     "reader": READER.model_dump(),
     "world": "almanac",
     "which": "off-the-shelf",

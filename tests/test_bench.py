@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from benchmarks import attention as bench
-
 from ragkit.experiment.closure import closure
+
 from ragkit.pages import plots
 from ragkit.settings import asset
 

@@ -79,7 +79,7 @@ class FidReader(Reader):
         given = {"decoder_input_ids": self.read(prompts), "use_cache": False}
         logits = self.model(**self.encoded(prompts), **given).logits
         rows = zip(logits, prompts, strict=True)
-        return torch.cat([row[: len(p.ids) - p.answer_start] for row, p in rows])
+        return torch.cat([row[: len(p) - p.answer_start] for row, p in rows])
 
     @torch.no_grad()
     def watched(self, prompts: Sequence[Prompt], rows: Tensor) -> Callable[..., None]:

@@ -188,7 +188,7 @@ class Reader:
         ids, mask = self.batch(prompts)
         states = self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
         rows = zip(states.last_hidden_state, prompts, strict=True)
-        predicting = [row[p.answer_start - 1 : len(p.ids) - 1] for row, p in rows]
+        predicting = [row[p.answer_start - 1 : len(p) - 1] for row, p in rows]
         return self.model.get_output_embeddings()(torch.cat(predicting))
 
     def losses(self, prompts: Sequence[Prompt]) -> Tensor:
@@ -203,7 +203,7 @@ class Reader:
             tokens = pooled(self.watched(prompts, rows), uses)
         except AttentionError as error:
             raise ReaderError(f"{self.settings.model}: {error}") from None
-        longest = max(len(p.ids) for p in prompts)
+        longest = max(map(len, prompts))
         return nn.functional.pad(tokens, (0, longest - tokens.shape[-1]))
 
     def watched(self, prompts: Sequence[Prompt], rows: Tensor) -> Callable[..., None]:

@@ -4,8 +4,7 @@ pass.
 
 import pytest
 import torch
-from transformers import BartConfig, T5Config, T5ForConditionalGeneration
-from transformers import BartForConditionalGeneration as Bart
+import transformers
 
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
@@ -34,8 +33,10 @@ def make(**settings):
     size = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "dropout_rate": 0.0}
     size |= {"vocab_size": len(tokenizer), "num_layers": 2, "num_decoder_layers": 3}
     special = {"pad_token_id": pad, "decoder_start_token_id": pad}
-    config = T5Config(**size, **special, eos_token_id=tokenizer.eos_token_id)
-    return FidReader(T5ForConditionalGeneration(config), tokenizer, ReaderSettings(**settings))
+    config = transformers.T5Config(**size, **special, eos_token_id=tokenizer.eos_token_id)
+    return FidReader(
+        transformers.T5ForConditionalGeneration(config), tokenizer, ReaderSettings(**settings)
+    )
 
 
 def test_owners_give_back_the_texts_and_blocks_the_passages():
@@ -147,7 +148,9 @@ def test_end_to_end(tmp_path):
 
 def test_a_model_that_names_no_start_is_refused():
     size = {"vocab_size": 60, "d_model": 8, "encoder_layers": 1, "decoder_layers": 1}
-    config = BartConfig(**size, encoder_attention_heads=2, decoder_attention_heads=2)
+    config = transformers.BartConfig(**size, encoder_attention_heads=2, decoder_attention_heads=2)
     config.decoder_start_token_id = None
     with pytest.raises(ReaderError, match="decoder_start_token_id"):
-        FidReader(Bart(config), build_tokenizer(), ReaderSettings())
+        FidReader(
+            transformers.BartForConditionalGeneration(config), build_tokenizer(), ReaderSettings()
+        )
