@@ -112,6 +112,3 @@ def _hash_of(path: Path, size: int, time_ns: int) -> str:
             file.seek((size - PIECE) * number // (PIECES - 1))
             digest.update(file.read(PIECE))
         return digest.hexdigest()
-
-
-input_hash = file_hash

@@ -25,7 +25,7 @@ from scipy.optimize import nnls
 from ragkit.errors import ProfileError
 from ragkit.experiment.lab import Lab
 from ragkit.experiment.run import workers_of
-from ragkit.experiment.store import KNOBS, Stage, read_record
+from ragkit.experiment.store import KINDS, Stage, read_record
 from ragkit.profile import Profile
 from ragkit.settings import ASSETS, HubSet, HubTable, WorldSet, asset
 
@@ -195,6 +195,6 @@ def lines(lab: Lab) -> Iterator[str]:
         if lab.profile.machine.device == "cuda":
             room = {f"on {name}": card["gb"] * 1e9 for name, card in HUB["gpus"].items()}
         small = [place for place, size in room.items() if memory > 0.92 * size]
-        knob = KNOBS.get(kind, "reader.at_once")
+        knob = KINDS[kind].get("knob", "reader.at_once")
         fits = f"does NOT fit {', '.join(small)}; there lower {knob}." if small else "fits."
         yield f"Memory: {kind} needs {memory / 1e9:.1f} GB: {fits}"

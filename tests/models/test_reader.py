@@ -84,7 +84,7 @@ def embedded_copy(folder):
 
 def test_a_damaged_embedded_reader_is_found(tmp_path, monkeypatch):
     folder = embedded_copy(tmp_path / "reader")
-    monkeypatch.setattr(reader, "asset", lambda name: tmp_path / name)
+    monkeypatch.setattr(reader, "ASSETS", tmp_path)
     assert embedded_reader() == folder
     weights = folder / "model.safetensors"
     whole = bytearray(weights.read_bytes())
