@@ -64,10 +64,8 @@ def table(frame: pd.DataFrame, digits: int = 3, index: bool = False) -> HTML:
 
 
 def figure(path: Path, extra: str = "") -> Markup:
-    """A figure (the path of its SVG) with the first sentence of its alt text as caption.
-
-    The whole alt text is its label, and stands in words behind a fold with `extra` (HTML).
-    """
+    """A figure (the path of its SVG), captioned by the first sentence of its alt text; all of that
+    is its label, and stands in words behind a fold with `extra` (HTML)."""
     svg, alt = (path.with_suffix(end).read_text("utf8") for end in (".svg", ".txt"))
     drawing = svg[svg.index("<svg") :].replace("<svg", '<svg style="max-width:100%;height:auto"', 1)
     return fill("figure", alt=alt, drawing=Markup(drawing), extra=Markup(extra))  # our own
@@ -76,11 +74,9 @@ def figure(path: Path, extra: str = "") -> Markup:
 def marked_tokens(
     tokens: Sequence[str], weights: Sequence[float], owners: Sequence[int], titles: Sequence[str]
 ) -> HTML:
-    """Each passage with its tokens shaded by their weight; the largest is the darkest.
-
-    `owners` is the number of each token's passage, negative where it has none. A token beginning
-    with `##` is joined to the one before it.
-    """
+    """Each passage with its tokens shaded by their weight; the largest is the darkest. `owners` is
+    the number of each token's passage, negative where it has none. A token that begins with `##` is
+    joined to the one before it."""
     marked = [one for one in zip(tokens, weights, owners, strict=True) if one[2] >= 0]
     largest = max((weight for _, weight, _ in marked), default=0.0) or 1.0
     return HTML(fill("marked_tokens", marked=marked, titles=titles, largest=largest))

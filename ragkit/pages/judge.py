@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -38,16 +38,12 @@ ABOVE, BELOW, UNSURE = "above the line", "below the line", "cannot tell"
 GOALS = {"answer": "Indicator 1 (the answer)", "nouns": "Indicator 2 (the question's nouns)"}
 SPEARMAN = f"Indicator 2, Spearman. The line: the paper's {LINE}"
 SHARE = IndicatorSettings().share
-CHAT = (
-    "The reader has a chat template, but is asked by ragkit's plain prompt without it: within the "
-    "template it may attend otherwise."
-)
+CHAT = "The reader has a chat template, but is asked by ragkit's plain prompt, without it."
 Asked = tuple[Question, list[Passage]]
 Tables = dict[str, dict[str, pd.DataFrame]]  # of a goal, what `measure` gives
 
 
-@dataclass(frozen=True)
-class Check:
+class Check(NamedTuple):
     """One reason of a verdict: ABOVE, BELOW or UNSURE, and the numbers behind it in words."""
 
     name: str
@@ -57,12 +53,9 @@ class Check:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What `judge` found.
-
-    `attention` `[tokens]` is that of `tokens`, as the reader saw them; `nouns` are each question's,
-    by their characters, None if they could not be found. The `checks` make the verdict; `direct`
-    stands beside it. `counts` says what was left out or cut, `how` what was judged by what.
-    """
+    """What `judge` found. `attention` `[tokens]` is that of `tokens`; `nouns` are each question's,
+    by their characters, None without a finder. The `checks` make the verdict, `direct` stands
+    beside it. `counts` says what was left out or cut, `how` what was judged by what."""
 
     reader: Reader
     asked: list[Asked]
@@ -78,12 +71,10 @@ class Judgement:
 
 
 def read_asked(path: Path) -> list[Asked]:
-    """Questions with their passages, from a file (see `read_jsonl`).
-
-    Keys: `question`; `answer` or `answers` (see `text_and_answers`; the first counts); `passages`
-    or DPR's `ctxs`, FEWEST to MOST objects with `text` and `title`; where known, `gold`: places of
-    the passages that state the answer. Raises DataError that names line and key.
-    """
+    """Questions with their passages, from a file (see `read_jsonl`). Keys: `question`; `answer` or
+    `answers` (see `text_and_answers`; the first counts); `passages` or DPR's `ctxs`, FEWEST to MOST
+    objects with `text` and `title`; where known, `gold`: places of the passages that state the
+    answer. Raises DataError that names line and key."""
     asked = []
     for line, row in read_jsonl(path):
         where, passages = f"{path}, line {line}", []
@@ -117,9 +108,8 @@ def holding(question: Question, passages: Sequence[Passage]) -> set[int]:
 
 
 def usable(reader: Reader, asked: list[Asked], counts: Counter[str]) -> list[Asked]:
-    """The questions that a reader can be asked, each once. `counts` takes up the others, and what
-    needs care. Raises JudgeError if none is left.
-    """
+    """The questions that a reader can be asked, each once; `counts` takes up the others, and what
+    needs care. Raises JudgeError if none is left."""
     kept: dict[str, Asked] = {}
     for question, passages in asked:
         answer, key = question.answers[0], same_question(question.text)
@@ -198,9 +188,7 @@ def check(name: str, values: Any, line: float, told: str) -> Check:
 
 def direct_check(asked: list[Asked], tokens: Tokens, attention: Floats) -> Check:
     """Does the passage with most attention hold the answer more often than one drawn at random?
-
-    Only questions with the answer in some passages and not in all can tell.
-    """
+    Only questions with the answer in some passages and not in all can tell."""
     gains = []
     places = measures.by_question(tokens.question, len(asked))
     for mine, (question, passages) in zip(places, asked, strict=True):
@@ -234,13 +222,12 @@ def verdict_of(checks: list[Check]) -> str:
 def judge(
     name: str, questions: str, nouns: str = "en_core_web_sm", other: str | None = None
 ) -> Judgement:
-    """Judges a reader (a folder, a hub name, or `embedded`) on questions with passages.
+    """Judges a reader (a folder, a hub name, or `embedded`) on the questions of a file.
 
-    `questions`: a file, see `read_asked`. `nouns` is a spaCy pipeline, by name or folder; without
-    one Indicator 2 is not computed, the rest is. Closeness is measured in the input embeddings of
-    the reader `other`, by default its own: readers compare only within one space. Attention is read
-    as profiles do by default: last row of the prompt, value norm, mean of all layers. It cannot
-    know whether passages are true.
+    `nouns` is a spaCy pipeline, by name or folder; without one Indicator 2 is not computed.
+    Closeness is measured in the input embeddings of the reader `other`, by default its own: readers
+    compare only within one space. Attention is read as profiles do by default: last row of the
+    prompt, value norm, mean of all layers. It cannot know whether passages are true.
     """
     given, reader, counts = read_asked(Path(questions)), load(name), Counter[str]()
     model, unsure = load(other) if other else reader, []

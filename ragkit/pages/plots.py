@@ -93,10 +93,8 @@ def gains(table: pd.DataFrame) -> tuple[Figure, str]:
 
 
 def curves(table: pd.DataFrame, measure: str, label: str) -> tuple[Figure, str]:
-    """A measure along the epochs of Step 2, its mean and range over seeds, a panel a set.
-
-    `table` has columns set, system, seed, epoch and the measure.
-    """
+    """A measure along the epochs of Step 2, its mean and range over seeds, a panel a set; columns
+    set, system, seed, epoch and the measure."""
     systems = table["system"].unique()
     shades = sns.color_palette("cubehelix", len(systems) + 2)[: len(systems)]  # told apart in grey
     look: Look = {"x": "epoch", "y": measure, "errorbar": ("pi", 100), "markers": True, "ms": 8}
@@ -125,10 +123,8 @@ def heat_map(scores: pd.DataFrame) -> tuple[Figure, str]:
 
 
 def attention_cost(table: pd.DataFrame) -> tuple[Figure, str]:
-    """Seconds and memory of a plain forward pass, ours and eager attention, by tokens.
-
-    `table` is the bench's: columns kind (of reader), tokens, way, seconds, MB.
-    """
+    """Seconds and memory of a plain forward pass, ours and eager attention, by tokens; columns kind
+    (of reader), tokens, way, seconds, MB."""
     named = table.rename(columns={"MB": "peak MB"})
     long = named.melt(["kind", "tokens", "way"], ["seconds", "peak MB"], "measure")
     long["panel"] = long["kind"] + ": " + long["measure"]
@@ -159,9 +155,7 @@ def deciles(table: pd.DataFrame) -> tuple[Figure, str]:
 
 def dots(table: pd.DataFrame, row: str, label: str, line: float) -> tuple[Figure, str]:
     """Means with intervals as dots, a panel a set, a colour a reader; a vertical line at `line`.
-
-    `table` has columns set, reader, `row`, mean, low, high; each value of `row` has its row.
-    """
+    Columns set, reader, `row`, mean, low, high; each value of `row` has its row."""
     readers = list(table["reader"].unique())
     drawn = table.assign(row=[fill(str(one), 25) for one in table[row]])
     alone = not table.duplicated(["set", row]).any()  # in their rows: none must be moved aside
@@ -174,18 +168,16 @@ def dots(table: pd.DataFrame, row: str, label: str, line: float) -> tuple[Figure
     for axis in figure.axes:
         axis.axvline(line, **RULE)
     best = table.loc[table["mean"].idxmax()]
-    said = f"{label}, by {row}, means with 95 percent intervals."
-    said += f" Largest: {best[row]} on {best['set']}."
+    largest = f"Largest: {best[row]} on {best['set']}."
+    said = f"{label}, by {row}, means with 95 percent intervals. {largest}"
     form = f"{{set}}, {{reader}}, {{{row}}}: {{mean:.3f}} from {{low:.3f}} to {{high:.3f}}"
     return figure, told(said, table, form)
 
 
 def followings(table: pd.DataFrame, measure: str, line: float | None = None) -> tuple[Figure, str]:
     """An indicator of every reader against the gain in HR@5 that it teaches; `line`: a threshold.
-
-    `table` has columns set, reader, value, gain, low, high (of the gain) and signal. The names of
-    readers stand at the points of the first signal.
-    """
+    Columns set, reader (its name stands at the points of the first signal), value, gain, low, high
+    (of the gain) and signal."""
     signals = table["signal"].unique()
     colours, signs = (dict(zip(signals, some, strict=False)) for some in (PALETTE, MARKERS))
     look: Look = {"x": "value", "y": "gain", "hue": "signal", "style": "signal", "s": 50}
@@ -210,10 +202,8 @@ def followings(table: pd.DataFrame, measure: str, line: float | None = None) -> 
 
 
 def specification(table: pd.DataFrame, choices: list[str], label: str) -> tuple[Figure, str]:
-    """Every combination of choices, sorted by its result, with the option that it took of each.
-
-    `table` has columns mean, low, high, and those of `choices`.
-    """
+    """Every combination of choices, sorted by its result, with the option that it took of each;
+    columns mean, low, high, and those of `choices`."""
     ordered = table.sort_values("mean").reset_index(drop=True)
     taken = ordered[choices].melt(var_name="choice", ignore_index=False)
     options = taken["choice"] + ": " + taken["value"].astype(str)
@@ -234,11 +224,9 @@ def specification(table: pd.DataFrame, choices: list[str], label: str) -> tuple[
 
 
 def trainings(step1: pd.DataFrame, step2: pd.DataFrame, label: str) -> tuple[Figure, str]:
-    """The logs of trainings, finished or not; either may be empty.
-
-    `step1` has columns set, step, and those of LOGGED that were measured. `step2` has set,
-    training, epoch, gain (of `label` since the start) and verdict (what the monitor says of it).
-    """
+    """The logs of trainings, finished or not; either may be empty. `step1` has columns set, step,
+    and those of LOGGED that were measured; `step2` set, training, epoch, gain (of `label` since the
+    start) and verdict (what the monitor says of it)."""
     known = [name for name in LOGGED if name in step1 and step1[name].notna().any()]
     first = step1.melt(["set", "step"], known, "name").dropna()
     words = first["name"].str.split()

@@ -16,10 +16,10 @@ GAINS, LEDGER, MAIN = "04_gains.csv", "09_ledger.csv", "04_main_table.csv"
 MARKED = re.compile("(?<=<!-- ledger -->).*?(?=<!-- /ledger -->)", re.DOTALL)  # of the README
 ENDS = (".svg", ".png", ".csv", ".txt")  # of a figure's files
 GAIN = (
-    "differs: {set}, {system}: gain in HR@5 {mean:+.3f} [{low:+.3f}, {high:+.3f}] here, "
-    "{mean there:+.3f} [{low there:+.3f}, {high there:+.3f}] in the reference"
+    "{set}, {system}: gain in HR@5 {mean:+.3f} [{low:+.3f}, {high:+.3f}] here, "
+    "{mean there:+.3f} [{low there:+.3f}, {high there:+.3f}] there"
 )
-VERDICT = "differs: {claim}: verdict '{verdict}' here, '{verdict there}' in the reference"
+VERDICT = "{claim}: verdict '{verdict}' here, '{verdict there}' there"
 
 
 def flat(profile: dict[str, Any]) -> dict[str, Any]:
@@ -40,8 +40,7 @@ def measured_by(manifest: dict[str, Any]) -> str:
 
 
 def compare(run: Path, figures: Path) -> list[str]:
-    """How the finished run in a folder differs from the reference in `figures`: a sentence, then a
-    line for each difference.
+    """How the finished run in a folder differs from the reference in `figures`, line by line.
 
     A gain differs where the two 95 % intervals do not overlap, a verdict where it is another one.
     Nothing is compared where either profile is too small to be judged.
@@ -50,8 +49,7 @@ def compare(run: Path, figures: Path) -> list[str]:
     try:
         manifest = json.loads((figures / "manifest.json").read_text("utf8"))
         theirs, named = manifest["profile"], measured_by(manifest)
-        small = [one["name"] for one in (own, theirs) if not one["judge"]]
-        sets = [{one["name"] for one in profile["sets"]} for profile in (own, theirs)]
+        here, there = flat(own), flat(theirs)
         gains, verdicts = (
             pd.read_csv(run / "figures" / file).merge(
                 pd.read_csv(figures / file), on=key, suffixes=("", " there")
@@ -63,23 +61,21 @@ def compare(run: Path, figures: Path) -> list[str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"{figures} holds none of this version (`make reference` puts it there): {error!r}"
         return [f"There is no reference to compare with: {why}."]
-    if small:
-        why = f"profile {small[0]} is too small to judge"
-        return [f"Not compared with the reference ({named}): {why}."]
-    if sets[0].isdisjoint(sets[1]):
-        why = f"it has other question sets ({', '.join(sorted(sets[1]))}) than this run"
+    small = [one["name"] for one in (own, theirs) if not one["judge"]]
+    if small or gains.empty:
+        why = f"profile {small[0]} is too small to judge" if small else "it has other question sets"
         return [f"Not compared with the reference ({named}): {why}."]
     told = [GAIN.format(**row) for row in gains[apart].to_dict("records")]
     told += [VERDICT.format(**row) for row in verdicts[other].to_dict("records")]
     counts = f"of {len(gains)} gains and {len(verdicts)} verdicts, {len(told) or 'none'} differ"
     summary = f"Compared with the reference ({named}): {counts} (gains by their intervals)."
-    here, there = flat(own), flat(theirs)
+    names = sorted({*here, *there} - {"name"})
     settings = [
         f"{name} {here.get(name, 'absent')} here, {there.get(name, 'absent')} there"
-        for name in sorted({*here, *there} - {"name"})
+        for name in names
         if here.get(name) != there.get(name)
     ]
-    return [summary, *told, *([f"settings differ: {'; '.join(settings)}"] if settings else [])]
+    return [summary, *told, f"Settings that differ: {'; '.join(settings) or 'none'}."]
 
 
 def publish(lab: Lab, figures: Path, readme: Path) -> None:

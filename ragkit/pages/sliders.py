@@ -32,10 +32,8 @@ def rounded(values: NDArray[Any]) -> list[Any]:
 
 
 def sample(n: int, numbers: int) -> NDArray[np.int64]:
-    """Which of n questions, each of so many numbers a reader, go to the page.
-
-    They are evenly spread over all, and so are the examples, which come first.
-    """
+    """Which of n questions, each of so many numbers a reader, go to the page: evenly spread over
+    all, and so are the examples, which come first."""
     size = min(n, QUESTIONS, max(EXAMPLES, NUMBERS // numbers))
     spread = np.linspace(0, n - 1, size).astype(np.int64)
     first = spread[np.linspace(0, size - 1, min(size, EXAMPLES)).astype(np.int64)]
@@ -58,19 +56,12 @@ def set_data(lab: Lab, name: str) -> dict[str, Any]:
         passages = [[corpus.passages[i].title, corpus.passages[i].text] for i in row]
         said = {"question": question.text, "answers": list(question.answers)}
         examples.append({**said, "passages": passages})
-    table = pd.DataFrame({"set": []})
-    if (path := lab.figures / "08_by_layer.csv").is_file():
-        table = pd.read_csv(path, dtype={"layer": str})
+    path = lab.figures / "08_by_layer.csv"
+    table = pd.read_csv(path, dtype={"layer": str}) if path.is_file() else pd.DataFrame({"set": []})
     means = table[table["set"] == name].to_json(orient="records", double_precision=5)
-    return {
-        "name": name,
-        "of": len(asked),
-        "examples": examples,
-        "gold": rounded(gold),
-        "retr": rounded(retr),
-        "readers": [{"name": w, "attention": rounded(one[chosen])} for w, one in scores.items()],
-        "indicators": json.loads(means),
-    }
+    held = {"name": name, "of": len(asked), "examples": examples, "indicators": json.loads(means)}
+    readers = [{"name": w, "attention": rounded(one[chosen])} for w, one in scores.items()]
+    return held | {"gold": rounded(gold), "retr": rounded(retr), "readers": readers}
 
 
 def data(lab: Lab) -> dict[str, Any]:
