@@ -24,8 +24,6 @@ PALETTE, MARKERS = sns.color_palette("colorblind"), ["o", "s", "^", "D"]
 WIDTH = 5.6
 LABEL_MOVES = 300  # of names of points: a count, no seconds, so that a busy machine draws the same
 KINDS = ("attention", "perplexity", "control")  # of what a retriever learns from
-LOGGED = ["loss", "answer lift", "nouns lift", "answer Spearman", "nouns Spearman"]  # by Step 1
-VERDICTS = {"working": PALETTE[0], "not working": PALETTE[3], "too early to tell": "0.55"}
 Look = dict[str, Any]  # options of matplotlib's and seaborn's functions
 RULE: Look = {"color": "0.3", "lw": 1, "ls": ":"}  # a line that says where nothing happens
 WITHIN: Look = {"y": "value", "estimator": "median", "errorbar": ("pi", 100)}  # see `bounds`
@@ -221,31 +219,3 @@ def specification(table: pd.DataFrame, choices: list[str], label: str) -> tuple[
     said = f"Specification curve of {len(ordered)} combinations of choices: {label}."
     counts = f"{above.sum()} lie clearly above zero, {under.sum()} clearly below"
     return figure, f"{said} {counts}, {len(ordered) - above.sum() - under.sum()} neither."
-
-
-def trainings(step1: pd.DataFrame, step2: pd.DataFrame, label: str) -> tuple[Figure, str]:
-    """The logs of trainings, finished or not; either may be empty. `step1` has columns set, step,
-    and those of LOGGED that were measured; `step2` set, training, epoch, gain (of `label` since the
-    start) and verdict (what the monitor says of it)."""
-    known = [name for name in LOGGED if name in step1 and step1[name].notna().any()]
-    first = step1.melt(["set", "step"], known, "name").dropna()
-    words = first["name"].str.split()
-    first = first.assign(panel="Step 1: " + words.str[-1], line=first["set"] + " " + words.str[0])
-    second = step2.rename(columns={"gain": "value", "verdict": "line"})
-    second["panel"] = "Step 2, " + second["set"] + f": {label}, from its start"
-    look: Look = {"y": "value", "hue": "line", "style": "line", "estimator": None}
-    drawn = [(*one, look | {"x": "step"}) for one in first.groupby("panel", sort=False)]
-    look |= {"x": "epoch", "units": "training", "palette": VERDICTS}
-    drawn += [(*one, look) for one in second.groupby("panel", sort=False)]
-    figure, axes = column([2.6] * len(drawn), sharex=False)
-    for axis, (name, part, own) in zip(axes, drawn, strict=True):
-        sns.lineplot(part, ax=axis, **own)
-        axis.axhline(float(name.endswith("lift")), **RULE)
-        axis.set(title=name, ylabel="")
-        axis.legend(fontsize=10, ncols=2)
-    newest = step1.groupby("set", sort=False).last().reset_index()  # the last known of each column
-    counts = step2.groupby("training")["verdict"].first().value_counts()
-    ends = ", ".join(f"{count} {word}" for word, count in counts.items()) or "none yet"
-    said = f"The logs of {len(newest)} trainings of Step 1 and {counts.sum()} of Step 2."
-    form = "{set}: " + ", ".join(f"{name} {{{name}:.2f}}" for name in known)
-    return figure, f"{told(f'{said} Last numbers of Step 1:', newest, form)} Step 2: {ends}."

@@ -59,19 +59,3 @@ def test_points_that_share_a_value_stay_apart():
     assert sorted(map(tuple, points.round(6).tolist())) == [(0.2, 0.0), (0.5, 0.1), (0.5, 0.3)]
     assert {text.get_text() for text in axis.texts} >= {"weak", "good", "5"}
     plt.close(figure)
-
-
-def test_logs_of_unfinished_trainings_are_drawn():
-    """Either log may be empty."""
-    step1 = pd.DataFrame(
-        {"set": "one", "step": [1, 2], "loss": [3.0, 2.0], "answer lift": [1, None]}
-    )
-    step2 = pd.DataFrame({"set": ["one"] * 2, "training": "a", "epoch": [0.0, 1.0]})
-    step2 = step2.assign(gain=[0.0, 0.1], verdict="working")
-    figure, alt = plots.trainings(step1, step2, "HR@5")
-    assert [axis.get_xlabel() for axis in figure.axes] == ["step", "step", "epoch"]
-    assert "one: loss 2.00, answer lift 1.00" in alt
-    assert alt.endswith("Step 2: 1 working.")
-    assert len(plots.trainings(step1, step2[:0], "HR@5")[0].axes) == 2
-    assert len(plots.trainings(step1[:0], step2, "HR@5")[0].axes) == 1
-    plt.close("all")

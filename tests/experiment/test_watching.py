@@ -1,19 +1,30 @@
-"""The early word on a training: the rule, the log, following a run."""
+"""Notebook A1's early word on a training: the rule, and the log that it reads."""
 
 import json
 import math
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
 
+import nbformat
+import numpy as np
 import pytest
+from IPython.display import Markdown
 
-from ragkit.distillation.monitor import (
-    NOT_WORKING,
-    TOO_EARLY,
-    WORKING,
-    first_verdict,
-    follow,
-    verdict,
-)
-from ragkit.errors import DistillError
+NOTEBOOK = Path(__file__).parent.parent.parent / "notebooks" / "A1_watching.ipynb"
+
+
+def said_in_the_notebook():
+    """What its cells that need no run define."""
+    names = {"json": json, "math": math, "np": np, "suppress": suppress, "Markdown": Markdown}
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        if cell.id == "log-read" or (cell.id.startswith("rule") and cell.cell_type == "code"):
+            exec(compile(cell.source, cell.id, "exec"), names)
+    return SimpleNamespace(**names)
+
+
+A1 = said_in_the_notebook()
+WORKING, NOT_WORKING, TOO_EARLY = A1.WORKING, A1.NOT_WORKING, A1.TOO_EARLY
 
 
 def looks(hr, losses):
@@ -60,15 +71,15 @@ def kept(*lifts):
     ],
 )
 def test_verdicts(rows, probes, word, taken, reason):
-    assert verdict(rows, probes)[0] == word
-    assert reason in verdict(rows, probes)[1]
-    assert first_verdict(rows, probes) == (word, taken)
+    assert A1.verdict(rows, probes)[0] == word
+    assert reason in A1.verdict(rows, probes)[1]
+    assert A1.first_verdict(rows, probes) == (word, taken)
 
 
 def test_what_hr_says_outweighs_the_teachers_attention():
     rows = looks([0.5, 0.6, 0.7], [0.6, 0.5])
-    assert first_verdict(rows, lifts(0.5, 0.5)) == (NOT_WORKING, 0)
-    assert verdict(rows, lifts(0.5, 0.5))[0] == WORKING
+    assert A1.first_verdict(rows, lifts(0.5, 0.5)) == (NOT_WORKING, 0)
+    assert A1.verdict(rows, lifts(0.5, 0.5))[0] == WORKING
 
 
 def training(run, key, rows, finished=True):
@@ -78,21 +89,15 @@ def training(run, key, rows, finished=True):
 
 
 def test_following_a_run_while_it_goes_on(tmp_path):
-    keys = {"a1": "Step 1", "b1": "Step 2", "c1": "not begun"}
-    with pytest.raises(DistillError, match="make reproduce"):
-        follow(tmp_path, keys)
+    assert A1.follow(tmp_path, "a1") == []
     training(tmp_path, "a1", [{"step": 0}], finished=False)
-    table = follow(tmp_path, keys)
-    assert table[["training", "state", "step"]].values.tolist() == [["a1", "unfinished", 0]]
-    assert table["hr"].isna().all()
+    assert A1.follow(tmp_path, "a1") == [{"training": "a1", "state": "unfinished", "step": 0}]
     rows = looks([0.5, 0.6, 0.7], [0.6, 0.5])
     training(tmp_path, "b1", rows)
-    training(tmp_path, "b0", rows)  # not asked for
-    (tmp_path / "stages/step2/c1").mkdir()  # without a log
-    table = follow(tmp_path, keys)
-    states = table.groupby("training")["state"].first().to_dict()
-    assert states == {"a1": "unfinished", "b1": "finished"}
-    followed = table[table["training"] == "b1"].to_dict("records")
+    followed = A1.follow(tmp_path, "b1")
+    assert {row["state"] for row in followed} == {"finished"}
     for count in range(1, 4):
-        assert verdict(followed[:count]) == verdict(rows[:count])
-        assert first_verdict(followed[:count], lifts(0.5, 0.5)) == (NOT_WORKING, 0)
+        assert A1.verdict(followed[:count], []) == A1.verdict(rows[:count], [])
+        assert A1.first_verdict(followed[:count], lifts(0.5, 0.5)) == (NOT_WORKING, 0)
+    (tmp_path / "stages/step2/c1").mkdir()  # without a log
+    assert A1.follow(tmp_path, "c1") == []
