@@ -133,7 +133,7 @@ def verify(stem: str, notebook: NotebookNode, folder: Path) -> list[str]:
     kernel = kernel_of_here(folder / "partial" / "jupyter", "ragkit-course", {})
     client = NotebookClient(
         new_notebook(), kernel_name=kernel, timeout=None, allow_errors=True,
-        resources={"metadata": {"path": str(folder)}}, extra_arguments=["--log-level=ERROR"],
+        resources={"metadata": {"path": str(folder)}},
     )  # fmt: skip
     client.log.setLevel(logging.WARNING)  # it tells of every kernel it starts
 
