@@ -3,7 +3,7 @@
 import ast
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
+from safetensors.numpy import load_file
 
 from ragkit.data.files import file_hash, read_jsonl
 from ragkit.data.passages import Passage, Passages
@@ -37,6 +38,9 @@ class Question:
     relation: str = ""  # the kind of question in the embedded worlds, and its wording
     wording: int = -1
     entity: str = ""
+
+
+Pair = tuple[Question, list[Passage]]
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,38 @@ class Corpus:
     def golds(self, asked: Sequence[Question], ranking: NDArray[np.int64]) -> list[tuple[int, ...]]:
         """`gold` of each question and its row of the ranking `[questions, k]`."""
         return [self.gold(q, row) for q, row in zip(asked, ranking.tolist(), strict=True)]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Questions and their candidates: places of passages `[questions, k]`."""
+
+    corpus: Corpus
+    questions: list[Question]
+    candidates: NDArray[np.int64]
+
+    @classmethod
+    def open(
+        cls, inputs: Mapping[str, Path], part: str, most: int | None = None, k: int | None = None
+    ) -> "Asked":
+        """At most so many questions of a part, with k candidates each, from their stages: those of
+        `candidates`, or of the `ranking`, which may be a stage of candidates or of Step 2."""
+        corpus = Corpus.load("", inputs["passages"], inputs["questions"])
+        questions = corpus.questions[part][:most]
+        folder = inputs["ranking"] if "ranking" in inputs else inputs["candidates"]
+        file = next(folder.glob("ranking.safetensors"), folder / "candidates.safetensors")
+        found = load_file(file)[part]
+        return cls(corpus, questions, found[: len(questions), :k])
+
+    @property
+    def passages(self) -> list[list[Passage]]:
+        """The candidates as passages, best first, for each question."""
+        return [[self.corpus.passages[place] for place in row] for row in self.candidates]
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Each question with its candidates as passages."""
+        return list(zip(self.questions, self.passages, strict=True))
 
 
 def hits(found: Places, golds: Places, k: int) -> NDArray[np.float64]:

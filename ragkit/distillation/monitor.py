@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ragkit.errors import DistillError
+from ragkit.errors import StoreError
 
 AGREE, GAIN, CLEAR, ENOUGH_ROWS = 2, 0.01, 0.05, 10
 AVERAGE, LIFTS = 1.0, ("answer lift", "nouns lift")  # the average token's lift; those of a reader
@@ -102,7 +102,7 @@ def follow(run_folder: Path, keys: Iterable[str]) -> pd.DataFrame:
     """The logs of the trainings with these keys, row by row, in COLUMNS.
 
     `training` is the key; `state` is 'unfinished' while it goes on, or was killed and will be gone
-    on with. Raises DistillError if there is no log.
+    on with. Raises StoreError if there is no log.
     """
     rows: list[Row] = []
     for key in keys:  # a training that ends meanwhile moves from the first place to the second
@@ -112,5 +112,5 @@ def follow(run_folder: Path, keys: Iterable[str]) -> pd.DataFrame:
         rows += [about | row for row in ended or going]
     if not rows:
         told = "Start a run (make reproduce), and look again when Step 1 has begun."
-        raise DistillError(f"No training has written a log in {run_folder} yet. {told}")
+        raise StoreError(f"No training has written a log in {run_folder} yet. {told}")
     return pd.DataFrame(rows).reindex(columns=COLUMNS)

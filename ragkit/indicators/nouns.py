@@ -41,7 +41,7 @@ def load_nouns(model: str) -> Language:
     raise NounsError(
         f"The spaCy pipeline {model!r} {why} Install one (python -m spacy download en_core_web_sm, "
         "which needs the network) or save one to a folder with spaCy's to_disk, and name it under "
-        "nouns.model in the profile (judge: --nouns)."
+        "nouns in the profile (judge: --nouns)."
     )
 
 

@@ -13,7 +13,7 @@ from ragkit.distillation.monitor import (
     follow,
     verdict,
 )
-from ragkit.errors import DistillError
+from ragkit.errors import StoreError
 
 
 def looks(hr, losses):
@@ -79,7 +79,7 @@ def training(run, key, rows, finished=True):
 
 def test_following_a_run_while_it_goes_on(tmp_path):
     keys = {"a1": "Step 1", "b1": "Step 2", "c1": "not begun"}
-    with pytest.raises(DistillError, match="make reproduce"):
+    with pytest.raises(StoreError, match="make reproduce"):
         follow(tmp_path, keys)
     training(tmp_path, "a1", [{"step": 0}], finished=False)
     table = follow(tmp_path, keys)

@@ -31,7 +31,7 @@ from ragkit.data import questions as corpus
 from ragkit.data.passages import Passage, read_tsv
 from ragkit.data.questions import Question
 from ragkit.data.vocabulary import build_tokenizer
-from ragkit.errors import DataError, JudgeError
+from ragkit.errors import DataError
 from ragkit.indicators import closeness, measures
 from ragkit.pages import judge as judging
 from ragkit.pages import judge_page
@@ -315,7 +315,7 @@ def test_prompts_that_do_not_fit(nouns, tmp_path):
     assert len(judged.asked) == 2
     assert judged.counts["too long"] == 1
     assert judged.counts["cut"] >= 1
-    with pytest.raises(JudgeError, match=r"none of the questions: 1 too long \(.* has 60"):
+    with pytest.raises(DataError, match=r"none of the questions: 1 too long \(.* has 60"):
         judge(short, [endless], nouns)
 
 
