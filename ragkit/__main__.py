@@ -29,12 +29,11 @@ def copy_for_lab(runs: Path) -> Path:
     folder = runs / "lab"
     folder.mkdir(parents=True, exist_ok=True)
     for source in sorted(NOTEBOOKS.glob("*.ipynb")):
-        copy = folder / source.name
-        if copy.exists():
+        if (copy := folder / source.name).exists():
             log.info("kept     %s (remove it to get a fresh copy)", copy)
-            continue
-        text = source.read_text("utf8").replace('RUNS = \\"../runs\\"', 'RUNS = \\"..\\"')
-        copy.write_text(text, "utf8")
+        else:
+            text = source.read_text("utf8")
+            copy.write_text(text.replace('RUNS = \\"../runs\\"', 'RUNS = \\"..\\"'), "utf8")
     return folder
 
 

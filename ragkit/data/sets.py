@@ -24,7 +24,6 @@ from ragkit.settings import FileSet, HubSet, HubTable, QuestionSet, WorldSet
 log = logging.getLogger(__name__)
 GOLD_KEYS = ("gold_id", "gold_passage_id", "psg_id")  # of a question's gold passage in files
 ID_KEYS = ("id", "docid", "psg_id", "passage_id")
-Parts = dict[str, list[Question]]
 Row = tuple[str, str, dict[str, Any]]  # of a table of the hub: its part, its name, its values
 
 
@@ -173,10 +172,10 @@ def hub_rows(settings: HubSet, columns: Sequence[str]) -> tuple[list[Row], Count
     return rows, left_out
 
 
-def from_hub(settings: HubSet) -> tuple[list[Passage], Parts, Counter[str]]:
+def from_hub(settings: HubSet) -> tuple[list[Passage], dict[str, list[Question]], Counter[str]]:
     """The passages of all pools, each once; the questions; how many were left out and why. A column
     named `gold` holds the passages that state an answer, be it one of the pools or not."""
-    table, parts = settings.questions, Parts()
+    table, parts = settings.questions, dict[str, list[Question]]()
     gold = ["gold"] if settings.pools and "gold" in table.columns else []
     by_own = {table.columns.get(name, name): name for name in [*settings.pools, *gold]}
     pools = list(by_own.values())

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ragkit.data.questions import passage_settings, question_settings
-from ragkit.data.worlds import relations, spec
+from ragkit.data.worlds import SPEC, relations
 from ragkit.distillation.targets import TARGETS, UNTAUGHT, teacher_of
 from ragkit.experiment.provenance import finder_state, model_files
 from ragkit.experiment.store import KINDS, Stage
@@ -45,7 +45,7 @@ class Of:
 def passage_count(settings: QuestionSet) -> int:
     """How many passages a set has, or about how many, before it is read."""
     if isinstance(settings, WorldSet):
-        kinds = [*spec()["worlds"][settings.world]["entities"]] * settings.entities
+        kinds = [*SPEC["worlds"][settings.world]["entities"]] * settings.entities
         facts = [kind for kind, _ in relations(settings.world)]  # the kinds take turns
         return settings.wordings_per_fact * sum(map(facts.count, kinds[: settings.entities]))
     if isinstance(settings.passages, str):

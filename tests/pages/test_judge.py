@@ -27,9 +27,9 @@ from transformers import (
 
 from ragkit import __main__
 from ragkit.attention.record import record
-from ragkit.data import questions as corpus
 from ragkit.data.passages import Passage, read_tsv
 from ragkit.data.questions import Question
+from ragkit.data.sets import read_questions
 from ragkit.data.vocabulary import build_tokenizer
 from ragkit.errors import DataError
 from ragkit.indicators import closeness, measures
@@ -483,7 +483,7 @@ def test_a_trained_llama_on_real_text(nouns, tmp_path):
     with gzip.open(data / "nq/nq-open-gold.jsonl.gz", "rt", encoding="utf8") as file:
         first = "".join(line for line, _ in zip(file, range(41), strict=False))
     (tmp_path / "nq.jsonl").write_text(first, "utf8")
-    questions = corpus.read_questions(tmp_path / "nq.jsonl", passages)
+    questions = read_questions(tmp_path / "nq.jsonl", passages)
     gold = [passages[q.gold[0]] for q in questions]
     gold = [{"title": one.title, "text": one.text} for one in gold]
     rows = [
