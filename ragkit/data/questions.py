@@ -158,19 +158,15 @@ def drawn(
 
 
 def passage_settings(settings: QuestionSet) -> dict[str, Any]:
-    """What determines a set's passages, as JSON values: sets that agree in it share their stage."""
+    """What determines a set's passages, as JSON values: its own settings and the files that are
+    read. Sets that agree in it share their stage."""
     kept, source = {"source", "world", "seed", "entities", "wordings_per_fact"}, None
     if not isinstance(settings, WorldSet):
         kept, source = {"source", "passages", "passage_split"}, settings.passages
     if isinstance(settings, HubSet) and settings.pools:  # passages of the questions that are drawn
         kept, source = set(HubSet.model_fields) - {"name"}, settings.questions
-    return settings.model_dump(mode="json", include=kept) | {"contents": contents(source)}
-
-
-def question_settings(settings: QuestionSet) -> dict[str, Any]:
-    """What determines a set's questions beside its passages, as JSON values."""
-    source = None if isinstance(settings, WorldSet) else settings.questions
-    return settings.model_dump(mode="json") | {"contents": contents(source)}
+    chosen = settings.model_dump(mode="json", include=kept)
+    return {"set": chosen, "contents": contents(source)}
 
 
 def contents(source: HubTable | str | None) -> dict[str, str]:

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ragkit.data.questions import passage_settings, question_settings
+from ragkit.data.questions import contents, passage_settings
 from ragkit.data.worlds import SPEC, relations
 from ragkit.distillation.targets import TARGETS, UNTAUGHT, teacher_of
 from ragkit.experiment.provenance import finder_state, model_files
@@ -149,9 +149,9 @@ class Graph:
         known |= {"questions": number, "answered": number}
         match kind:
             case "passages":
-                known["set"] = passage_settings(one)
+                known |= passage_settings(one)
             case "questions":
-                known["set"] = question_settings(one)
+                known["contents"] = contents(getattr(one, "questions", None))
             case "retriever":
                 model = self.profile.retriever.model
                 known["weights"] = {} if self.trains_retriever else model_files(model)
