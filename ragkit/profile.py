@@ -45,10 +45,9 @@ class Profile(Section):
     def choices_can_be_taken(self) -> "Profile":
         if unknown := [name for name in self.variations if name not in VARIATIONS]:
             raise ValueError(f"no variation {unknown[0]!r}; there are {', '.join(VARIATIONS)}")
-        parts, epochs = self.index_refreshes, self.distill.epochs
-        if parts >= epochs:
-            why = f"index_refreshes: {parts} parts Step 2 into more pieces than distill.epochs"
-            raise ValueError(f"{why} ({epochs})")
+        if (parts := self.index_refreshes) >= self.distill.epochs:
+            why = "parts Step 2 into more pieces than distill.epochs"
+            raise ValueError(f"index_refreshes: {parts} {why}")
         return self
 
 

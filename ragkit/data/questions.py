@@ -89,8 +89,7 @@ class Asked:
         questions = corpus.questions[part][:most]
         folder = inputs["ranking"] if "ranking" in inputs else inputs["candidates"]
         file = next(folder.glob("ranking.safetensors"), folder / "candidates.safetensors")
-        found = load_file(file)[part]
-        return cls(corpus, questions, found[: len(questions), :k])
+        return cls(corpus, questions, load_file(file)[part][: len(questions), :k])
 
     @property
     def passages(self) -> list[list[Passage]]:

@@ -9,7 +9,8 @@ import random
 import re
 import zlib
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -113,20 +114,17 @@ class NameMaker:
 
 @dataclass(frozen=True)
 class Entity:
-    """An invented thing: its facts map a relation to the answer's aliases, the full one first."""
+    """An invented thing: `told` has the wordings of its relations, `facts` the aliases of each
+    relation's answer, the full one first; details call it `short`."""
 
-    world: str
-    kind: str
     name: str
-    facts: dict[str, tuple[str, ...]] = field(hash=False)
-
-    def told(self, relation: str) -> dict[str, Any]:
-        """The wordings of one of its relations."""
-        return SPEC["worlds"][self.world]["entities"][self.kind]["relations"][relation]
+    short: str
+    told: Mapping[str, Any]
+    facts: Mapping[str, tuple[str, ...]]
 
     def is_closed(self, relation: str) -> bool:
         """Whether the answers come from a list of words, not from the names."""
-        return isinstance(self.told(relation)["answer"], list)
+        return isinstance(self.told[relation]["answer"], list)
 
 
 def make_entities(
@@ -139,17 +137,19 @@ def make_entities(
     values = NameMaker(rng, reserved, 4 * n, sharing)  # answers come from wider pools of their own
     made = []
     for i, own in enumerate(kinds):
+        told, shorts = (whole["entities"][own][key] for key in ("relations", "shorts"))
         for name in names.draw_many(own, len(range(i, n, len(kinds)))):
             facts = {}
-            for relation, rel in whole["entities"][own]["relations"].items():
+            for relation, rel in told.items():
                 facts[relation] = values.answer(rel["answer"], name, whole["style"] == "long")
-            made.append(Entity(world, own, name, facts))
+            short = shorts[0].replace("{last}", name.split()[-1])
+            made.append(Entity(name, short, told, facts))
     return made
 
 
 def state(entity: Entity, relation: str, wording: int, alias: int = 0) -> tuple[str, str, str]:
     """The fact in one of its wordings: what stands before the answer, the answer, the rest."""
-    text = entity.told(relation)["statements"][wording]
+    text = entity.told[relation]["statements"][wording]
     before, _, after = text.replace("{e}", entity.name).partition("{a}")
     answer = entity.facts[relation][alias % len(entity.facts[relation])]
     return before, answer if before else answer[0].upper() + answer[1:], after
@@ -157,12 +157,10 @@ def state(entity: Entity, relation: str, wording: int, alias: int = 0) -> tuple[
 
 def detail(entity: Entity, relation: str, rng: random.Random) -> list[str]:
     """The relation's sentences that do not give its answer, in random order, numbers filled in."""
-    short = SPEC["worlds"][entity.world]["entities"][entity.kind]["shorts"][0]
-    short = short.replace("{last}", entity.name.split()[-1])
-    sentences, filled = entity.told(relation)["details"], []
+    sentences, filled = entity.told[relation]["details"], []
     for text in rng.sample(sentences, len(sentences)):
         year, number = str(rng.choice(YEARS)), str(rng.choice(NUMBERS))
-        text = text.replace("{s}", short).replace("{year}", year).replace("{n}", number)
+        text = text.replace("{s}", entity.short).replace("{year}", year).replace("{n}", number)
         filled.append(text[0].upper() + text[1:])
     return filled
 
@@ -181,19 +179,19 @@ def write_passage(
 def ask(entity: Entity, relation: str, wording: int, rng: random.Random) -> str:
     """The question for a fact in one of its wordings. Long ones draw two clues from the entity's
     other facts, in the alias that its passages rarely use: a clue describes, it does not quote."""
-    text = entity.told(relation)["questions"][wording].replace("{e}", entity.name)
+    text = entity.told[relation]["questions"][wording].replace("{e}", entity.name)
     if "{c1}" not in text:
         return text.lower()
     closed = [other for other in entity.facts if other != relation and entity.is_closed(other)]
     for slot, other in zip(("{c1}", "{c2}"), rng.sample(closed, 2), strict=True):
-        clue = entity.told(other)["clue"].replace("{a}", entity.facts[other][1])
+        clue = entity.told[other]["clue"].replace("{a}", entity.facts[other][1])
         text = text.replace(slot, clue.replace("{e}", entity.name))
     return text[0].upper() + text[1:]
 
 
 def left_open(entity: Entity, relation: str, rng: random.Random) -> str:
     """A sentence of prose that carries one of a question's wordings and leaves it open."""
-    frame, wordings = rng.choice(SPEC["prose"]["open"]), entity.told(relation)["questions"]
+    frame, wordings = rng.choice(SPEC["prose"]["open"]), entity.told[relation]["questions"]
     sentence = frame.replace("{q}", ask(entity, relation, rng.randrange(len(wordings)), rng))
     return sentence if sentence.endswith(("?", ".")) else sentence + "."
 
@@ -222,7 +220,7 @@ def build_world(settings: WorldSet, reserved: bool = True) -> Corpus:
     told = []
     for entity in entities:
         for relation in entity.facts:
-            wordings = range(len(entity.told(relation)["statements"]))
+            wordings = range(len(entity.told[relation]["statements"]))
             for wording in rng.sample(wordings, settings.wordings_per_fact):
                 text = write_passage(entity, relation, wording, rng)
                 told.append((entity.name, relation, text))
@@ -245,7 +243,7 @@ def _questions(
     asked = []
     for entity in entities:
         for relation, answers in entity.facts.items():
-            for wording in range(len(entity.told(relation)["questions"]) - is_training):
+            for wording in range(len(entity.told[relation]["questions"]) - is_training):
                 own = f"{name}-{entity.name}-{relation}-{wording}".replace(" ", "_")
                 text, places = ask(entity, relation, wording, rng), gold[entity.name, relation]
                 about = (state(entity, relation, 0)[0].rstrip(), relation, wording, entity.name)

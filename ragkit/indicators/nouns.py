@@ -79,8 +79,7 @@ def tagged_text(world: str, seed: int) -> list[Labelled]:
     rng = random.Random(f"tagged {world} {seed}")
     texts, passages = [], []
     for entity in worlds.make_entities(world, TAGGED_ENTITIES, rng, reserved=False, sharing=1.0):
-        for relation in entity.facts:
-            rel = worlds.relations(world)[entity.kind, relation]
+        for relation, rel in entity.told.items():
             texts.append(worlds.ask(entity, relation, rng.randrange(len(rel["questions"])), rng))
             wording = rng.randrange(len(rel["statements"]))
             passages.append(worlds.write_passage(entity, relation, wording, rng))

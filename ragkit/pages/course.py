@@ -131,10 +131,10 @@ def verify(stem: str, notebook: NotebookNode, folder: Path) -> list[str]:
     """The `faults` of a solved notebook, tried in one kernel, in `folder`."""
     found: list[str] = []
     kernel = kernel_of_here(folder / "partial" / "jupyter", "ragkit-course", {})
+    here = {"metadata": {"path": str(folder)}}
     client = NotebookClient(
-        new_notebook(), kernel_name=kernel, timeout=None, allow_errors=True,
-        resources={"metadata": {"path": str(folder)}}, extra_arguments=["--log-level=ERROR"],
-    )  # fmt: skip
+        new_notebook(), kernel_name=kernel, timeout=None, allow_errors=True, resources=here
+    )
     client.log.setLevel(logging.WARNING)  # it tells of every kernel it starts
 
     def run(code: str) -> str:
