@@ -104,8 +104,7 @@ class Asked:
 
 def hits(found: Places, golds: Places, k: int) -> NDArray[np.float64]:
     """1.0 for each question with a gold passage among its first k `[questions]` (HR@k)."""
-    rows = zip(found, golds, strict=True)
-    return np.array([float(bool(set(gold) & set(row[:k]))) for row, gold in rows])
+    return (reciprocal_ranks(found, golds) >= 1 / k).astype(float)
 
 
 def reciprocal_ranks(found: Places, golds: Places) -> NDArray[np.float64]:

@@ -174,11 +174,12 @@ def from_hub(settings: HubSet) -> tuple[list[Passage], dict[str, list[Question]]
     named `gold` holds the passages that state an answer, be it one of the pools or not."""
     table, parts = settings.questions, dict[str, list[Question]]()
     gold = ["gold"] if settings.pools and "gold" in table.columns else []
-    rows, left_out = hub_rows(settings, ["question", "answer", *settings.pools, *gold])
+    pools = [*settings.pools, *gold]
+    rows, left_out = hub_rows(settings, ["question", "answer", *pools])
     passages: dict[str, tuple[int, Passage]] = {}  # by id: its place, and itself
     for part, name, row in rows:
         where, golds = f"{table.dataset}, row {name}", set[int]()
-        for column in [one for one in row if one not in ("question", "answer")]:
+        for column in [one for one in row if one in pools]:  # a table's own column once
             found = with_text(row[column] or [], f"{where}, {column}: a passage of the pool")
             places = {passages.setdefault(one.id, (len(passages), one))[0] for one in found}
             golds |= places if column == "gold" else set()
