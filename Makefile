@@ -19,7 +19,7 @@ else
 RAGKIT := $(RUN) -m torch.distributed.run --nproc_per_node $(PROCESSES) -m ragkit
 endif
 
-.PHONY: help plan reproduce lab test slow report reference course lint bench pretrain tidy clean doctor
+.PHONY: help plan reproduce lab test slow report reference course lint bench pretrain tidy clean
 help:            ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -64,9 +64,6 @@ course: $(READY)     ## student and solution notebooks and a lesson plan, tried 
 
 tidy: $(READY)       ## remove what the run of PROFILE does not need any more
 	$(RUN) -m ragkit tidy --profile '$(PROFILE)'
-
-doctor: $(READY)     ## can this machine run it?
-	$(RUN) -m ragkit doctor
 
 pretrain: $(READY)   ## train the embedded reader again (hours); a killed run goes on
 	mkdir -p runs

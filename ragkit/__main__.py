@@ -2,12 +2,8 @@
 
 import argparse
 import logging
-import platform
-import shutil
 import sys
 from pathlib import Path
-
-import psutil
 
 from ragkit.errors import RagkitError
 from ragkit.experiment import plan, run
@@ -28,40 +24,22 @@ COMMANDS = {
 log = logging.getLogger("ragkit")
 
 
-def doctor() -> None:
-    """Says whether this machine can run the companion."""
-    memory, disk = psutil.virtual_memory().total / 2**30, shutil.disk_usage(".").free / 2**30
-    cores = psutil.cpu_count() or 1
-    checks = {
-        f"Python {platform.python_version()}": sys.version_info >= (3, 11),
-        f"{cores} cores": cores >= 2,
-        f"{memory:.0f} GiB of memory": memory >= 4,
-        f"{disk:.0f} GiB of free disk": disk >= 3,
-    }
-    for what, fine in checks.items():
-        sys.stdout.write(f"{'ok ' if fine else 'BAD'}  {what}\n")
-    if not all(checks.values()):
-        raise RagkitError("Lines marked BAD say what is not as it should be.")
-
-
 def copy_for_lab(runs: Path) -> Path:
     """Working copies of the notebooks, one folder nearer to the runs; copies there are kept."""
     folder = runs / "lab"
     folder.mkdir(parents=True, exist_ok=True)
     for source in sorted(NOTEBOOKS.glob("*.ipynb")):
-        copy = folder / source.name
-        if copy.exists():
+        if (copy := folder / source.name).exists():
             log.info("kept     %s (remove it to get a fresh copy)", copy)
-            continue
-        text = source.read_text("utf8").replace('RUNS = \\"../runs\\"', 'RUNS = \\"..\\"')
-        copy.write_text(text, "utf8")
+        else:
+            text = source.read_text("utf8")
+            copy.write_text(text.replace('RUNS = \\"../runs\\"', 'RUNS = \\"..\\"'), "utf8")
     return folder
 
 
 def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ragkit", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("doctor", help="can this machine run it?")
     for name, what in COMMANDS.items():
         command = commands.add_parser(name, help=what)
         command.add_argument("--profile", default="tiny", help="a shipped profile or a YAML file")
@@ -77,21 +55,17 @@ def command_line() -> argparse.ArgumentParser:
     return parser
 
 
-def write_report(lab: Lab) -> None:
-    """Writes the report, and says where the run differs from the reference."""
-    index, compared = report.write(lab, FIGURES)
-    log.info("%s", "\n".join([f"report: {index}", *compared]))
-
-
 def do(given: argparse.Namespace) -> None:
     """Runs one command."""
-    if given.command == "doctor":
-        return doctor()
     if given.command == "judge":
         from ragkit.pages import judge_page  # it loads torch, which no other command needs at once
 
         return judge_page.write(given.reader, given.questions, given.nouns, given.space, given.out)
     lab = Lab(changed_profile(given.profile, given.changes), given.runs)
+    is_needed = given.command in ("report", "reference", "course")
+    if is_needed and not (lab.folder / "manifest.json").is_file():
+        first = f"python -m ragkit reproduce --profile {lab.profile.name} --runs {lab.runs}"
+        raise RagkitError(f"There is no finished run in {lab.folder}. First: {first}")
     match given.command:
         case "lab":
             sys.stdout.write(f"{copy_for_lab(given.runs)}\n")
@@ -99,18 +73,14 @@ def do(given: argparse.Namespace) -> None:
             sys.stdout.writelines(f"{line}\n" for line in plan.lines(lab))
         case "tidy":
             log.info("%d old stages removed", run.tidy(lab, NOTEBOOKS))
-        case "reproduce":
-            if run.reproduce(lab, NOTEBOOKS):
-                write_report(lab)
-        case _ if not (lab.folder / "manifest.json").is_file():
-            first = f"python -m ragkit reproduce --profile {lab.profile.name} --runs {lab.runs}"
-            raise RagkitError(f"There is no finished run in {lab.folder}. First: {first}")
-        case "report":
-            write_report(lab)
         case "reference":
             reference.publish(lab, FIGURES, README)
         case "course":
             log.info("course: %s", course.write(NOTEBOOKS, lab.folder, given.profile))
+        case "report" | "reproduce":
+            if given.command == "report" or run.reproduce(lab, NOTEBOOKS):
+                index, compared = report.write(lab, FIGURES)
+                log.info("%s", "\n".join([f"report: {index}", *compared]))
 
 
 def main() -> int:

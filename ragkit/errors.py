@@ -10,7 +10,7 @@ class ProfileError(RagkitError):
 
 
 class DataError(RagkitError):
-    """Data that cannot be used; the message names file and line, or table and column."""
+    """Data, or what is read from it, that cannot be used; the message names the place."""
 
 
 class RetrieverError(RagkitError):
@@ -21,29 +21,13 @@ class ReaderError(RagkitError):
     """A reader that cannot be loaded, fed or trained."""
 
 
-class DistillError(RagkitError):
-    """A target, a training step or its log that cannot be used."""
-
-
-class IndicatorError(RagkitError):
-    """Indicators that cannot be computed from this input."""
-
-
 class NounsError(RagkitError):
     """No spaCy pipeline finds the nouns of a set's questions; the message says how to get one."""
 
 
 class StoreError(RagkitError):
-    """A run folder that cannot be used."""
+    """A run folder, or a file to write, that cannot be used."""
 
 
 class NotebookError(RagkitError):
-    """A notebook that cannot be run, or that failed."""
-
-
-class JudgeError(RagkitError):
-    """A reader that cannot be judged on these questions; the message says why."""
-
-
-class CourseError(RagkitError):
-    """An exercise that is not written as it should be, or does not hold what it promises."""
+    """A notebook that cannot be run or that failed, or an exercise that is not as it should be."""

@@ -18,42 +18,36 @@ CHOICES = yaml.safe_load(asset("variations.yaml").read_text("utf8"))
 VARIATIONS: dict[str, dict[str, Any]] = CHOICES["taken"] | CHOICES["others"]
 
 
-class ChoiceSettings(Section):
-    """Which of VARIATIONS notebook 08 runs Step 2 again for, under the first of `distill.seeds`."""
-
-    variations: tuple[str, ...] = Field(default=tuple(CHOICES["taken"]), strict=False)
-
-
 class Profile(Section):
     """Everything a run depends on."""
 
     name: Name
     judge: bool = True
     seed: int = 0
+    device: settings.Device = "cpu"  # torchrun says how many processes share the work
     threads: Count = 1  # a process: results depend on them, not on the machine's cores
     step1_seeds: Seeds = (0,)  # claims are judged on each; notebooks show the first
     k: Annotated[int, Field(ge=2, le=20)] = 5  # passages a reader gets; 20 candidates are kept
     sets: settings.Sets
-    machine: settings.MachineSettings = settings.MachineSettings()
     retriever: settings.RetrieverSettings = settings.RetrieverSettings()
     index: settings.IndexSettings = settings.IndexSettings()
     reader: settings.ReaderSettings = settings.ReaderSettings()
     attention: settings.AttentionSettings = settings.AttentionSettings()
     distill: settings.DistillSettings = settings.DistillSettings()
     index_refreshes: Annotated[int, Field(ge=0)] = 0  # within Step 2: new candidates, a new look
-    nouns: settings.NounSettings = settings.NounSettings()
+    nouns: settings.Place = "embedded"  # what finds them: or a folder or package of spaCy
     indicators: settings.IndicatorSettings = settings.IndicatorSettings()
-    choices: ChoiceSettings = ChoiceSettings()
+    # Those of VARIATIONS that notebook 08 runs Step 2 again for, under the first of its seeds.
+    variations: tuple[str, ...] = Field(default=tuple(CHOICES["taken"]), strict=False)
     evaluate: settings.EvaluateSettings = settings.EvaluateSettings()
 
     @model_validator(mode="after")
     def choices_can_be_taken(self) -> "Profile":
-        if unknown := [name for name in self.choices.variations if name not in VARIATIONS]:
+        if unknown := [name for name in self.variations if name not in VARIATIONS]:
             raise ValueError(f"no variation {unknown[0]!r}; there are {', '.join(VARIATIONS)}")
-        parts, epochs = self.index_refreshes, self.distill.epochs
-        if parts >= epochs:
-            why = f"index_refreshes: {parts} parts Step 2 into more pieces than distill.epochs"
-            raise ValueError(f"{why} ({epochs})")
+        if (parts := self.index_refreshes) >= self.distill.epochs:
+            why = "parts Step 2 into more pieces than distill.epochs"
+            raise ValueError(f"index_refreshes: {parts} {why}")
         return self
 
 

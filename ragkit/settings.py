@@ -26,9 +26,11 @@ def different(values: tuple[Any, ...]) -> tuple[Any, ...]:
 def placed(name: str, info: ValidationInfo) -> str:
     """A path from the profile's folder, which is the context of its validation, made absolute; a
     model or table that is no folder there is a name of the hub."""
-    path = (info.context or Path()) / name
-    is_name = info.field_name in ("model", "dataset") and (name == "embedded" or not path.is_dir())
-    return name if is_name or not info.context else str(path)
+    if (folder := info.context) is None:
+        return name
+    is_name = name == "embedded" or not (folder / name).is_dir()
+    can_be = info.field_name in ("model", "dataset", "nouns")
+    return name if is_name and can_be else str(folder / name)
 
 
 Count = Annotated[int, Field(ge=1)]
@@ -38,6 +40,7 @@ Within = Annotated[float, Field(gt=0, lt=1)]  # a share that is neither nothing 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]  # it becomes a folder's name
 Place = Annotated[str, Field(min_length=1), AfterValidator(placed)]
 Seeds = Annotated[tuple[int, ...], Field(min_length=1, strict=False), AfterValidator(different)]
+Device = Literal["cpu", "cuda"]
 Precision = Literal["float32", "bfloat16", "float16"]
 Rows = Literal["last_prompt", "predicting", "consuming"]
 Pooling = Literal["sum", "mean"]
@@ -198,21 +201,9 @@ class IndicatorSettings(Section):
     space: Literal["input", "own", "retriever", "contextual"] = "input"
 
 
-class NounSettings(Section):
-    """What finds nouns: `embedded` (for the embedded worlds), or a folder or package of spaCy."""
-
-    model: Place = "embedded"
-
-
 class EvaluateSettings(Section):
     """How much of the test part is used."""
 
     answered: Count = 250
     bm25: bool = True  # it needs all passages in memory
     bootstrap: Count = 2000
-
-
-class MachineSettings(Section):
-    """What the run computes on; torchrun says how many processes share it."""
-
-    device: Literal["cpu", "cuda"] = "cpu"

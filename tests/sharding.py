@@ -23,7 +23,7 @@ from ragkit.models.fid import open_reader
 from ragkit.models.index import make_candidates, make_index, make_vectors
 from ragkit.models.retriever import make_retriever
 from ragkit.models.step1 import make_step1
-from ragkit.settings import MachineSettings, ReaderSettings, WorldSet
+from ragkit.settings import ReaderSettings, WorldSet
 
 SIZES = {"entities": 40, "distill": 45, "dev": 20, "test": 20}
 ONE = WorldSet(source="world", name="a", world="almanac", seed=5, **SIZES)
@@ -53,7 +53,7 @@ MAKERS = {
 
 
 def main(out: Path) -> None:
-    device.start(MachineSettings(), 1)
+    device.start("cpu", 1)
     inputs = dict.fromkeys(("passages", "questions"), out)
     if device.is_main():
         corpus = build_world(ONE)

@@ -39,7 +39,7 @@ def test_shipped_profiles_load(name):
         ("indicators: {share: 1.0}\n", ["indicators.share", "less than 1"]),
         ("index: {kind: ivfpq}\n", ["index.kind: unknown key"]),
         ("index: {factry: Flat}\n", ["index.factry", "'factory'"]),
-        ("choices: {variations: [reverse kl]}\n", ["no variation 'reverse kl'", "reverse KL"]),
+        ("variations: [reverse kl]\n", ["no variation 'reverse kl'", "reverse KL"]),
         ("index_refreshes: 2\n", ["index_refreshes: 2 parts Step 2 into more pieces"]),
     ],
 )
@@ -85,13 +85,13 @@ def test_relative_paths_start_from_the_profiles_folder(tmp_path, monkeypatch):
         "name: mine\nsets: [{source: files, name: a, passages: p.tsv, questions: /abs/q.jsonl}]\n"
     )
     (tmp_path / "data" / "mine.yaml").write_text(
-        sets + "retriever: {model: bert}\nreader: {model: tiiuae/falcon-rw-1b}\n"
+        sets + "retriever: {model: bert}\nnouns: bert\nreader: {model: tiiuae/falcon-rw-1b}\n"
     )
     monkeypatch.chdir(tmp_path)
     profile = load_profile("data/mine.yaml")
     (files,) = profile.sets
     assert (files.passages, files.questions) == (str(tmp_path / "data" / "p.tsv"), "/abs/q.jsonl")
-    assert profile.retriever.model == str(tmp_path / "data" / "bert")
+    assert profile.retriever.model == profile.nouns == str(tmp_path / "data" / "bert")
     assert profile.reader.model == "tiiuae/falcon-rw-1b"
 
 

@@ -80,13 +80,11 @@ def write_passages(path: Path, passages: Iterable[Passage]) -> Passages:
 
 
 def read_tsv(path: Path) -> Iterator[Passage]:
-    """Passages of a DPR-format TSV (`id`, `text`, `title`, with that header), plain or gzipped.
-
-    Those of no text are left out, and the log says how many. DataError names file and line.
-    """
+    """Passages of a DPR-format TSV (`id`, `text`, `title`, with that header), plain or gzipped; the
+    log says how many of no text were left out. DataError names file and line."""
     is_csv, number, empty = has_csv_quotes(path), 1, list[int]()
+    style: Any = csv.QUOTE_MINIMAL if is_csv else csv.QUOTE_NONE
     with open_text(path) as file:
-        style: Any = csv.QUOTE_MINIMAL if is_csv else csv.QUOTE_NONE
         rows = csv.reader(file, delimiter="\t", quoting=style, strict=True)
         try:
             if (header := next(rows, [])) != ["id", "text", "title"]:
@@ -107,8 +105,8 @@ def read_tsv(path: Path) -> Iterator[Passage]:
             told = f"{error} (the file's quotes are {kind}). Mend the row."
             raise DataError(f"{path}, line {number}: {told}") from None
     if empty:
-        said = "%s: %d passages without text were left out (the first at line %d)."
-        log.warning(said, path, len(empty), empty[0])
+        left_out = f"{len(empty)} passages without text were left out"
+        log.warning("%s: %s (the first at line %d).", path, left_out, empty[0])
 
 
 def line_quotes(line: str) -> bool | None:

@@ -3,7 +3,7 @@
 import ast
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
+from safetensors.numpy import load_file
 
 from ragkit.data.files import file_hash, read_jsonl
 from ragkit.data.passages import Passage, Passages
@@ -37,6 +38,9 @@ class Question:
     relation: str = ""  # the kind of question in the embedded worlds, and its wording
     wording: int = -1
     entity: str = ""
+
+
+Pair = tuple[Question, list[Passage]]
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,40 @@ class Corpus:
         return [self.gold(q, row) for q, row in zip(asked, ranking.tolist(), strict=True)]
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Questions and their candidates: places of passages `[questions, k]`."""
+
+    corpus: Corpus
+    questions: list[Question]
+    candidates: NDArray[np.int64]
+
+    @classmethod
+    def open(
+        cls, inputs: Mapping[str, Path], part: str, most: int | None = None, k: int | None = None
+    ) -> "Asked":
+        """At most so many questions of a part, with k candidates each, from their stages: those of
+        `candidates`, or of the `ranking`, which may be a stage of candidates or of Step 2."""
+        corpus = Corpus.load("", inputs["passages"], inputs["questions"])
+        questions = corpus.questions[part][:most]
+        folder = inputs["ranking"] if "ranking" in inputs else inputs["candidates"]
+        file = next(folder.glob("ranking.safetensors"), folder / "candidates.safetensors")
+        return cls(corpus, questions, load_file(file)[part][: len(questions), :k])
+
+    @property
+    def passages(self) -> list[list[Passage]]:
+        """The candidates as passages, best first, for each question."""
+        return [[self.corpus.passages[place] for place in row] for row in self.candidates]
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Each question with its candidates as passages."""
+        return list(zip(self.questions, self.passages, strict=True))
+
+
 def hits(found: Places, golds: Places, k: int) -> NDArray[np.float64]:
     """1.0 for each question with a gold passage among its first k `[questions]` (HR@k)."""
-    rows = zip(found, golds, strict=True)
-    return np.array([float(bool(set(gold) & set(row[:k]))) for row, gold in rows])
+    return (reciprocal_ranks(found, golds) >= 1 / k).astype(float)
 
 
 def reciprocal_ranks(found: Places, golds: Places) -> NDArray[np.float64]:
@@ -122,19 +156,15 @@ def drawn(
 
 
 def passage_settings(settings: QuestionSet) -> dict[str, Any]:
-    """What determines a set's passages, as JSON values: sets that agree in it share their stage."""
+    """What determines a set's passages, as JSON values: its own settings and the files that are
+    read. Sets that agree in it share their stage."""
     kept, source = {"source", "world", "seed", "entities", "wordings_per_fact"}, None
     if not isinstance(settings, WorldSet):
         kept, source = {"source", "passages", "passage_split"}, settings.passages
     if isinstance(settings, HubSet) and settings.pools:  # passages of the questions that are drawn
         kept, source = set(HubSet.model_fields) - {"name"}, settings.questions
-    return settings.model_dump(mode="json", include=kept) | {"contents": contents(source)}
-
-
-def question_settings(settings: QuestionSet) -> dict[str, Any]:
-    """What determines a set's questions beside its passages, as JSON values."""
-    source = None if isinstance(settings, WorldSet) else settings.questions
-    return settings.model_dump(mode="json") | {"contents": contents(source)}
+    chosen = settings.model_dump(mode="json", include=kept)
+    return {"set": chosen, "contents": contents(source)}
 
 
 def contents(source: HubTable | str | None) -> dict[str, str]:

@@ -24,13 +24,12 @@ from ragkit.settings import FileSet, HubSet, HubTable, QuestionSet, WorldSet
 log = logging.getLogger(__name__)
 GOLD_KEYS = ("gold_id", "gold_passage_id", "psg_id")  # of a question's gold passage in files
 ID_KEYS = ("id", "docid", "psg_id", "passage_id")
-Parts = dict[str, list[Question]]
 Row = tuple[str, str, dict[str, Any]]  # of a table of the hub: its part, its name, its values
 
 
 def make_passages(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """Writes the passages of a set; `settings["set"]` is its `passage_settings`."""
-    chosen = {key: value for key, value in settings["set"].items() if key != "contents"}
+    """Writes the passages of a set, by its `passage_settings`."""
+    chosen = settings["set"]
     passages: Iterable[Passage]
     if chosen["source"] == "world":
         world = WorldSet(name="any", **chosen)
@@ -45,10 +44,8 @@ def make_passages(folder: Path, inputs: Mapping[str, Path], settings: Mapping[st
 
 
 def make_questions(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """Writes the questions of a set, by part; the log says how many were left out and why.
-    `settings["set"]` is its `question_settings`."""
-    chosen = {key: value for key, value in settings["set"].items() if key != "contents"}
-    one: QuestionSet = TypeAdapter(QuestionSet).validate_python(chosen)
+    """Writes the questions of a set, by part; the log says how many were left out and why."""
+    one: QuestionSet = TypeAdapter(QuestionSet).validate_python(settings["set"])
     left_out: Counter[str] = Counter()
     if isinstance(one, WorldSet):
         parts = build_world(one).questions
@@ -153,7 +150,6 @@ def hub_rows(settings: HubSet, columns: Sequence[str]) -> tuple[list[Row], Count
     """The rows drawn, and how many were left out: no question stands in two parts. Of one asked
     twice the first row counts; one in both splits is kept for `test`."""
     heldout, rows, left_out = settings.heldout, list[Row](), Counter[str]()
-    split = {"distill": settings.train, "dev": settings.train, "test": heldout}
     tables = {name: load(settings.questions, name, columns) for name in (settings.train, heldout)}
     asked = {}
     for name, table in tables.items():
@@ -166,25 +162,24 @@ def hub_rows(settings: HubSet, columns: Sequence[str]) -> tuple[list[Row], Count
             shared = kept.isin(asked[heldout])
             left_out["in another split"] += int(shared.sum())
             kept = kept[~shared]
-        own = [part for part in PARTS if split[part] == name]
+        own = [p for p in PARTS if name == (heldout if p == "test" else settings.train)]
         for part, places in drawn(kept.index.tolist(), settings, own, rng).items():
             pairs = zip(places, table.select(places), strict=True)
             rows += [(part, f"{name}:{place}", row) for place, row in pairs]
     return rows, left_out
 
 
-def from_hub(settings: HubSet) -> tuple[list[Passage], Parts, Counter[str]]:
+def from_hub(settings: HubSet) -> tuple[list[Passage], dict[str, list[Question]], Counter[str]]:
     """The passages of all pools, each once; the questions; how many were left out and why. A column
     named `gold` holds the passages that state an answer, be it one of the pools or not."""
-    table, parts = settings.questions, Parts()
+    table, parts = settings.questions, dict[str, list[Question]]()
     gold = ["gold"] if settings.pools and "gold" in table.columns else []
-    by_own = {table.columns.get(name, name): name for name in [*settings.pools, *gold]}
-    pools = list(by_own.values())
+    pools = [*settings.pools, *gold]
     rows, left_out = hub_rows(settings, ["question", "answer", *pools])
     passages: dict[str, tuple[int, Passage]] = {}  # by id: its place, and itself
     for part, name, row in rows:
         where, golds = f"{table.dataset}, row {name}", set[int]()
-        for column in pools:
+        for column in [one for one in row if one in pools]:  # a table's own column once
             found = with_text(row[column] or [], f"{where}, {column}: a passage of the pool")
             places = {passages.setdefault(one.id, (len(passages), one))[0] for one in found}
             golds |= places if column == "gold" else set()

@@ -10,23 +10,18 @@ from typing import Any
 
 import yaml
 
-from ragkit.data.worlds import name_words, relations, spec
+from ragkit.data.worlds import SPEC, name_words, relations
 from ragkit.errors import DataError
 from ragkit.settings import asset
 
+LABELS: dict[str, Any] = yaml.safe_load(asset("parts_of_speech.yaml").read_text("utf8"))
 NOUN_TAGS = ("NOUN", "PROPN")
 Tagged = tuple[int, int, str]  # where a word starts and ends, and its part of speech
 
 
-@cache
-def labels() -> dict[str, Any]:
-    """The parsed `assets/parts_of_speech.yaml`."""
-    return yaml.safe_load(asset("parts_of_speech.yaml").read_text("utf8"))
-
-
 def closed_answers() -> dict[str, list[str]]:
     """The words of each closed list of answers, by relation."""
-    told = {name: rel for world in spec()["worlds"] for (_, name), rel in relations(world).items()}
+    told = {name: rel for world in SPEC["worlds"] for (_, name), rel in relations(world).items()}
     lists = {name: rel["answer"] for name, rel in told.items() if isinstance(rel["answer"], list)}
     return {name: "|".join(words).split("|") for name, words in lists.items()}
 
@@ -35,7 +30,7 @@ def closed_answers() -> dict[str, list[str]]:
 def lexicon() -> dict[tuple[str, ...], tuple[str, ...]]:
     """All runs of one to three words of the worlds with their tags, lower-case but for novels."""
     found: dict[tuple[str, ...], tuple[str, ...]] = {}
-    for kind, pieces in spec()["names"].items():
+    for kind, pieces in SPEC["names"].items():
         if kind == "novel":  # ordinary words: only capitals tell a title from a crooked bridge
             for pair in itertools.product(pieces["adjectives"], pieces["nouns"]):
                 found["The", *(word.title() for word in pair)] = ("DET", "PROPN", "PROPN")
@@ -45,11 +40,11 @@ def lexicon() -> dict[tuple[str, ...], tuple[str, ...]]:
             found |= {(before, word): ("PROPN", "PROPN") for before in pieces.get("before", [])}
             found |= {(word, after): ("PROPN", "PROPN") for after in pieces.get("after", [])}
     for relation, words in closed_answers().items():
-        found |= {(word,): (labels()["answers"][relation],) for word in words}
-    for tag, words in labels()["words"].items():
+        found |= {(word,): (LABELS["answers"][relation],) for word in words}
+    for tag, words in LABELS["words"].items():
         found |= {(word,): (tag,) for word in words}
     slots = {f"{{{relation}}}": words for relation, words in closed_answers().items()}
-    for phrase, tags in labels()["phrases"].items():
+    for phrase, tags in LABELS["phrases"].items():
         choices = [slots.get(word, [word]) for word in phrase.split()]
         found |= dict.fromkeys(itertools.product(*choices), tuple(tags.split()))
     return found

@@ -5,7 +5,7 @@ import string
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from ragkit.data.worlds import plain_words, spec
+from ragkit.data.worlds import SPEC, plain_words
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -19,7 +19,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     for letter in string.ascii_lowercase + string.digits:
         tokens += [letter, "##" + letter]
     tokens += sorted(plain_words())
-    for kind in spec()["names"].values():
+    for kind in SPEC["names"].values():
         tokens += kind.get("starts", []) + ["##" + end for end in kind.get("ends", [])]
     tokens += [str(n) for n in range(10, 60)] + [f"##{n:02d}" for n in range(100)]
     vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}

@@ -9,7 +9,8 @@ import random
 import re
 import zlib
 from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -20,32 +21,26 @@ from ragkit.data.questions import PARTS, Corpus, Question, drawn
 from ragkit.errors import DataError
 from ragkit.settings import WorldSet, asset
 
+SPEC: dict[str, Any] = yaml.safe_load(asset("worlds.yaml").read_text("utf8"))
 YEARS, NUMBERS = range(1710, 1960), range(2, 60)
 
 
-@cache
-def spec() -> dict[str, Any]:
-    """The parsed `assets/worlds.yaml`."""
-    return yaml.safe_load(asset("worlds.yaml").read_text("utf8"))
-
-
-@cache
 def relations(world: str) -> dict[tuple[str, str], dict[str, Any]]:
     """All relations of a world, keyed by (entity kind, relation name)."""
-    kinds = spec()["worlds"][world]["entities"]
+    kinds = SPEC["worlds"][world]["entities"]
     return {(kind, name): rel for kind in kinds for name, rel in kinds[kind]["relations"].items()}
 
 
 @cache
 def plain_words() -> frozenset[str]:
     """Every lower-case word of wordings, closed answer lists and the fixed parts of names."""
-    texts = ["the question answer", *(text for kind in spec()["prose"].values() for text in kind)]
-    for world, told in spec()["worlds"].items():
+    texts = ["the question answer", *(text for kind in SPEC["prose"].values() for text in kind)]
+    for world, told in SPEC["worlds"].items():
         texts += [short for entity in told["entities"].values() for short in entity["shorts"]]
         for rel in relations(world).values():
             texts += [*rel["statements"], *rel["details"], *rel["questions"], rel.get("clue", "")]
             texts += rel["answer"] if isinstance(rel["answer"], list) else []
-    for pieces in spec()["names"].values():
+    for pieces in SPEC["names"].values():
         for fixed in ("after", "before", "adjectives", "nouns"):
             texts += pieces.get(fixed, [])
     return frozenset(re.findall(r"[a-z]+", re.sub(r"\{\w+\}", " ", " ".join(texts)).lower()))
@@ -60,7 +55,7 @@ def is_reserved(word: str) -> bool:
 def name_words(kind: str, reserved: bool) -> tuple[str, ...]:
     """The words of one kind of name, a three-letter start joined to an ending; none that begins
     with a longer ordinary word: a longest-match tokenizer would cut it there."""
-    pieces = spec()["names"][kind]
+    pieces = SPEC["names"][kind]
     words = [start + end for start in pieces["starts"] for end in pieces["ends"]]
     words = [w for w in words if not any(w[:n] in plain_words() for n in range(4, len(w) + 1))]
     return tuple(w for w in words if is_reserved(w) == reserved)
@@ -86,7 +81,7 @@ class NameMaker:
             return str(self.rng.choice(YEARS))
         if kind == "person":
             return f"{self.word('first')} {self.word('last')}".title()
-        pieces = spec()["names"][kind]
+        pieces = SPEC["names"][kind]
         while kind == "novel":
             pair = f"{self.rng.choice(pieces['adjectives'])} {self.rng.choice(pieces['nouns'])}"
             if is_reserved(pair) == self.reserved:
@@ -119,49 +114,42 @@ class NameMaker:
 
 @dataclass(frozen=True)
 class Entity:
-    """An invented thing: its facts map a relation to the answer's aliases, the full one first."""
+    """An invented thing: `told` has the wordings of its relations, `facts` the aliases of each
+    relation's answer, the full one first; details call it `short`."""
 
-    world: str
-    kind: str
     name: str
-    facts: dict[str, tuple[str, ...]] = field(hash=False)
-
-    @property
-    def short(self) -> str:
-        """What details call it."""
-        short = spec()["worlds"][self.world]["entities"][self.kind]["shorts"][0]
-        return short.replace("{last}", self.name.split()[-1])
-
-    def told(self, relation: str) -> dict[str, Any]:
-        """The wordings of one of its relations."""
-        return relations(self.world)[self.kind, relation]
+    short: str
+    told: Mapping[str, Any]
+    facts: Mapping[str, tuple[str, ...]]
 
     def is_closed(self, relation: str) -> bool:
         """Whether the answers come from a list of words, not from the names."""
-        return isinstance(self.told(relation)["answer"], list)
+        return isinstance(self.told[relation]["answer"], list)
 
 
 def make_entities(
     world: str, n: int, rng: random.Random, reserved: bool, sharing: float = 3.0, kind: str = ""
 ) -> list[Entity]:
     """`n` entities with all their facts, spread evenly over the world's kinds or of one `kind`."""
-    whole = spec()["worlds"][world]
+    whole = SPEC["worlds"][world]
     kinds = [kind] if kind else list(whole["entities"])
     names = NameMaker(rng, reserved, n, sharing)
     values = NameMaker(rng, reserved, 4 * n, sharing)  # answers come from wider pools of their own
     made = []
     for i, own in enumerate(kinds):
+        told, shorts = (whole["entities"][own][key] for key in ("relations", "shorts"))
         for name in names.draw_many(own, len(range(i, n, len(kinds)))):
             facts = {}
-            for relation, rel in whole["entities"][own]["relations"].items():
+            for relation, rel in told.items():
                 facts[relation] = values.answer(rel["answer"], name, whole["style"] == "long")
-            made.append(Entity(world, own, name, facts))
+            short = shorts[0].replace("{last}", name.split()[-1])
+            made.append(Entity(name, short, told, facts))
     return made
 
 
 def state(entity: Entity, relation: str, wording: int, alias: int = 0) -> tuple[str, str, str]:
     """The fact in one of its wordings: what stands before the answer, the answer, the rest."""
-    text = entity.told(relation)["statements"][wording]
+    text = entity.told[relation]["statements"][wording]
     before, _, after = text.replace("{e}", entity.name).partition("{a}")
     answer = entity.facts[relation][alias % len(entity.facts[relation])]
     return before, answer if before else answer[0].upper() + answer[1:], after
@@ -169,7 +157,7 @@ def state(entity: Entity, relation: str, wording: int, alias: int = 0) -> tuple[
 
 def detail(entity: Entity, relation: str, rng: random.Random) -> list[str]:
     """The relation's sentences that do not give its answer, in random order, numbers filled in."""
-    sentences, filled = entity.told(relation)["details"], []
+    sentences, filled = entity.told[relation]["details"], []
     for text in rng.sample(sentences, len(sentences)):
         year, number = str(rng.choice(YEARS)), str(rng.choice(NUMBERS))
         text = text.replace("{s}", entity.short).replace("{year}", year).replace("{n}", number)
@@ -191,19 +179,19 @@ def write_passage(
 def ask(entity: Entity, relation: str, wording: int, rng: random.Random) -> str:
     """The question for a fact in one of its wordings. Long ones draw two clues from the entity's
     other facts, in the alias that its passages rarely use: a clue describes, it does not quote."""
-    text = entity.told(relation)["questions"][wording].replace("{e}", entity.name)
+    text = entity.told[relation]["questions"][wording].replace("{e}", entity.name)
     if "{c1}" not in text:
         return text.lower()
     closed = [other for other in entity.facts if other != relation and entity.is_closed(other)]
     for slot, other in zip(("{c1}", "{c2}"), rng.sample(closed, 2), strict=True):
-        clue = entity.told(other)["clue"].replace("{a}", entity.facts[other][1])
+        clue = entity.told[other]["clue"].replace("{a}", entity.facts[other][1])
         text = text.replace(slot, clue.replace("{e}", entity.name))
     return text[0].upper() + text[1:]
 
 
 def left_open(entity: Entity, relation: str, rng: random.Random) -> str:
     """A sentence of prose that carries one of a question's wordings and leaves it open."""
-    frame, wordings = rng.choice(spec()["prose"]["open"]), entity.told(relation)["questions"]
+    frame, wordings = rng.choice(SPEC["prose"]["open"]), entity.told[relation]["questions"]
     sentence = frame.replace("{q}", ask(entity, relation, rng.randrange(len(wordings)), rng))
     return sentence if sentence.endswith(("?", ".")) else sentence + "."
 
@@ -217,7 +205,7 @@ def open_prose(world: str, n: int, rng: random.Random) -> list[str]:
         entity = rng.choice(entities)
         relation = rng.choice(list(entity.facts))
         pieces.append(left_open(entity, relation, rng))
-        if rng.random() < spec()["worlds"][world]["topical_prose"]:
+        if rng.random() < SPEC["worlds"][world]["topical_prose"]:
             pieces[-1] += " " + detail(entity, relation, rng)[0]
     return pieces
 
@@ -232,7 +220,7 @@ def build_world(settings: WorldSet, reserved: bool = True) -> Corpus:
     told = []
     for entity in entities:
         for relation in entity.facts:
-            wordings = range(len(entity.told(relation)["statements"]))
+            wordings = range(len(entity.told[relation]["statements"]))
             for wording in rng.sample(wordings, settings.wordings_per_fact):
                 text = write_passage(entity, relation, wording, rng)
                 told.append((entity.name, relation, text))
@@ -255,7 +243,7 @@ def _questions(
     asked = []
     for entity in entities:
         for relation, answers in entity.facts.items():
-            for wording in range(len(entity.told(relation)["questions"]) - is_training):
+            for wording in range(len(entity.told[relation]["questions"]) - is_training):
                 own = f"{name}-{entity.name}-{relation}-{wording}".replace(" ", "_")
                 text, places = ask(entity, relation, wording, rng), gold[entity.name, relation]
                 about = (state(entity, relation, 0)[0].rstrip(), relation, wording, entity.name)

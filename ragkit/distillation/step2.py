@@ -14,12 +14,11 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ragkit.data.asked import Asked
 from ragkit.data.files import write_arrays, write_json, write_whole
 from ragkit.data.passages import passage_text
-from ragkit.data.questions import hits
+from ragkit.data.questions import Asked, hits
 from ragkit.distillation.targets import Scores, scores_of, target_of
-from ragkit.errors import DistillError
+from ragkit.errors import RetrieverError
 from ragkit.models import device
 from ragkit.models.index import DEPTH, Index
 from ragkit.models.retriever import Retriever
@@ -109,7 +108,7 @@ def train(lesson: Lesson, settings: DistillSettings, seed: int, folder: Path) ->
     Returns the rows of METRICS in `folder`, one for the start and each LOOKS-th of an epoch: mean
     `loss` since the row before (NaN at the start), `hr` on dev, `rate`, `seconds` since the start.
     CHECKPOINT in `folder` lets a killed run go on with the same steps; the caller removes it.
-    Raises DistillError if the loss is not a number.
+    Raises RetrieverError if the loss is not a number.
     """
     retriever = lesson.retriever
     accelerator = device.accelerator(retriever.settings.dtype)
@@ -142,7 +141,7 @@ def train(lesson: Lesson, settings: DistillSettings, seed: int, folder: Path) ->
             losses.append(device.mean_over_processes(float(loss.detach())))
             if not math.isfinite(losses[-1]):
                 at = f"Step 2: the loss is not a number before epoch {look / LOOKS:g}"
-                raise DistillError(f"{at}. Lower distill.rate.")
+                raise RetrieverError(f"{at}. Lower distill.rate.")
         retriever.eval()
         row = {"epoch": look / LOOKS, "loss": float(np.mean(losses)) if losses else math.nan}
         seconds = round(time.monotonic() - began, 2)

@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 from scipy import special
 from scipy.optimize import brentq
 
-from ragkit.data.asked import Asked
+from ragkit.data.questions import Asked
 from ragkit.data.text import holds_answer
-from ragkit.errors import DistillError
+from ragkit.errors import DataError
 from ragkit.settings import POOLINGS, ROWS, AttentionSettings
 
 Floats = NDArray[np.float64]
@@ -58,10 +58,10 @@ def temperature_for(scores: Floats, share: float) -> float:
     """The temperature at which the softmax of standardised scores has the wanted mean entropy.
 
     `share` is that entropy as a share of log k, below 1. Where so many questions have equal scores
-    that no temperature meets it: the sharpest. Raises DistillError if a score is not a number.
+    that no temperature meets it: the sharpest. Raises DataError if a score is not a number.
     """
     if not np.isfinite(scores).all():
-        raise DistillError("A target's scores are not all numbers: look at the reader behind them.")
+        raise DataError("A target's scores are not all numbers: look at the reader behind them.")
 
     def gap(log_t: float) -> float:
         return entropy(softmax(scores, math.exp(log_t))) - share
@@ -118,7 +118,7 @@ def scores_of(
         return np.array([[float(holds_answer(p.text, q.answers)) for p in row] for row, q in pairs])
     _, signal = teacher_of(target) or ("", "")
     if look is None or not signal:
-        raise DistillError(f"There is no target {target!r}, or its reader's scores are missing.")
+        raise DataError(f"There is no target {target!r}, or its reader's scores are missing.")
     if signal == "LOOP":
         return look["loop"].astype(np.float64)
     return attention_scores(look, attention) if signal == "attention" else likelihood(look)

@@ -47,7 +47,7 @@ class Analysis:
 
     def closeness(self, which: str, goal: Goal, space: str) -> tuple[Floats, NDArray[np.bool_]]:
         """Closeness of a reader's tokens to the goal `[tokens]` in one of `measures.SPACES` or
-        CONTROLS, and which are the goal's own. NounsError, IndicatorError where there is none."""
+        CONTROLS, and which are the goal's own. NounsError, DataError where there is none."""
         if goal == "nouns":
             self.lab.noun_spans(self.set_name, "test")  # says why, where there are none
         folder = self.lab.open("closeness", self.set_name, which)

@@ -11,8 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ragkit.data.questions import passage_settings, question_settings
-from ragkit.data.worlds import relations, spec
+from ragkit.data.questions import contents, passage_settings
+from ragkit.data.worlds import SPEC, relations
 from ragkit.distillation.targets import TARGETS, UNTAUGHT, teacher_of
 from ragkit.experiment.provenance import finder_state, model_files
 from ragkit.experiment.store import KINDS, Stage
@@ -45,7 +45,7 @@ class Of:
 def passage_count(settings: QuestionSet) -> int:
     """How many passages a set has, or about how many, before it is read."""
     if isinstance(settings, WorldSet):
-        kinds = [*spec()["worlds"][settings.world]["entities"]] * settings.entities
+        kinds = [*SPEC["worlds"][settings.world]["entities"]] * settings.entities
         facts = [kind for kind, _ in relations(settings.world)]  # the kinds take turns
         return settings.wordings_per_fact * sum(map(facts.count, kinds[: settings.entities]))
     if isinstance(settings.passages, str):
@@ -67,9 +67,9 @@ class Graph:
         self.trains_retriever = profile.retriever.model == "embedded"
         untaught = () if self.has_clozes else UNTAUGHT[1:]  # which are asked by clozes
         self.targets = {t: what for t, what in TARGETS.items() if not t.startswith(untaught)}
-        nouns, share = profile.nouns.model, profile.indicators.share
-        self.common = profile.model_dump(mode="json") | {"nouns": nouns, "share": share}
-        self.common |= {"state": finder_state(nouns), "weights": model_files(profile.reader.model)}
+        weights, share = model_files(profile.reader.model), profile.indicators.share
+        self.common = profile.model_dump(mode="json") | {"weights": weights, "share": share}
+        self.common |= {"state": finder_state(profile.nouns)}
         self.common |= {"clozes": self.has_clozes, "shuffle_seed": profile.seed}
         for name in ("stage", "varied", "again"):
             setattr(self, name, cache(getattr(self, name)))  # each is made once
@@ -91,7 +91,7 @@ class Graph:
     def has_nouns(self, set_name: str) -> bool:
         """Whether a noun finder is at hand for a set; the embedded one knows worlds only."""
         in_world = isinstance(self.sets[set_name], WorldSet)
-        return in_world if self.profile.nouns.model == "embedded" else bool(self.common["state"])
+        return in_world if self.profile.nouns == "embedded" else bool(self.common["state"])
 
     def stage(self, kind: str, of: Of) -> Stage:
         """The stage of a kind; asking for it makes nothing."""
@@ -102,7 +102,7 @@ class Graph:
             what = f"{what} after {of.start.name.split('/')[2].removesuffix(self.note)}".strip()
         name = "/".join(filter(None, (kind, of.set_name, what))) + self.note
         maker, settings = f"ragkit.{KINDS[kind]['module']}:make_{kind}", self.settings(kind, of)
-        machine = {"machine": self.common["machine"], "threads": self.profile.threads}
+        machine = {"device": self.profile.device, "threads": self.profile.threads}
         units = {KINDS[kind]["unit"]: self.units(kind, of)}
         return Stage(kind, name, maker, settings, self.inputs(kind, of), machine, units)
 
@@ -149,9 +149,9 @@ class Graph:
         known |= {"questions": number, "answered": number}
         match kind:
             case "passages":
-                known["set"] = passage_settings(one)
+                known |= passage_settings(one)
             case "questions":
-                known["set"] = question_settings(one)
+                known["contents"] = contents(getattr(one, "questions", None))
             case "retriever":
                 model = self.profile.retriever.model
                 known["weights"] = {} if self.trains_retriever else model_files(model)

@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from ragkit.data.asked import Asked
 from ragkit.data.passages import Passage
-from ragkit.data.questions import Corpus, Question
+from ragkit.data.questions import Asked, Corpus, Question
 from ragkit.distillation import targets
 from ragkit.errors import NounsError, ProfileError
 from ragkit.experiment.graph import Graph, Of
@@ -125,9 +124,9 @@ class Lab:
         which says why, where no noun finder is at hand for this set."""
         if not self.graph.has_nouns(set_name):
             raise NounsError(
-                f"No noun finder for the questions of {set_name}: {self.profile.nouns.model!r} is "
+                f"No noun finder for the questions of {set_name}: {self.profile.nouns!r} is "
                 "not here, or knows the embedded worlds only. Get one (python -m spacy download "
-                "en_core_web_sm) and name it, or a pipeline's folder, under nouns.model."
+                "en_core_web_sm) and name it, or a pipeline's folder, under nouns."
             )
         spans = read_json(self.open("nouns", set_name) / "spans.json")[part]
         return [[(start, end) for start, end in question] for question in spans]

@@ -13,14 +13,14 @@ def reader(lab: Lab, set_name: str, which: str) -> Reader:
     """One of `lab.readers()`, as the stages open it that look through it."""
     stage = lab.graph.stage("teacher", Of(set_name, which))
     inputs = {role: lab.open_stage(one) for role, one in stage.inputs.items()}
-    device.start(lab.profile.machine, lab.profile.threads)
+    device.start(lab.profile.device, lab.profile.threads)
     return open_reader(inputs, stage.settings)
 
 
 def retriever(lab: Lab, set_name: str) -> Retriever:
     """The initial retriever."""
     folder = lab.open("retriever", set_name) / "model"
-    device.start(lab.profile.machine, lab.profile.threads)
+    device.start(lab.profile.device, lab.profile.threads)
     return Retriever.load(str(folder), lab.profile.retriever)
 
 

@@ -122,7 +122,7 @@ def make(lab: Lab) -> tuple[pd.DataFrame, str]:
 
         one, how = torch.randn(1024, 1024), "by arithmetic on this processor"
         a_second = 20 * 2 * 1024**3 / timeit(lambda: one @ one, number=20)
-        if profile.machine.device == "cuda":
+        if profile.device == "cuda":
             how = f"by arithmetic on one GPU ({GPU})"
             a_second = SHARE_OF_PEAK * 1e12 * HUB["gpus"][GPU]["tflops"]
         return table.assign(seconds=table["operations"] / a_second), how
@@ -192,7 +192,7 @@ def lines(lab: Lab) -> Iterator[str]:
     if not table.empty:
         kind, memory = table.sort_values("memory")[["kind", "memory"]].iloc[-1]
         room = {"here": psutil.virtual_memory().total / workers_of(lab)}
-        if lab.profile.machine.device == "cuda":
+        if lab.profile.device == "cuda":
             room = {f"on {name}": card["gb"] * 1e9 for name, card in HUB["gpus"].items()}
         small = [place for place, size in room.items() if memory > 0.92 * size]
         knob = KINDS[kind].get("knob", "reader.at_once")

@@ -63,7 +63,7 @@ def make_one(folder: Path, stage: Stage) -> str:
 
 def workers_of(lab: Lab) -> int:
     """Stages made at the same time: as many processes as cores, one on a GPU."""
-    if store.SHARED or lab.profile.machine.device != "cpu":
+    if store.SHARED or lab.profile.device != "cpu":
         return 1
     return max(1, (os.cpu_count() or 1) // lab.profile.threads)
 
@@ -137,7 +137,7 @@ def reproduce(lab: Lab, sources: Path) -> dict[str, Any]:
         make_all(lab, lab.stages)
         kept = Notebooks(lab, sources)
         works = [partial(kept.run, source) for source in kept.sources]
-        stoppable(works, 2 if lab.profile.machine.device == "cpu" else 1)
+        stoppable(works, 2 if lab.profile.device == "cpu" else 1)
         kept.publish()
         stages, trimmed = dict[str, Any](), dict[str, Any]()
         for one in lab.stages:

@@ -42,7 +42,7 @@ def of_set(graph: Graph, name: str) -> Iterator[Stage]:
         yield graph.stage("answers", Of(name, which, system, seed))
     if isinstance(graph.sets[name], WorldSet) and profile.distill.side == "query":
         yield graph.varied(CEILING).step2(name, "oracle", seeds[0])
-    for variation, which in product(profile.choices.variations, READERS):
+    for variation, which in product(profile.variations, READERS):
         yield graph.varied(variation).step2(name, f"{which} attention", seeds[0])
     for seed in profile.step1_seeds[1:]:
         yield from of_further_run(graph.again(seed), name)

@@ -27,7 +27,7 @@ import yaml
 from ragkit.data.files import file_hash, room_on_disk, write_whole
 from ragkit.errors import StoreError
 from ragkit.experiment.provenance import closure, peak_memory, provenance, versions
-from ragkit.settings import FREE, MachineSettings, asset
+from ragkit.settings import FREE, asset
 
 log = logging.getLogger(__name__)
 KINDS: dict[str, dict[str, str]] = yaml.safe_load(asset("kinds.yaml").read_text("utf8"))
@@ -68,7 +68,7 @@ class Stage:
             "inputs": {role: [one.name, one.key] for role, one in self.inputs.items()},
             "code": closure(f"import {self.maker.partition(':')[0]}"),
             "versions": versions(),
-            "machine": without_free(self.machine),
+            "machine": dict(self.machine),
         }
 
     @cached_property
@@ -195,8 +195,7 @@ class Store:
         peak_memory()  # counts from here on
         with room_on_disk(self.folder, f"stage {stage.name}"), room_in_memory(stage):
             if stage.machine and not module.startswith("ragkit.data"):  # that needs no torch
-                machine = MachineSettings(**stage.machine["machine"])
-                import_module("ragkit.models.device").start(machine, stage.machine["threads"])
+                import_module("ragkit.models.device").start(**stage.machine)
             inputs = {role: self.open(one) for role, one in stage.inputs.items()}
             getattr(import_module(module), function)(partial, inputs, stage.settings)
             if MAIN:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from ragkit.distillation.targets import over_layers
-from ragkit.errors import IndicatorError
+from ragkit.errors import DataError
 from ragkit.settings import ROWS, AttentionSettings
 
 Floats = NDArray[np.float64]
@@ -64,12 +64,12 @@ class Tokens:
 
 def load_closeness(folder: Path, goal: str, space: str) -> tuple[Floats, Bools]:
     """Closeness to a goal (`answer`, `nouns`) in a space or control `[tokens]`, as `make_closeness`
-    wrote it, and which tokens are the goal's own. Raises IndicatorError where there is none."""
+    wrote it, and which tokens are the goal's own. Raises DataError where there is none."""
     arrays = load_file(folder / "closeness.safetensors")
     if f"{goal}/{space}" not in arrays:
         what = f"No closeness to the {goal} in the space {space!r}"
         why = "nouns need a noun finder, contextual a decoder with the off-the-shelf one's tokens"
-        raise IndicatorError(f"{what}: {why}. Choose another indicators.space.")
+        raise DataError(f"{what}: {why}. Choose another indicators.space.")
     return arrays[f"{goal}/{space}"], arrays[f"{goal}/exact"].astype(bool)
 
 

@@ -41,7 +41,7 @@ def load_nouns(model: str) -> Language:
     raise NounsError(
         f"The spaCy pipeline {model!r} {why} Install one (python -m spacy download en_core_web_sm, "
         "which needs the network) or save one to a folder with spaCy's to_disk, and name it under "
-        "nouns.model in the profile (judge: --nouns)."
+        "nouns in the profile (judge: --nouns)."
     )
 
 
@@ -79,8 +79,7 @@ def tagged_text(world: str, seed: int) -> list[Labelled]:
     rng = random.Random(f"tagged {world} {seed}")
     texts, passages = [], []
     for entity in worlds.make_entities(world, TAGGED_ENTITIES, rng, reserved=False, sharing=1.0):
-        for relation in entity.facts:
-            rel = worlds.relations(world)[entity.kind, relation]
+        for relation, rel in entity.told.items():
             texts.append(worlds.ask(entity, relation, rng.randrange(len(rel["questions"])), rng))
             wording = rng.randrange(len(rel["statements"]))
             passages.append(worlds.write_passage(entity, relation, wording, rng))

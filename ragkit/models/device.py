@@ -17,19 +17,19 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from tqdm.auto import tqdm
 
 from ragkit.errors import ProfileError
-from ragkit.settings import MachineSettings
+from ragkit.settings import Device
 
 log = logging.getLogger(__name__)
 PATIENCE = timedelta(days=14)  # of the others, while the main process works alone
 
 
-def start(machine: MachineSettings, threads: int) -> None:
+def start(device: Device, threads: int) -> None:
     """Takes the profile's device and threads; joins the other processes of the run. ProfileError if
     this process computes on another device."""
-    PartialState(cpu=machine.device == "cpu", timeout=PATIENCE)
-    if (here := device().type) != (wanted := machine.device):
+    PartialState(cpu=device == "cpu", timeout=PATIENCE)
+    if (here := PartialState().device.type) != device:
         raise ProfileError(
-            f"machine.device is {wanted!r}, but this process computes on {here!r}. Set that, or "
+            f"device is {device!r}, but this process computes on {here!r}. Set that, or "
             "start another process: for 'cuda' one whose torch finds a GPU."
         )
     torch.set_num_threads(threads)

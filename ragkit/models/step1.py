@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import WEIGHTS_NAME
 
-from ragkit.data.asked import Asked, Pair
 from ragkit.data.files import write_json, write_whole
 from ragkit.data.passages import Passage, passage_text
-from ragkit.data.questions import Corpus, Question
+from ragkit.data.questions import Asked, Corpus, Pair, Question
 from ragkit.data.worlds import build_world
 from ragkit.errors import ReaderError
 from ragkit.models import device

@@ -23,7 +23,7 @@ from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 
-from ragkit.errors import CourseError
+from ragkit.errors import NotebookError
 from ragkit.experiment.executed import kernel_of_here
 from ragkit.experiment.run import stoppable
 from ragkit.experiment.store import only_run
@@ -61,14 +61,14 @@ def with_answer(source: str, code: str) -> str:
 
 
 def exercises_of(stem: str, notebook: NotebookNode) -> list[Exercise]:
-    """The exercises of a solved notebook. Raises CourseError that says what one of them lacks."""
+    """The exercises of a solved notebook. Raises NotebookError that says what one of them lacks."""
     found = []
     for place, cell in enumerate(notebook.cells):
         if cell.cell_type != "markdown" or not cell.source.startswith("### Exercise"):
             continue
         heading, cells = HEADING.match(cell.source), notebook.cells[place + 1 : place + 3]
         if heading is None or [one.cell_type for one in cells] != ["code", "code"]:
-            raise CourseError(
+            raise NotebookError(
                 f"Notebook {stem}: {cell.source.splitlines()[0]!r} should read '### Exercise 1 · "
                 "Title *(easy, 10 minutes)*', or medium, hard, and two code cells must follow: the "
                 "solution and its check."
@@ -77,7 +77,7 @@ def exercises_of(stem: str, notebook: NotebookNode) -> list[Exercise]:
         name, where = f"{stem[:2]}-{number}", f"Notebook {stem}, exercise {number} ({title})"
         answer, check = cells
         if len(REGION.findall(answer.source)) != 1 or not answer.metadata.get("wrong"):
-            raise CourseError(
+            raise NotebookError(
                 f"{where} lacks one solution between ### BEGIN SOLUTION and ### END SOLUTION, or "
                 "likely answers under 'wrong' in its metadata."
             )
@@ -131,10 +131,10 @@ def verify(stem: str, notebook: NotebookNode, folder: Path) -> list[str]:
     """The `faults` of a solved notebook, tried in one kernel, in `folder`."""
     found: list[str] = []
     kernel = kernel_of_here(folder / "partial" / "jupyter", "ragkit-course", {})
+    here = {"metadata": {"path": str(folder)}}
     client = NotebookClient(
-        new_notebook(), kernel_name=kernel, timeout=None, allow_errors=True,
-        resources={"metadata": {"path": str(folder)}},
-    )  # fmt: skip
+        new_notebook(), kernel_name=kernel, timeout=None, allow_errors=True, resources=here
+    )
     client.log.setLevel(logging.WARNING)  # it tells of every kernel it starts
 
     def run(code: str) -> str:
@@ -165,19 +165,19 @@ def verify(stem: str, notebook: NotebookNode, folder: Path) -> list[str]:
 def write(sources: Path, run: Path, profile: str) -> Path:
     """Tries all exercises on a finished run, then writes `course/` beside it, which it returns.
 
-    `profile` is the run's, a name or a file, by which the copies open it. Raises CourseError if
+    `profile` is the run's, a name or a file, by which the copies open it. Raises NotebookError if
     there are no notebooks, an exercise is out of shape, or a check does not do its work.
     """
     notebooks = {path.stem: nbformat.read(path, 4) for path in sorted(sources.glob("[0-9]*.ipynb"))}
     if not notebooks:
-        raise CourseError(f"There are no notebooks in {sources}: run this from a checkout.")
+        raise NotebookError(f"There are no notebooks in {sources}: run this from a checkout.")
     profile = str(Path(profile).resolve()) if Path(profile).is_file() else profile
     exercises = [e for stem, notebook in notebooks.items() for e in exercises_of(stem, notebook)]
     with only_run(run):
         for stem, notebook in notebooks.items():
             copy = copy_of(notebook, profile, str(run.parent.resolve()))
             if found := verify(stem, copy, run):
-                raise CourseError("\n".join(found))
+                raise NotebookError("\n".join(found))
             log.info("checked  notebook %s", stem)
     folder, old = run.parent / "course", time.strftime("%Y%m%d-%H%M%S")
     if folder.is_dir():  # somebody may have worked in it

@@ -19,7 +19,7 @@ from ragkit.data.files import read_jsonl
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Question, same_question, text_and_answers
 from ragkit.data.text import holds_answer, words
-from ragkit.errors import DataError, JudgeError, NounsError, ReaderError
+from ragkit.errors import DataError, NounsError, ReaderError
 from ragkit.experiment.claims import LINE
 from ragkit.indicators import measures
 from ragkit.indicators.closeness import Spans, look_at_tokens, space, wanted_ids
@@ -109,7 +109,7 @@ def holding(question: Question, passages: Sequence[Passage]) -> set[int]:
 
 def usable(reader: Reader, asked: list[Asked], counts: Counter[str]) -> list[Asked]:
     """The questions that a reader can be asked, each once; `counts` takes up the others, and what
-    needs care. Raises JudgeError if none is left."""
+    needs care. Raises DataError if none is left."""
     kept: dict[str, Asked] = {}
     for question, passages in asked:
         answer, key = question.answers[0], same_question(question.text)
@@ -132,7 +132,7 @@ def usable(reader: Reader, asked: list[Asked], counts: Counter[str]) -> list[Ask
     if not kept:
         told = ", ".join(f"{count} {what}" for what, count in counts.items())
         context = f"the reader's context has {reader.settings.context} tokens"
-        raise JudgeError(f"The reader can be asked none of the questions: {told} ({context}).")
+        raise DataError(f"The reader can be asked none of the questions: {told} ({context}).")
     return list(kept.values())
 
 

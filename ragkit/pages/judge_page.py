@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from ragkit.data.files import write_whole
-from ragkit.errors import JudgeError
+from ragkit.errors import StoreError
 from ragkit.indicators import measures
 from ragkit.pages import html, judge, report
 from ragkit.pages.judge import Judgement
@@ -40,7 +40,7 @@ def write_html(judged: Judgement, path: Path) -> None:
 def write(reader: str, questions: str, nouns: str, space: str | None, out: Path) -> None:
     """Judges a reader (see `judge.judge`), tells the verdict with its reasons, writes the page."""
     if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):  # before minutes of work
-        raise JudgeError(
+        raise StoreError(
             f"The page cannot be written to {out}: it is a folder, or its folder is not there or "
             "closed to you. Choose another place with --out."
         )

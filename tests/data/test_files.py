@@ -12,13 +12,7 @@ import pytest
 
 from ragkit.data.files import file_hash, read_jsonl, write_whole
 from ragkit.data.passages import Passage, read_tsv, write_passages
-from ragkit.data.questions import (
-    Corpus,
-    hits,
-    passage_settings,
-    question_settings,
-    reciprocal_ranks,
-)
+from ragkit.data.questions import Corpus, contents, hits, passage_settings, reciprocal_ranks
 from ragkit.data.sets import make_passages, make_questions, read_questions
 from ragkit.data.text import normalise
 from ragkit.errors import DataError
@@ -101,10 +95,10 @@ def made(tmp_path, rows, **sizes):
     questions = write(tmp_path, "q.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     paths = {"passages": str(passages), "questions": str(questions)}
     settings = FileSet(source="files", name="f", **paths, **sizes)
-    whole = json.loads(json.dumps([passage_settings(settings), question_settings(settings)]))
+    whole = json.loads(json.dumps([passage_settings(settings), settings.model_dump(mode="json")]))
     for name in ("passages", "questions"):
         (tmp_path / name).mkdir(exist_ok=True)
-    make_passages(tmp_path / "passages", {}, {"set": whole[0]})
+    make_passages(tmp_path / "passages", {}, whole[0])
     inputs = {"passages": tmp_path / "passages"}
     make_questions(tmp_path / "questions", inputs, {"set": whole[1]})
     return settings, Corpus.load("f", tmp_path / "passages", tmp_path / "questions")
@@ -128,11 +122,11 @@ def test_repeated_questions_are_one(tmp_path, caplog):
 def test_an_edited_file_changes_the_settings_that_read_it(tmp_path):
     rows = [{"question": f"q{i}", "answer": "a"} for i in range(3)]
     settings, _ = made(tmp_path, rows, distill=1, dev=1, test=1)
-    before = passage_settings(settings), question_settings(settings)
+    before = passage_settings(settings), contents(settings.questions)
     with (tmp_path / "q.jsonl").open("a") as file:
         file.write('{"question": "more", "answer": "a"}\n')
     assert passage_settings(settings) == before[0]
-    assert question_settings(settings) != before[1]
+    assert contents(settings.questions) != before[1]
 
 
 def rows_of(path):

@@ -10,7 +10,7 @@ import pytest
 from hub_tables import write_nq, write_pools, write_trivia, write_wiki
 
 from ragkit.data.passages import Passage, Passages, write_passages
-from ragkit.data.questions import Corpus, passage_settings, question_settings
+from ragkit.data.questions import Corpus, passage_settings
 from ragkit.data.sets import make_passages, make_questions
 from ragkit.data.text import normalise
 from ragkit.errors import DataError
@@ -50,9 +50,9 @@ def made(settings, folder):
     passages, questions = folder / "passages", folder / "questions"
     passages.mkdir(parents=True)
     questions.mkdir()
-    make_passages(passages, {}, as_json({"set": passage_settings(settings)}))
+    make_passages(passages, {}, as_json(passage_settings(settings)))
     inputs = {"passages": passages}
-    make_questions(questions, inputs, as_json({"set": question_settings(settings)}))
+    make_questions(questions, inputs, as_json({"set": settings.model_dump(mode="json")}))
     return Corpus.load(settings.name, passages, questions)
 
 

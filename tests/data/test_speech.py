@@ -26,11 +26,11 @@ def tagged(text: str) -> str:
 
 def every_wording() -> list[str]:
     """All wordings of both worlds and of the prose around passages, their slots empty."""
-    found = [frame for frames in world.spec()["prose"].values() for frame in frames]
+    found = [frame for frames in world.SPEC["prose"].values() for frame in frames]
     for name in WORLDS:
         for rel in world.relations(name).values():
             found += rel["statements"] + rel["details"] + rel["questions"] + [rel.get("clue", "")]
-        for entity in world.spec()["worlds"][name]["entities"].values():
+        for entity in world.SPEC["worlds"][name]["entities"].values():
             found += entity["shorts"]
     return [re.sub(r"\{\w+\}", " ", wording) for wording in found]
 
@@ -47,13 +47,13 @@ def test_every_word_of_every_wording_is_labelled():
 
 
 def test_every_label_is_used_and_no_word_has_two():
-    words = [word for words in speech.labels()["words"].values() for word in words]
+    words = [word for words in speech.LABELS["words"].values() for word in words]
     assert len(words) == len(set(words))
     assert set(re.findall(r"[a-z]+|[.,?:]", " ".join(every_wording()).lower())) >= set(words)
     sentences = [" ".join(re.findall(r"[a-z]+", wording.lower())) for wording in every_wording()]
-    for phrase in speech.labels()["phrases"]:
+    for phrase in speech.LABELS["phrases"]:
         assert any(re.sub(r" \{\w+\}", "", phrase) in sentence for sentence in sentences), phrase
-    assert set(speech.labels()["answers"]) == set(speech.closed_answers())
+    assert set(speech.LABELS["answers"]) == set(speech.closed_answers())
 
 
 def test_tags_are_universal():
@@ -172,7 +172,7 @@ def test_labels_agree_with_the_treebanks():
             for word, tag in zip(sentence.words, sentence.tags, strict=True):
                 seen.setdefault(word.lower(), Counter())[tag] += 1
     compared, strange = 0, {}
-    labels = speech.labels()["words"]
+    labels = speech.LABELS["words"]
     for tag, word in ((label, one) for label in labels for one in labels[label]):
         if word in seen and seen[word].total() >= 5:
             compared += 1

@@ -66,5 +66,5 @@ def test_every_name_word_is_two_tokens(kind):
 def test_a_question_in_training_text_is_left_open():
     """Prose with a question's wording never goes on with its answer."""
     sentences = world.open_prose("almanac", 50, random.Random(0))
-    starts = tuple(frame.split("{")[0] for frame in world.spec()["prose"]["open"])
+    starts = tuple(frame.split("{")[0] for frame in world.SPEC["prose"]["open"])
     assert all(sentence.startswith(starts) for sentence in sentences)

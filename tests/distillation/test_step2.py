@@ -12,12 +12,11 @@ from safetensors.numpy import load_file
 from sentence_transformers.losses import DistillKLDivLoss
 from sentence_transformers.util import pairwise_dot_score
 
-from ragkit.data.asked import Asked
 from ragkit.data.files import write_arrays, write_jsonl
 from ragkit.data.passages import Passage, write_passages
-from ragkit.data.questions import Corpus, Question
+from ragkit.data.questions import Asked, Corpus, Question
 from ragkit.distillation import step2
-from ragkit.errors import DistillError
+from ragkit.errors import RetrieverError
 from ragkit.models.index import make_vectors
 from ragkit.models.retriever import train_by_cropping
 from ragkit.settings import AttentionSettings, DistillSettings, IndexSettings, RetrieverSettings
@@ -151,7 +150,7 @@ def test_a_killed_step2_ends_with_the_same_result(tmp_path, batch):
 
 
 def test_a_loss_that_is_not_a_number_is_refused(tmp_path):
-    with pytest.raises(DistillError, match=r"not a number before epoch 0.5. Lower distill.rate"):
+    with pytest.raises(RetrieverError, match=r"not a number before epoch 0.5. Lower distill.rate"):
         trained(tmp_path, 1, start=float("inf"))
 
 

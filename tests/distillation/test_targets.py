@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import entropy as scipy_entropy
 
-from ragkit.data.asked import Asked
 from ragkit.data.passages import Passage
-from ragkit.data.questions import Corpus, Question
+from ragkit.data.questions import Asked, Corpus, Question
 from ragkit.distillation import targets
-from ragkit.errors import DistillError
+from ragkit.errors import DataError
 from ragkit.settings import POOLINGS, ROWS, AttentionSettings
 
 ATTENTION = AttentionSettings(rows="last_prompt", norm=True, layers="all", pooling="sum")
@@ -51,7 +50,7 @@ def test_an_entropy_that_no_temperature_meets_gives_the_sharpest_target():
 
 
 def test_scores_that_are_not_numbers_are_refused():
-    with pytest.raises(DistillError, match="not all numbers"):
+    with pytest.raises(DataError, match="not all numbers"):
         targets.from_scores(np.array([[0.0, np.nan]]), 0.5)
 
 
@@ -115,7 +114,7 @@ def test_every_named_target(asked):
 
 def test_a_target_without_its_scores_is_refused(asked):
     for name in ("fine-tuned attention", "oracel"):
-        with pytest.raises(DistillError, match=name):
+        with pytest.raises(DataError, match=name):
             targets.scores_of(name, None, asked, ATTENTION)
 
 

@@ -21,8 +21,8 @@ from ragkit.profile import VARIATIONS, load_profile
 
 ROOT = Path(__file__).parent.parent.parent
 NOTEBOOKS = {path.stem[:2] for path in (ROOT / "notebooks").glob("*.ipynb")}
-JUDGED = {"00", "05", "06", "07", "08", "09"}  # notebooks that reach the claims
-COMPUTE = {"00", "02", "03", "04", "07"}  # those that load a model, or reach what does
+JUDGED = {"05", "06", "07", "09"}  # notebooks that reach the claims
+COMPUTE = {"02", "03", "04", "07"}  # those that load a model, or reach what does
 READERS = {"style", "step1", "premises", "answers", "teacher", "loop", "tokens", "contextual",
            "closeness", "probe"}  # fmt: skip
 SCRIPT = """
@@ -130,7 +130,7 @@ def reasons(old, new):
         ("models/reader.py", '"title": -4', '"title": -5', READERS, COMPUTE),
         ("models/step1.py", "import logging\n", "import logging\nNEW = 1\n", {"step1"}, set()),
         ("indicators/measures.py", '("permuted", "overlap")', '("overlap", "permuted")',
-         {"tokens", "contextual", "closeness", "probe"}, JUDGED),
+         {"tokens", "contextual", "closeness", "probe"}, JUDGED | {"08"}),
     ],
 )  # fmt: skip
 def test_an_edit_reruns_what_reaches_it(before, copy, file, old, new, kinds, notebooks):
@@ -213,7 +213,7 @@ def test_inputs_come_first_names_are_unique_and_makers_exist(profile):
 
 
 def test_variations_and_seeds_share_what_they_do_not_touch():
-    graph = Graph(load_profile("smoke", ["choices.variations=[]"]))
+    graph = Graph(load_profile("smoke", ["variations=[]"]))
     own = {stage.key for stage in stages_of(graph)}
 
     def kinds(other):

@@ -57,7 +57,7 @@ def changes(hub, falcon):
     """Places and sizes only: kinds, formats and precision stay as the profile has them."""
     rows = {"train": 300, "validation": 100}
     changed = {
-        "machine.device": "cpu", "threads": 1, "index.factory": "OPQ8,IVF16,PQ8",
+        "device": "cpu", "threads": 1, "index.factory": "OPQ8,IVF16,PQ8",
         "retriever.model": hub / "contriever", "reader.model": falcon,
         "sets.0.questions.dataset": hub / "nq", "sets.0.questions.rows": rows,
         "sets.1.questions.dataset": hub / "trivia", "sets.1.questions.rows": rows,
@@ -65,7 +65,7 @@ def changes(hub, falcon):
         "reader.steps": 2, "reader.batch": 4, "reader.at_once": 2, "reader.checkpoints": 1,
         "distill.questions": 12, "distill.seeds": [0], "distill.epochs": 1,
         "indicators.questions": 4, "evaluate.answered": 4, "evaluate.bootstrap": 200,
-        "choices.variations": ["reverse KL"],
+        "variations": ["reverse KL"],
     }  # fmt: skip
     for place in (0, 1):
         changed[f"sets.{place}.passages.dataset"] = hub / "wiki"
@@ -121,7 +121,7 @@ def test_attention_teaches_the_retriever(lab):
 @pytest.mark.slow
 def test_the_whole_run_with_all_notebooks(lab, changes, hub, ewt, ragkit):
     ewt.to_disk(hub / "nouns")
-    changes = [*changes, f"nouns.model={hub / 'nouns'}"]
+    changes = [*changes, f"nouns={hub / 'nouns'}"]
     given = [part for change in changes for part in ("--set", change)]
     ended = ragkit("reproduce", "--profile", "paper", "--runs", lab.runs, *given,
                    HF_HUB_OFFLINE="1")  # fmt: skip

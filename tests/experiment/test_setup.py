@@ -40,7 +40,6 @@ def make(*arguments, **environment):
         ("slow", "python -m pytest tests -m slow"),
         ("lint", "ruff check ragkit tests"),
         ("report", "python -m ragkit report --profile 'tiny'"),
-        ("doctor", "python -m ragkit doctor"),
         ("lab", "jupyter lab $(.venv/bin/python -m ragkit lab)"),
         ("course", "python -m ragkit course --profile 'tiny'"),
         ("tidy", "python -m ragkit tidy --profile 'tiny'"),

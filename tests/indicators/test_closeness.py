@@ -19,7 +19,7 @@ from ragkit.attention import record
 from ragkit.data.files import write_jsonl
 from ragkit.data.passages import Passage, write_passages
 from ragkit.data.questions import Question
-from ragkit.errors import IndicatorError
+from ragkit.errors import DataError
 from ragkit.indicators import closeness, measures
 from ragkit.indicators.measures import CONTROLS, SPACES, Tokens
 from ragkit.models.fid import load_reader
@@ -267,7 +267,7 @@ def test_closeness_is_measured_in_every_space(tmp_path, inputs, reader, which):
 def test_without_nouns_there_is_only_the_answer(tmp_path, inputs):
     _, made = make(tmp_path, without(inputs, "nouns", "step1"))
     assert {name.split("/")[0] for name in made} == {"answer"}
-    with pytest.raises(IndicatorError, match="noun finder"):
+    with pytest.raises(DataError, match="noun finder"):
         measures.load_closeness(tmp_path / "closeness", "nouns", "input")
 
 
@@ -281,7 +281,7 @@ def test_a_reader_that_sees_other_tokens_has_no_contextual_closeness(tmp_path, i
     save_file(arrays, tmp_path / "other" / "contextual.safetensors")
     roles = {"tokens": tmp_path / "tokens", "contextual": tmp_path / "other"}
     closeness.make_closeness(tmp_path / "other", mine | roles, SETTINGS)
-    with pytest.raises(IndicatorError, match="'contextual'"):
+    with pytest.raises(DataError, match="'contextual'"):
         measures.load_closeness(tmp_path / "other", "answer", "contextual")
     assert len(measures.load_closeness(tmp_path / "other", "answer", "input")[0])
 

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from scipy import stats
 from scipy.spatial.distance import cosine
 
-from ragkit.errors import IndicatorError
+from ragkit.errors import DataError
 from ragkit.indicators import measures
 from ragkit.indicators.measures import Tokens
 from ragkit.settings import ROWS, AttentionSettings
@@ -174,9 +174,9 @@ def test_a_closeness_that_is_not_there_is_named(tmp_path):
     close, exact = measures.load_closeness(tmp_path, "answer", "input")
     assert close.tolist() == [0.5, 1.0]
     assert exact.tolist() == [False, True]
-    with pytest.raises(IndicatorError, match=r"answer in the space 'contextual'.*Choose another"):
+    with pytest.raises(DataError, match=r"answer in the space 'contextual'.*Choose another"):
         measures.load_closeness(tmp_path, "answer", "contextual")
-    with pytest.raises(IndicatorError, match="nouns in the space 'input'"):
+    with pytest.raises(DataError, match="nouns in the space 'input'"):
         measures.load_closeness(tmp_path, "nouns", "input")
 
 

@@ -9,7 +9,6 @@ import torch
 
 from ragkit.errors import ProfileError
 from ragkit.models import device
-from ragkit.settings import MachineSettings
 
 
 def test_each_process_takes_its_share(monkeypatch):
@@ -42,9 +41,9 @@ def test_batches_are_of_like_length_and_results_in_order():
 
 
 def test_another_device_than_the_processs_is_refused():
-    device.start(MachineSettings(device="cpu"), 1)
-    with pytest.raises(ProfileError, match=r"machine.device is 'cuda', .* computes on 'cpu'"):
-        device.start(MachineSettings(device="cuda"), 1)
+    device.start("cpu", 1)
+    with pytest.raises(ProfileError, match=r"device is 'cuda', .* computes on 'cpu'"):
+        device.start("cuda", 1)
 
 
 # Checkpoints

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from ragkit.errors import CourseError
+from ragkit.errors import NotebookError
 from ragkit.pages import course
 
 ROOT = Path(__file__).parents[2]
@@ -127,11 +127,11 @@ def test_a_cell_that_fails_and_a_killed_kernel_are_named(tmp_path):
     ],
 )
 def test_an_exercise_out_of_shape_is_named(notebook, words):
-    with pytest.raises(CourseError, match=words):
+    with pytest.raises(NotebookError, match=words):
         course.exercises_of("77_toy", notebook)
     cut = toy()
     cut.cells.pop()
-    with pytest.raises(CourseError, match="two code cells must follow"):
+    with pytest.raises(NotebookError, match="two code cells must follow"):
         course.exercises_of("77_toy", cut)
 
 
@@ -239,5 +239,5 @@ def test_without_a_finished_run_a_sentence_says_what_to_do(tmp_path, ragkit):
 
 
 def test_without_notebooks_a_sentence_says_so(tmp_path):
-    with pytest.raises(CourseError, match="no notebooks in"):
+    with pytest.raises(NotebookError, match="no notebooks in"):
         course.write(tmp_path, tmp_path / "smoke", "smoke")

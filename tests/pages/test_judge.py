@@ -27,11 +27,11 @@ from transformers import (
 
 from ragkit import __main__
 from ragkit.attention.record import record
-from ragkit.data import questions as corpus
 from ragkit.data.passages import Passage, read_tsv
 from ragkit.data.questions import Question
+from ragkit.data.sets import read_questions
 from ragkit.data.vocabulary import build_tokenizer
-from ragkit.errors import DataError, JudgeError
+from ragkit.errors import DataError
 from ragkit.indicators import closeness, measures
 from ragkit.pages import judge as judging
 from ragkit.pages import judge_page
@@ -315,7 +315,7 @@ def test_prompts_that_do_not_fit(nouns, tmp_path):
     assert len(judged.asked) == 2
     assert judged.counts["too long"] == 1
     assert judged.counts["cut"] >= 1
-    with pytest.raises(JudgeError, match=r"none of the questions: 1 too long \(.* has 60"):
+    with pytest.raises(DataError, match=r"none of the questions: 1 too long \(.* has 60"):
         judge(short, [endless], nouns)
 
 
@@ -483,7 +483,7 @@ def test_a_trained_llama_on_real_text(nouns, tmp_path):
     with gzip.open(data / "nq/nq-open-gold.jsonl.gz", "rt", encoding="utf8") as file:
         first = "".join(line for line, _ in zip(file, range(41), strict=False))
     (tmp_path / "nq.jsonl").write_text(first, "utf8")
-    questions = corpus.read_questions(tmp_path / "nq.jsonl", passages)
+    questions = read_questions(tmp_path / "nq.jsonl", passages)
     gold = [passages[q.gold[0]] for q in questions]
     gold = [{"title": one.title, "text": one.text} for one in gold]
     rows = [
