@@ -12,7 +12,7 @@ import psutil
 from ragkit.errors import RagkitError
 from ragkit.experiment import plan, run
 from ragkit.experiment.lab import Lab, changed_profile
-from ragkit.pages import course, reference, report
+from ragkit.pages import course, report
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 FIGURES, README = NOTEBOOKS.parent / "figures", NOTEBOOKS.parent / "README.md"
@@ -88,9 +88,9 @@ def do(given: argparse.Namespace) -> None:
     if given.command == "doctor":
         return doctor()
     if given.command == "judge":
-        from ragkit.pages import judge_page  # it loads torch, which no other command needs at once
+        from ragkit.pages import judge  # it loads torch, which no other command needs at once
 
-        return judge_page.write(given.reader, given.questions, given.nouns, given.space, given.out)
+        return judge.write(given.reader, given.questions, given.nouns, given.space, given.out)
     lab = Lab(changed_profile(given.profile, given.changes), given.runs)
     match given.command:
         case "lab":
@@ -108,7 +108,7 @@ def do(given: argparse.Namespace) -> None:
         case "report":
             write_report(lab)
         case "reference":
-            reference.publish(lab, FIGURES, README)
+            report.make_reference(lab, FIGURES, README)
         case "course":
             log.info("course: %s", course.write(NOTEBOOKS, lab.folder, given.profile))
 
