@@ -96,10 +96,9 @@ class Lab:
         (`bm25`, for `test` alone)."""
         return load_file(self.open(by, set_name) / "candidates.safetensors")
 
-    def found(self, set_name: str, part: str, ranking: Places | None = None) -> list[list[Passage]]:
-        """The k passages of each question of a part, by the initial retriever or a ranking."""
-        passages = self.corpus(set_name).passages
-        rows = self.candidates(set_name)[part] if ranking is None else ranking
+    def found(self, set_name: str, part: str) -> list[list[Passage]]:
+        """The k passages of each question of a part, by the initial retriever."""
+        passages, rows = self.corpus(set_name).passages, self.candidates(set_name)[part]
         return [[passages[i] for i in row[: self.profile.k]] for row in rows]
 
     def example(self, set_name: str, part: str) -> int:

@@ -162,7 +162,7 @@ class Notebooks:
     opened are the same. `homes` and `status` say by name where one lies and what happened to it."""
 
     def __init__(self, lab: Lab, sources: Path) -> None:
-        self.lab, self.sources = lab, sorted(sources.glob("[0-9]*.ipynb"))
+        self.lab, self.sources = lab, sorted(sources.glob("[0-9A]*.ipynb"))
         self.homes, self.status = dict[str, Path](), dict[str, str]()
         if not self.sources:
             raise NotebookError(f"No notebooks in {sources}. Run this from a checkout.")
