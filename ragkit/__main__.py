@@ -8,7 +8,7 @@ from pathlib import Path
 from ragkit.errors import RagkitError
 from ragkit.experiment import plan, run
 from ragkit.experiment.lab import Lab, changed_profile
-from ragkit.pages import course, reference, report
+from ragkit.pages import course, report
 
 NOTEBOOKS = Path(__file__).parent.parent / "notebooks"
 FIGURES, README = NOTEBOOKS.parent / "figures", NOTEBOOKS.parent / "README.md"
@@ -58,9 +58,9 @@ def command_line() -> argparse.ArgumentParser:
 def do(given: argparse.Namespace) -> None:
     """Runs one command."""
     if given.command == "judge":
-        from ragkit.pages import judge_page  # it loads torch, which no other command needs at once
+        from ragkit.pages import judge  # it loads torch, which no other command needs at once
 
-        return judge_page.write(given.reader, given.questions, given.nouns, given.space, given.out)
+        return judge.write(given.reader, given.questions, given.nouns, given.space, given.out)
     lab = Lab(changed_profile(given.profile, given.changes), given.runs)
     is_needed = given.command in ("report", "reference", "course")
     if is_needed and not (lab.folder / "manifest.json").is_file():
@@ -74,7 +74,7 @@ def do(given: argparse.Namespace) -> None:
         case "tidy":
             log.info("%d old stages removed", run.tidy(lab, NOTEBOOKS))
         case "reference":
-            reference.publish(lab, FIGURES, README)
+            report.make_reference(lab, FIGURES, README)
         case "course":
             log.info("course: %s", course.write(NOTEBOOKS, lab.folder, given.profile))
         case "report" | "reproduce":

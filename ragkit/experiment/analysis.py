@@ -15,8 +15,8 @@ from ragkit.data.questions import hits
 from ragkit.data.speech import Tagged
 from ragkit.distillation.targets import READERS
 from ragkit.errors import NounsError
+from ragkit.experiment.graph import TAUGHT_BY
 from ragkit.experiment.lab import Lab
-from ragkit.experiment.stages import TAUGHT_BY
 from ragkit.indicators import measures, metrics
 from ragkit.indicators.measures import Floats, Tokens
 from ragkit.indicators.metrics import Interval
@@ -39,7 +39,8 @@ class Analysis:
     def runs(self) -> dict[int, "Analysis"]:
         """This analysis and its like for the readers of every other run of Step 1, by seed."""
         first, *others = self.lab.profile.step1_seeds
-        return {first: self, **{s: Analysis(self.lab.again(s), self.set_name) for s in others}}
+        labs = {seed: self.lab.with_graph(self.lab.graph.again(seed)) for seed in others}
+        return {first: self, **{s: Analysis(lab, self.set_name) for s, lab in labs.items()}}
 
     def tokens(self, which: str) -> Tokens:
         """The passage tokens as a reader saw them."""
@@ -103,9 +104,9 @@ class Analysis:
         return {name: self.mean_of((good[name] - poor[name]).to_numpy()) for name in COMPARED}
 
     def followings(self, goal: Goal) -> pd.DataFrame:
-        """How well an indicator orders the readers by the gain that each teaches, its questions and
-        the gain's resampled independently: columns measure (COMPARED), signal (TAUGHT_BY,
-        DIFFERENCE), correlation (of ranks), low, high, readers."""
+        """How well an indicator orders the readers by the gain that each teaches (questions of both
+        resampled independently): columns measure (COMPARED), signal (TAUGHT_BY, DIFFERENCE),
+        correlation (of ranks), low, high, readers."""
         readers, resamples = self.lab.readers(), self.lab.profile.evaluate.bootstrap
         draw, rows = np.repeat(np.arange(1 + resamples), len(readers)), []
 
@@ -139,10 +140,11 @@ def resampled(values: Floats, resamples: int, seed: int) -> Floats:
 
 def computed(sets: Mapping[str, Analysis]) -> dict[Goal, str]:
     """The indicators that every set can have, by goal; says why where Indicator 2 is missing."""
+    found: dict[Goal, str] = {"answer": "Indicator 1", "nouns": "Indicator 2"}
     try:
         for name, analysis in sets.items():
             analysis.lab.noun_spans(name, "test")
     except NounsError as error:
         sys.stdout.write(f"Indicator 2 is not computed: {error}\n")
-        return {"answer": "Indicator 1"}
-    return {"answer": "Indicator 1", "nouns": "Indicator 2"}
+        del found["nouns"]
+    return found

@@ -82,8 +82,9 @@ def trained(analysis: Analysis) -> pd.DataFrame:
     """Step 2 as it is and under each of the profile's variations, first seed, both regimes: columns
     variation, reader, mean, low, high (gain in HR@5), top is gold (see `top_is_gold`)."""
     lab, name, rows = analysis.lab, analysis.set_name, []
-    labs = {one: lab.varied(one) for one in lab.profile.variations}
-    for (variation, other), which in product({"as it is": lab, **labs}.items(), READERS):
+    variations = lab.profile.variations
+    labs = {"as it is": lab} | {v: lab.with_graph(lab.graph.varied(v)) for v in variations}
+    for (variation, other), which in product(labs.items(), READERS):
         target, seed = f"{which} attention", lab.profile.distill.seeds[0]
         gains = analysis.hits(other.distilled(name, target, seed)[0]) - analysis.hits()
         gain = analysis.mean_gain(gains)

@@ -97,9 +97,9 @@ def divided(poor: Interval, good: Interval, gain: Interval) -> str:
 def gains(analysis: Analysis) -> dict[str, Gain]:
     """What the fine-tuned reader's attention teaches: gains in HR@5, and in its own EM and F1."""
     target = f"{READERS[1]} attention"
-    found = {"HR@5": analysis.hit_gains(target)}
     answers = answer_rows(analysis.lab, analysis.set_name, [target])
     read = answers[answers["reader"] == READERS[1]].set_index(["system", "seed", "question"])
+    found = {"HR@5": analysis.hit_gains(target)}
     for measure in ("EM", "F1"):
         values = read[measure].unstack()
         found[measure] = values.loc[target].to_numpy() - values.loc["initial"].to_numpy()
@@ -156,7 +156,7 @@ def higher_in_all_spaces(analysis: Analysis) -> Part:
     """C6: 'not comparable' if the verdict depends on the space of closeness."""
     found = {space: higher(analysis, "nouns", space) for space in SPACES}
     own = found[analysis.lab.profile.indicators.space]
-    same = {one.verdict for one in found.values()} == {own.verdict}
+    same = all(one.verdict == own.verdict for one in found.values())
     by_space = ", ".join(f"{space} {one.verdict}" for space, one in found.items())
     told = f"{own.measured} (by space: {by_space})"
     return Part(own.verdict if same else "not comparable", told)
@@ -221,8 +221,7 @@ def paper_values(path: Path | None = None) -> dict[str, str]:
     filled = yaml.safe_load((path or asset("paper_values.yaml")).read_text("utf8")) or {}
     for claim, row in filled.items():
         if claim not in STATEMENTS or not isinstance(row, dict) or set(row) != {"value", "page"}:
-            wanted = f"one of {', '.join(STATEMENTS)}, with keys value and page"
-            raise DataError(f"paper_values.yaml: {claim!r} must be {wanted}.")
+            raise DataError(f"paper_values.yaml: {claim!r} is no claim, or lacks value and page.")
     return {claim: f"{row['value']} (p. {row['page']})" for claim, row in filled.items()}
 
 
@@ -237,22 +236,22 @@ def ledger(
     rows, same, held = [], [], []
     for claim in JUDGES:
         found = {name: of_set[claim] for name, of_set in parts.items()}
-        verdict, *others = {one.verdict for one in found.values()}
-        same += [] if others else [claim]
-        held += [claim] if not others and verdict in ("reproduced", "partly") else []
+        verdict = together([one.verdict for one in found.values()])
+        if {one.verdict for one in found.values()} == {verdict}:
+            same.append(claim)
+            held += [claim] if verdict in ("reproduced", "partly") else []
         measured = "; ".join(f"{name}: {one.measured}" for name, one in found.items())
         why = "; ".join(f"{name}: {one.verdict}" for name, one in found.items())
-        rows.append((measured, together([one.verdict for one in found.values()]), why))
+        rows.append((measured, verdict, why))
     told = f"the same verdict on both sets: {', '.join(same) or 'none'}; "
     told += f"of these reproduced or partly so: {', '.join(held) or 'none'}"
-    alike = "not comparable" if len(parts) < 2 else "partly" if held else "not reproduced"
-    if len(parts) > 1 and {verdict for _, verdict, _ in rows} == {"reproduced"}:
-        alike = "reproduced"
+    alike = "partly" if held else "not reproduced"
+    alike = "reproduced" if {verdict for _, verdict, _ in rows} == {"reproduced"} else alike
+    alike = alike if len(parts) > 1 else "not comparable"
     rows.append((told if judge else "", alike, "claim by claim, set by set"))
-    columns = ["claim", "statement", "rule", "measured", "verdict", "why"]
-    texts = [(claim, text["claim"], text["rule"]) for claim, text in STATEMENTS.items()]
-    made = [(*text, *row) for text, row in zip(texts, rows, strict=True)]
-    table = pd.DataFrame(made, columns=columns).assign(paper=[paper.get(c, "") for c in STATEMENTS])
+    texts = pd.DataFrame(STATEMENTS).T.rename(columns={"claim": "statement"})
+    table = texts.rename_axis("claim").reset_index()
+    table[["measured", "verdict", "why"]] = rows
     if not judge:
         table = table.assign(verdict="not comparable", why="the profile is too small to judge")
-    return table
+    return table.assign(paper=[paper.get(claim, "") for claim in STATEMENTS])

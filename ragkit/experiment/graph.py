@@ -2,24 +2,27 @@
 
 The kinds stand in `assets/kinds.yaml`. Running, planning, the manifest, the report and the
 notebooks all walk these stages. A choice taken otherwise (`Graph.varied`), another seed of Step 1
-(`Graph.again`) and an index refresh are further stages: those that they do not touch have the same
-key, and are the same stages.
+(`Graph.again`) and an index refresh are further stages; what they do not touch is the same stage.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
 from ragkit.data.questions import contents, passage_settings
 from ragkit.data.worlds import SPEC, relations
-from ragkit.distillation.targets import TARGETS, UNTAUGHT, teacher_of
+from ragkit.distillation.targets import READERS, TARGETS, UNTAUGHT, teacher_of
 from ragkit.experiment.provenance import finder_state, model_files
 from ragkit.experiment.store import KINDS, Stage
 from ragkit.profile import Profile, varied
 from ragkit.settings import QuestionSet, WorldSet
 
 CEILING = "both sides"  # the variation under which the oracle shows how far Step 2 can go
+TAUGHT_BY = ("attention", "perplexity")  # the signals that every reader teaches by
+BESIDE = ("LOOP", "EMDR2")  # and those that only the two regimes' readers do
 POOL, ROW, ROW_GZ = 50, 650, 220  # about: passages of a question's pool; bytes of one in a TSV
 PROBED = 32  # questions of dev on which a probe measures the indicators
 UNLEARNT = {"closed book": "candidates", "initial": "candidates", "BM25": "bm25"}  # their rankings
@@ -102,16 +105,12 @@ class Graph:
             what = f"{what} after {of.start.name.split('/')[2].removesuffix(self.note)}".strip()
         name = "/".join(filter(None, (kind, of.set_name, what))) + self.note
         maker, settings = f"ragkit.{KINDS[kind]['module']}:make_{kind}", self.settings(kind, of)
-        machine = {"device": self.profile.device, "threads": self.profile.threads}
-        units = {KINDS[kind]["unit"]: self.units(kind, of)}
-        return Stage(kind, name, maker, settings, self.inputs(kind, of), machine, units)
-
-    def inputs(self, kind: str, of: Of) -> dict[str, Stage]:
-        """The stages that a kind is made of, by role; without those that there are not."""
         by = "style" if of.which in UNTAUGHT else "step1"
         roles = KINDS[kind].get("inputs", "").replace("by", by).split()
-        found = {role: self.input(role, kind, of) for role in roles}
-        return {role: stage for role, stage in found.items() if stage is not None}
+        inputs = {role: one for role in roles if (one := self.input(role, kind, of)) is not None}
+        machine = {"device": self.profile.device, "threads": self.profile.threads}
+        units = {KINDS[kind]["unit"]: self.units(kind, of)}
+        return Stage(kind, name, maker, settings, inputs, machine, units)
 
     def input(self, role: str, kind: str, of: Of) -> Stage | None:
         """The stage that stands for a role of a kind's inputs; None where there is nothing."""
@@ -124,7 +123,7 @@ class Graph:
             case "ranking" if of.target not in UNLEARNT:
                 return self.step2(of.set_name, of.target, of.seed)
             case "ranking":
-                return self.stage(UNLEARNT[of.target], after)
+                role = UNLEARNT[of.target]
             case "retriever" if of.start is not None:
                 return of.start
             case "vectors" | "index" | "candidates":
@@ -197,3 +196,68 @@ class Graph:
             start = self.stage("step2", replace(of, epochs=part, keep=True))
             of = replace(of, epochs=of.epochs - part, start=start)
         return self.stage("step2", of)
+
+
+def answered(graph: Graph, targets: Iterable[str] | None = None) -> Iterator[tuple[str, str, int]]:
+    """System, reader and seed of all answers in the main table, or for some targets only. Each
+    regime's reader answers for its own retrievers, the fine-tuned one for those of controls."""
+    for which in READERS:
+        yield "closed book", which, 0
+    if graph.profile.evaluate.bm25:
+        yield "BM25", "fine-tuned", 0
+    for which in READERS:
+        yield "initial", which, 0
+    for target, seed in product(targets or graph.targets, graph.profile.distill.seeds):
+        yield target, READERS[0] if target.startswith(UNTAUGHT) else READERS[1], seed
+
+
+def of_set(graph: Graph, name: str) -> Iterator[Stage]:
+    """What the notebooks ask of one set, under the first seed of Step 1."""
+    profile, seeds = graph.profile, graph.profile.distill.seeds
+    for kind in ("style", "step1", *(["bm25"] if profile.evaluate.bm25 else [])):
+        yield graph.stage(kind, Of(name))
+    looks = [*product(graph.readers(), ("teacher", "closeness", "probe"))]
+    for which, kind in [*looks, *product(READERS, ("loop", "premises"))]:
+        yield graph.stage(kind, Of(name, which))
+    taught = [f"{which} {signal}" for signal in TAUGHT_BY for which in graph.readers()]
+    taught += [f"{which} {signal}" for signal in BESIDE for which in READERS]
+    for target, seed in product(dict.fromkeys([*graph.targets, *taught]), seeds):
+        yield graph.step2(name, target, seed)
+    for system, which, seed in answered(graph):
+        yield graph.stage("answers", Of(name, which, system, seed))
+    if isinstance(graph.sets[name], WorldSet) and profile.distill.side == "query":
+        yield graph.varied(CEILING).step2(name, "oracle", seeds[0])
+    for variation, which in product(profile.variations, READERS):
+        yield graph.varied(variation).step2(name, f"{which} attention", seeds[0])
+    for seed in profile.step1_seeds[1:]:
+        yield from of_further_run(graph.again(seed), name)
+
+
+def of_further_run(graph: Graph, name: str) -> Iterator[Stage]:
+    """What another seed of Step 1 makes anew for the claims."""
+    with_nouns = graph.has_nouns(name)  # without nouns no claim asks for readers on the way
+    for which in graph.readers() if with_nouns else READERS:
+        yield graph.stage("closeness", Of(name, which))
+        for signal in TAUGHT_BY if with_nouns else TAUGHT_BY[:1]:
+            for seed in graph.profile.distill.seeds:
+                yield graph.step2(name, f"{which} {signal}", seed)
+    for system, which, seed in answered(graph, ["fine-tuned attention"]):
+        if which == "fine-tuned":
+            yield graph.stage("answers", Of(name, which, system, seed))
+
+
+@cache
+def stages(graph: Graph) -> list[Stage]:
+    """All stages of a profile, each once, inputs before what is made of them, the sets by turns."""
+    found: dict[str, Stage] = {}
+
+    def add(stage: Stage) -> None:
+        if stage.key not in found:
+            for one in stage.inputs.values():
+                add(one)
+            found[stage.key] = stage
+
+    for turn in zip_longest(*(of_set(graph, name) for name in graph.sets)):
+        for stage in filter(None, turn):
+            add(stage)
+    return list(found.values())

@@ -4,7 +4,6 @@ Asking for a thing makes what is missing. Nothing here loads torch; `models` ope
 """
 
 import copy
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -19,9 +18,8 @@ from ragkit.data.passages import Passage
 from ragkit.data.questions import Asked, Corpus, Question
 from ragkit.distillation import targets
 from ragkit.errors import NounsError, ProfileError
-from ragkit.experiment.graph import Graph, Of
-from ragkit.experiment.stages import stages
-from ragkit.experiment.store import Stage, Store
+from ragkit.experiment.graph import Graph, Of, stages
+from ragkit.experiment.store import Stage, Store, fingerprint
 from ragkit.profile import Profile, load_profile
 
 TAKEN = ("course", "lab", "bench")  # folders below `runs/` that are no runs
@@ -35,8 +33,8 @@ def changed_profile(name_or_path: str, changes: Sequence[str]) -> Profile:
     """A profile with changes made, under a name of its own: its run replaces no other."""
     profile = load_profile(name_or_path, changes)
     if changes:
-        digest = hashlib.sha256(json.dumps(sorted(changes)).encode()).hexdigest()[:6]
-        profile = profile.model_copy(update={"name": f"{profile.name}-{digest}"})
+        named = f"{profile.name}-{fingerprint(sorted(changes))[:6]}"
+        profile = profile.model_copy(update={"name": named})
     if profile.name in TAKEN:
         why = "that folder below the runs is taken. Give it another name."
         raise ProfileError(f"A profile cannot be named {profile.name!r}: {why}")
@@ -79,15 +77,8 @@ class Lab:
                 file.write(f"{json.dumps([stage.name, stage.key])}\n")
         return folder
 
-    def varied(self, variation: str) -> "Lab":
-        """The lab with one choice taken otherwise; it shares this one's store and sets."""
-        return self._with(self.graph.varied(variation))
-
-    def again(self, step1_seed: int) -> "Lab":
-        """The lab whose Step 1 runs with another seed."""
-        return self._with(self.graph.again(step1_seed))
-
-    def _with(self, graph: Graph) -> "Lab":
+    def with_graph(self, graph: Graph) -> "Lab":
+        """This lab's store and sets with another graph: `graph.varied(...)`, `graph.again(...)`."""
         other = copy.copy(self)
         other.graph, other.profile = graph, graph.profile
         return other
@@ -104,10 +95,9 @@ class Lab:
         (`bm25`, for `test` alone)."""
         return load_file(self.open(by, set_name) / "candidates.safetensors")
 
-    def found(self, set_name: str, part: str, ranking: Places | None = None) -> list[list[Passage]]:
-        """The k passages of each question of a part, by the initial retriever or a ranking."""
-        passages = self.corpus(set_name).passages
-        rows = self.candidates(set_name)[part] if ranking is None else ranking
+    def found(self, set_name: str, part: str) -> list[list[Passage]]:
+        """The k passages of each question of a part, by the initial retriever."""
+        passages, rows = self.corpus(set_name).passages, self.candidates(set_name)[part]
         return [[passages[i] for i in row[: self.profile.k]] for row in rows]
 
     def example(self, set_name: str, part: str) -> int:
@@ -120,16 +110,15 @@ class Lab:
         return 0
 
     def noun_spans(self, set_name: str, part: str) -> list[list[tuple[int, int]]]:
-        """Start and end, in characters, of the nouns of each question of a part. Raises NounsError,
-        which says why, where no noun finder is at hand for this set."""
+        """Start and end, in characters, of the nouns of each question of a part. NounsError says
+        why where no noun finder is at hand for this set."""
         if not self.graph.has_nouns(set_name):
+            model = f"{self.profile.nouns!r} is not here, or knows the embedded worlds only"
+            advice = "Name a spaCy pipeline (python -m spacy download en_core_web_sm) or its folder"
             raise NounsError(
-                f"No noun finder for the questions of {set_name}: {self.profile.nouns!r} is "
-                "not here, or knows the embedded worlds only. Get one (python -m spacy download "
-                "en_core_web_sm) and name it, or a pipeline's folder, under nouns."
+                f"No noun finder for the questions of {set_name}: {model}. {advice} under nouns."
             )
-        spans = read_json(self.open("nouns", set_name) / "spans.json")[part]
-        return [[(start, end) for start, end in question] for question in spans]
+        return read_json(self.open("nouns", set_name) / "spans.json")[part]
 
     def teacher(self, set_name: str, which: str) -> dict[str, NDArray[np.float32]]:
         """All scores of one reader on the questions for distillation."""
@@ -154,8 +143,8 @@ class Lab:
         return targets.target_of(target, self.scores(set_name, target), entropy, seed)
 
     def distilled(self, set_name: str, target: str, seed: int) -> tuple[Places, Curve]:
-        """Step 2: the test ranking `[questions, 20]`, and the curve over epochs. With index
-        refreshes the curve is that of the last part."""
+        """Step 2: the test ranking `[questions, 20]`, and the curve over epochs (of the last part,
+        with index refreshes)."""
         folder = self.open_stage(self.graph.step2(set_name, target, seed))
         ranking = load_file(folder / "ranking.safetensors")["test"]
         return ranking, read_json(folder / "curve.json")

@@ -1,9 +1,7 @@
 """What a run would fetch, need and take, before it is begun: the graph, walked without making it.
-
 Seconds are units of work times rates. Rates come from stages that earlier runs recorded here with
 the same models; where there are none, from two small runs of the same graph; and where data or
-models are not here yet, from arithmetic: a stage's operations over a machine's.
-"""
+models are not here yet, from arithmetic: a stage's operations over a machine's."""
 
 import math
 import shutil
@@ -41,9 +39,7 @@ COLUMNS = ("name", "kind", "units", "operations", "memory", "stays", "passing")
 @cache
 def shape_of(model: str) -> tuple[float, int, int]:
     """A reader's or retriever's number of weights, layers, and hidden size, by its configuration.
-
-    Raises ProfileError for a model that is neither here nor in `assets/hub_sizes.yaml`.
-    """
+    ProfileError for a model that is neither here nor in `assets/hub_sizes.yaml`."""
     from accelerate import init_empty_weights  # only who plans waits for torch
     from transformers import AutoConfig, AutoModel
 
@@ -105,10 +101,9 @@ def downloads(profile: Profile) -> dict[str, float]:
         asked = [(one.questions, {one.train, one.heldout}), (one.passages, {one.passage_split})]
         for table, splits in asked:
             if isinstance(table, HubTable):
-                name = f"{table.dataset}: {table.config}"
-                gb = (known.get(name) or known.get(table.dataset, {"gb": {}}))["gb"]
-                each = sum(gb.get(split, math.nan) for split in splits)
-                found[table.dataset] = gb.get("all", each)
+                whole = known.get(table.dataset, {"gb": {}})
+                gb = known.get(f"{table.dataset}: {table.config}", whole)["gb"]
+                found[table.dataset] = gb.get("all", sum(gb.get(one, math.nan) for one in splits))
     here = {what for what in found if what == "embedded" or Path(what).exists()}
     return {what: gb for what, gb in found.items() if what not in here}
 

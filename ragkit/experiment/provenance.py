@@ -51,9 +51,8 @@ def used(tree: ast.AST, package: str) -> Iterator[str]:
 
 @cache
 def reached(name: str) -> tuple[str, list[str]]:
-    """The fingerprint of a module or asset of the package, and the names that it leads to. A name
-    in a module leads to the module, and that to the packages above it. The fingerprint is empty
-    where there is no such file."""
+    """The fingerprint of a module or asset of the package ('' if it is none), and the names that it
+    leads to. A name in a module leads to the module, and that to the packages above it."""
     if name.startswith("assets/"):
         return file_hash(PACKAGE / name)[:16], []
     above, place = name.rpartition(".")[0], PACKAGE.parent.joinpath(*name.split("."))
@@ -95,8 +94,7 @@ def versions(also: tuple[str, ...] = ()) -> dict[str, str]:
 
 def model_files(name: str) -> dict[str, str]:
     """The files that make a local model what it is, by hash, no model card; empty for a hub name.
-    Not by `asset()` for the embedded reader: every stage that loads it has these in its
-    settings."""
+    The embedded reader's not by `asset()`: every stage that loads it has these in its settings."""
     found = contents(str(ASSETS / "reader") if name == "embedded" else name)
     kinds = (".safetensors", ".json", ".gguf")
     return {Path(file).name: code for file, code in found.items() if file.endswith(kinds)}

@@ -1,4 +1,5 @@
-"""A run: every stage made by a pool of processes, every notebook executed, the manifest written."""
+"""A run: every stage made by a pool of processes, every notebook executed by papermill and kept in
+`<run>/stages/notebook/<key>`, the manifest written."""
 
 import json
 import logging
@@ -6,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,18 +17,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import psutil
 
-from ragkit.data.files import room_on_disk, write_whole
-from ragkit.errors import RagkitError
+from ragkit import errors
+from ragkit.data.files import file_hash, room_on_disk, write_whole
+from ragkit.errors import NotebookError, RagkitError
 from ragkit.experiment import store
-from ragkit.experiment.executed import Notebooks, told
-from ragkit.experiment.lab import Lab, read_json
+from ragkit.experiment.lab import FIGURES, OPENED, Lab, read_json
+from ragkit.experiment.provenance import PACKAGE, closure, versions
 from ragkit.experiment.store import Stage, Store
 from ragkit.profile import save_profile
 
 log = logging.getLogger(__name__)
 NOISY = "papermill httpx bm25s datasets faiss traitlets spacy asyncio sentence_transformers"
+DRAWN_WITH = ("pandas", "matplotlib", "seaborn", "papermill", "nbclient", "ipykernel")
+KILLED = (
+    "its Python process was killed, most likely because memory ran out. Close other programs, then "
+    "give the same command: it goes on from there."
+)
+OWN_ERRORS = {*vars(errors), "AttentionError"}
 
 
 def start_logging() -> None:
@@ -95,8 +105,7 @@ def make_all(lab: Lab, stages: Sequence[Stage]) -> None:
                 del unmade[running.pop(future).key]
     except BrokenProcessPool:
         names = " or ".join(one.name for one in running.values())
-        why = "most likely because memory ran out. The same command goes on from what was finished"
-        raise RagkitError(f"A process that made {names} was killed, {why}.") from None
+        raise RagkitError(f"Stage {names}: {KILLED}") from None
     finally:
         for process in multiprocessing.active_children() if running else ():
             process.terminate()
@@ -105,9 +114,8 @@ def make_all(lab: Lab, stages: Sequence[Stage]) -> None:
 
 def stoppable(works: Sequence[Callable[[], object]], at_once: int = 1) -> None:
     """Runs works that talk to notebooks' kernels in threads, begun in order: in the main thread
-    papermill and nbclient take Ctrl-C for themselves. On Ctrl-C the kernels are ended. The first
-    work that raises ends what has not begun; what runs is finished, and the error is raised then.
-    """
+    papermill and nbclient take Ctrl-C for themselves. On Ctrl-C the kernels are ended. After an
+    error nothing is begun; what runs is finished, and the error is raised then."""
     with futures.ThreadPoolExecutor(at_once) as pool:
         running = [pool.submit(work) for work in works]
         try:
@@ -125,6 +133,117 @@ def stoppable(works: Sequence[Callable[[], object]], at_once: int = 1) -> None:
                 one.result()
 
 
+def told(home: Path, status: str) -> dict[str, Any]:
+    """What a stage or notebook says of itself, for the manifest, and what happened to it now."""
+    kept = ("kind", "seconds", "peak_mib", "units", "made")
+    saved = {key: value for key, value in read_json(home / store.RECORD).items() if key in kept}
+    return {"key": home.name, **saved, "status": status}
+
+
+def kernel_of_here(folder: Path, name: str, env: dict[str, str]) -> str:
+    """Writes a kernel that runs this interpreter and package, for a `python3` that others installed
+    may run another; returns its name. It is none of several processes that work as one, and logs
+    nothing: a cell's errors stand in the notebook."""
+    place = folder / "kernels" / name
+    place.mkdir(parents=True, exist_ok=True)
+    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+    env = {"PYTHONPATH": path, "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "-1", **env}
+    quiet = ["ipykernel_launcher", "--log-level=CRITICAL", "-f", "{connection_file}"]
+    spec = {"argv": [sys.executable, "-m", *quiet], "display_name": name, "language": "python"}
+    write_whole(place / "kernel.json", json.dumps(spec | {"env": env}))
+    known = [str(folder), *os.environ.get("JUPYTER_PATH", "").split(os.pathsep)]
+    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, dict.fromkeys(known)))
+    return name
+
+
+class Notebooks:
+    """The notebooks in `sources` as stages of a run, whose own stages must be made. An execution,
+    with its figures, holds as long as its source, profile, code, libraries and the stages that it
+    opened are the same. `homes` and `status` say by name where one lies and what happened to it."""
+
+    def __init__(self, lab: Lab, sources: Path) -> None:
+        self.lab, self.sources = lab, sorted(sources.glob("[0-9A]*.ipynb"))
+        self.homes, self.status = dict[str, Path](), dict[str, str]()
+        if not self.sources:
+            raise NotebookError(f"No notebooks in {sources}. Run this from a checkout.")
+
+    def record(self, source: Path) -> dict[str, Any]:
+        """What an execution depends on besides the stages that it opens."""
+        cells = nbformat.read(source, as_version=4).cells
+        code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
+        profile = store.without_free(self.lab.profile.model_dump(mode="json", exclude={"name"}))
+        own = {"its source": file_hash(source), **closure(code)}
+        return {"profile": profile, "code": own, "versions": versions(DRAWN_WITH)}
+
+    def state(self, source: Path) -> tuple[Path | None, str]:
+        """The folder of an execution that holds; if there is none, why not the newest."""
+        record, reasons = self.record(source), []
+        keys = {stage.key for stage in self.lab.stages}  # a variation opens many under its own name
+        for home, saved in store.remembered(self.lab.folder, "notebook", source.stem):
+            was = saved["record"]
+            opened = {n: pair for n, pair in was.get("inputs", {}).items() if pair[1] in keys}
+            now = record | {"inputs": opened}
+            if was == now and store.contents(home) == saved["files"]:
+                return home, ""
+            damaged = "its files are damaged or missing"
+            reasons.append(damaged if was == now else store.difference(was, now))
+        return None, reasons[0] if reasons else "not made yet"
+
+    def run(self, source: Path) -> None:
+        """Executes a notebook aside and keeps it with its figures, if no execution holds."""
+        (home, reason), name, place = self.state(source), source.stem, self.lab.folder / "partial"
+        self.status[name] = f"ran: {reason}" if home is None else "reused"
+        if home is not None:
+            self.homes[name] = home
+            log.info("reused   notebook %s", name)
+            return
+        log.info("running  notebook %s (%s)", name, reason)
+        folder, noted = place / f"notebook-{name}", place / f"{name}.opened"
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "figures").mkdir(parents=True)
+        noted.write_text("")
+        record, started = self.record(source), time.monotonic()
+        self.execute(source, folder, {OPENED: str(noted), FIGURES: str(folder / "figures")})
+        seconds = round(time.monotonic() - started, 1)
+        pairs = map(json.loads, noted.read_text("utf8").splitlines())
+        record["inputs"] = {stage: [stage, key] for stage, key in pairs}
+        home = self.lab.folder / "stages" / "notebook" / store.fingerprint(record)
+        saved = {"name": name, "kind": "notebook", "record": record, "seconds": seconds}
+        store.keep(folder, home, saved | {"units": {"notebooks": 1}})
+        self.homes[name] = home
+        log.info("done     notebook %s in %.0f s", name, seconds)
+
+    def execute(self, source: Path, folder: Path, env: dict[str, str]) -> None:
+        """Runs a notebook; what goes wrong ends as one sentence that names notebook and cell."""
+        import papermill  # it takes a second, and a run with nothing to do need not wait for it
+        from nbclient.exceptions import DeadKernelError
+        from papermill.exceptions import PapermillExecutionError
+
+        profile, out = (self.lab.folder / "profile.yaml").resolve(), folder / source.name
+        given = {"PROFILE": str(profile), "RUNS": str(self.lab.runs.resolve())}
+        kernels, name = self.lab.folder / "partial" / "jupyter", f"ragkit-{source.stem}"
+        options = {"kernel_name": kernel_of_here(kernels, name, env), "progress_bar": False}
+        try:
+            papermill.execute_notebook(str(source), str(out), given, **options)
+        except DeadKernelError:
+            raise NotebookError(f"Notebook {source.name}: {KILLED}") from None
+        except PapermillExecutionError as error:
+            where = f"Notebook {source.name}, cell {error.exec_count}"
+            if error.ename in OWN_ERRORS:  # they speak for themselves
+                raise NotebookError(f"{where}: {error.evalue}") from None
+            first = next(filter(None, map(str.strip, error.source.splitlines())), "")
+            told = f"{error.ename}: {error.evalue}\nThe notebook with its traceback: {out}"
+            raise NotebookError(f"{where} ({first!r}): {told}") from None
+
+    def publish(self) -> None:
+        """Lays the notebooks with their outputs, and all their figures, into the run's folder."""
+        for part, below in (("notebooks", "*.ipynb"), ("figures", "figures/*")):
+            with store.replaced(self.lab.folder / part) as aside:
+                for home in self.homes.values():
+                    for file in home.glob(below):
+                        shutil.copy(file, aside)
+
+
 def reproduce(lab: Lab, sources: Path) -> dict[str, Any]:
     """Makes every stage, runs every notebook in `sources`, and writes and returns the manifest. Of
     several processes that work as one, the main one alone does what follows the stages."""
@@ -139,17 +258,14 @@ def reproduce(lab: Lab, sources: Path) -> dict[str, Any]:
         works = [partial(kept.run, source) for source in kept.sources]
         stoppable(works, 2 if lab.profile.device == "cpu" else 1)
         kept.publish()
-        stages, trimmed = dict[str, Any](), dict[str, Any]()
-        for one in lab.stages:
-            home = lab.store.home(one)
-            stages[one.name] = {"key": one.key, **told(home, lab.store.status[one.name])}
-            if (file := home / "trimmed.json").is_file():
-                trimmed[one.name] = read_json(file)
+        homes = {one.name: lab.store.home(one) for one in lab.stages}
+        files = {name: home / "trimmed.json" for name, home in homes.items()}
+        trimmed = {name: read_json(file) for name, file in files.items() if file.is_file()}
         manifest = {
             "profile": lab.profile.model_dump(mode="json"),
             "started": when,
             "seconds_of_this_call": round(time.monotonic() - started, 1),
-            "stages": stages,
+            "stages": {n: told(home, lab.store.status[n]) for n, home in homes.items()},
             "trimmed_prompts": {name: one for name, one in trimmed.items() if one["trimmed"]},
             "notebooks": {n: told(home, kept.status[n]) for n, home in sorted(kept.homes.items())},
         }

@@ -36,13 +36,18 @@ SHARED = int(os.environ.get("WORLD_SIZE", "1")) > 1  # torchrun started several 
 MAIN = os.environ.get("RANK", "0") == "0"
 
 
+def fingerprint(value: Any) -> str:
+    """A short hash of JSON values; the order of keys does not count."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
+
+
 def without_free(settings: Any) -> Any:
     """Settings as plain JSON values, without those that change no result (`settings.FREE`)."""
 
-    def kept(values: dict[str, Any]) -> dict[str, Any]:
-        return {name: one for name, one in values.items() if name not in FREE}
+    def kept(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {name: one for name, one in pairs if name not in FREE}
 
-    return json.loads(json.dumps(settings), object_hook=kept)
+    return json.loads(json.dumps(settings), object_pairs_hook=kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,9 +79,7 @@ class Stage:
     @cached_property
     def key(self) -> str:
         """The record's fingerprint; names of inputs are for people and do not count."""
-        inputs = {role: one.key for role, one in self.inputs.items()}
-        text = json.dumps(self.record | {"inputs": inputs}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:20]
+        return fingerprint(self.record | {"inputs": {r: one.key for r, one in self.inputs.items()}})
 
 
 def agreed(value: Any) -> Any:
@@ -90,9 +93,8 @@ def room_in_memory(stage: Stage) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # torch's own errors are RuntimeErrors, that of its CPU allocator has no class
-        told = re.search("out of memory|can't allocate memory", str(error), re.IGNORECASE)
-        if not (told or isinstance(error, MemoryError)):
+        words = "(?i)out of memory|can't allocate memory"  # torch raises plain RuntimeErrors too
+        if not (isinstance(error, MemoryError) or re.search(words, str(error))):
             raise
         knob = KINDS.get(stage.kind, {}).get("knob", "reader.at_once (prompts in one pass)")
         why = f"memory ran out. Lower {knob} in the profile; what was finished is kept."
@@ -114,6 +116,33 @@ def read_record(home: Path) -> dict[str, Any] | None:
         return None
 
 
+def remembered(run: Path, kind: str, name: str) -> list[tuple[Path, dict[str, Any]]]:
+    """The finished stages of a name with their records, the newest first."""
+    found = [(home, read_record(home)) for home in run.glob(f"stages/{kind}/*")]
+    same = [(home, saved) for home, saved in found if saved and saved["name"] == name]
+    return sorted(same, key=lambda one: one[1]["made"]["when"], reverse=True)
+
+
+def keep(aside: Path, home: Path, saved: Mapping[str, Any]) -> None:
+    """Writes the record of what was made aside, and renames its folder into place."""
+    saved = {**saved, "made": provenance(), "files": contents(aside)}
+    write_whole(aside / RECORD, json.dumps(saved, indent=1))
+    shutil.rmtree(home, ignore_errors=True)  # damaged
+    home.parent.mkdir(parents=True, exist_ok=True)
+    aside.rename(home)
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """A new folder aside, which takes a folder's place when all is in it."""
+    aside = folder.with_name(f"{folder.name}.new")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    yield aside
+    shutil.rmtree(folder, ignore_errors=True)
+    aside.rename(folder)
+
+
 def only_run(run: Path) -> AbstractContextManager[Any]:
     """Holds a run's folder; a second run in it is refused with a sentence."""
     try:
@@ -127,7 +156,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.sound: dict[str, Path] = {}  # by key: checked, or made, by this process
+        self.sound: set[str] = set()  # keys: checked, or made, by this process
         self.status: dict[str, str] = {}  # by name: 'reused', or 'ran: ' and the reason
         try:
             (folder / "partial").mkdir(parents=True, exist_ok=True)
@@ -143,70 +172,57 @@ class Store:
         if stage.key not in self.sound:
             reason = agreed(self.why_not(stage) if MAIN else None)
             if reason is not None:
-                for one in stage.inputs.values():
-                    self.open(one)
+                inputs = {role: self.open(one) for role, one in stage.inputs.items()}
                 with self.alone(stage) if MAIN else nullcontext():
                     if agreed(self.why_not(stage) if MAIN else None) is not None:
-                        self._make(stage, reason)
-            self.sound[stage.key] = self.home(stage)
+                        self._make(stage, inputs, reason)
+            self.sound.add(stage.key)
             self.status.setdefault(stage.name, "reused")
-        return self.sound[stage.key]
+        return self.home(stage)
 
     def why_not(self, stage: Stage) -> str | None:
         """Why a stage must be made; None if it need not be."""
         home = self.home(stage)
         if not home.exists():
             self._take_over(stage, home)
-        saved = read_record(home)
-        if saved is None:
-            return "its record is damaged" if (home / RECORD).exists() else self._news(stage)
-        for name, digest in saved["files"].items():
-            if not (home / name).is_file() or file_hash(home / name) != digest:
-                return f"{name} is damaged or missing"
-        return None
+        if saved := read_record(home):
+            for name, digest in saved["files"].items():
+                if not (home / name).is_file() or file_hash(home / name) != digest:
+                    return f"{name} is damaged or missing"
+            return None
+        if (home / RECORD).exists():
+            return "its record is damaged"
+        others = remembered(self.folder, stage.kind, stage.name)
+        return difference(others[0][1]["record"], stage.record) if others else "not made yet"
 
     def _take_over(self, stage: Stage, home: Path) -> None:
         """Links the files of a stage that another profile's run beside this one has made."""
-        places = self.folder.parent.glob(f"*/stages/{stage.kind}/{stage.key}/{RECORD}")
-        if (other := next(places, None)) is not None:
+        for record in self.folder.parent.glob(f"*/stages/{stage.kind}/{stage.key}/{RECORD}"):
             home.parent.mkdir(parents=True, exist_ok=True)
             # another process may be faster; a disk that knows no links gets its stage made
             with suppress(OSError), TemporaryDirectory(dir=self.folder / "partial") as aside:
-                whole = shutil.copytree(other.parent, Path(aside, "whole"), copy_function=os.link)
+                whole = shutil.copytree(record.parent, Path(aside, "whole"), copy_function=os.link)
                 whole.rename(home)
+            return
 
-    def _news(self, stage: Stage) -> str:
-        """The first thing that is new against the newest stage of the same name."""
-        kept = map(read_record, (self.folder / "stages" / stage.kind).glob("*"))
-        same = [saved for saved in kept if saved is not None and saved["name"] == stage.name]
-        newest = max(same, key=lambda saved: saved["made"]["when"], default=None)
-        return difference(newest["record"], stage.record) if newest else "not made yet"
-
-    def _make(self, stage: Stage, reason: str) -> None:
-        """Runs the maker aside, writes the record, and renames the folder into place."""
-        partial, home = self.folder / "partial" / f"{stage.kind}-{stage.key}", self.home(stage)
+    def _make(self, stage: Stage, inputs: Mapping[str, Path], reason: str) -> None:
+        """Runs the maker aside, and keeps what it made."""
+        partial, started = self.folder / "partial" / f"{stage.kind}-{stage.key}", time.monotonic()
         if MAIN:
             log.info("running  %s (%s)", stage.name, reason)
-            shutil.rmtree(home, ignore_errors=True)  # damaged
             partial.mkdir(exist_ok=True)
         agreed(None)
         module, _, function = stage.maker.partition(":")
-        started = time.monotonic()
         peak_memory()  # counts from here on
         with room_on_disk(self.folder, f"stage {stage.name}"), room_in_memory(stage):
             if stage.machine and not module.startswith("ragkit.data"):  # that needs no torch
                 import_module("ragkit.models.device").start(**stage.machine)
-            inputs = {role: self.open(one) for role, one in stage.inputs.items()}
             getattr(import_module(module), function)(partial, inputs, stage.settings)
             if MAIN:
                 seconds = round(time.monotonic() - started, 2)
-                saved: dict[str, Any] = {"name": stage.name, "kind": stage.kind}
-                saved |= {"record": stage.record, "units": dict(stage.units)}
-                saved |= {"seconds": seconds, "peak_mib": peak_memory()}
-                saved |= {"made": provenance(), "files": contents(partial)}
-                write_whole(partial / RECORD, json.dumps(saved, indent=1))
-                home.parent.mkdir(parents=True, exist_ok=True)
-                partial.rename(home)
+                saved = {"name": stage.name, "kind": stage.kind, "record": stage.record}
+                cost = {"units": dict(stage.units), "seconds": seconds, "peak_mib": peak_memory()}
+                keep(partial, self.home(stage), {**saved, **cost})
                 log.info("done     %s in %.1f s", stage.name, seconds)
         agreed(None)
         self.status[stage.name] = f"ran: {reason}"

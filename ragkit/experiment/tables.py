@@ -10,9 +10,8 @@ from numpy.typing import NDArray
 from ragkit.data.questions import CUTS, hits, reciprocal_ranks
 from ragkit.data.text import exact_match, f1
 from ragkit.distillation.targets import READERS, oracle_scores
-from ragkit.experiment.graph import CEILING, Of
+from ragkit.experiment.graph import CEILING, Of, answered
 from ragkit.experiment.lab import Lab, read_json
-from ragkit.experiment.stages import answered
 from ragkit.settings import WorldSet
 
 
@@ -20,10 +19,9 @@ def per_question(lab: Lab, set_name: str) -> pd.DataFrame:
     """Retrieval of every test question by BM25 (if the profile has it), the initial retriever and
     those distilled: columns set, system, seed, question, HR@1, 5, 20, MRR."""
     corpus, frames = lab.corpus(set_name), []
-    rankings: dict[tuple[str, int], NDArray[np.int64]] = {}
-    if lab.profile.evaluate.bm25:
-        rankings["BM25", 0] = lab.candidates(set_name, "bm25")["test"]
-    rankings["initial", 0] = lab.candidates(set_name)["test"]
+    searches = {"BM25": "bm25"} if lab.profile.evaluate.bm25 else {}
+    searches["initial"] = "candidates"
+    rankings = {(s, 0): lab.candidates(set_name, by)["test"] for s, by in searches.items()}
     for target, seed in product(lab.targets, lab.profile.distill.seeds):
         rankings[target, seed] = lab.distilled(set_name, target, seed)[0]
     for (system, seed), ranking in rankings.items():
@@ -35,10 +33,8 @@ def per_question(lab: Lab, set_name: str) -> pd.DataFrame:
 
 
 def answer_rows(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -> pd.DataFrame:
-    """EM and F1 of the first test questions: columns set, system, reader, seed, question, EM, F1.
-
-    Systems: those of `stages.answered`, each read by its regime's reader, controls by the tuned.
-    """
+    """EM and F1 of the first test questions, by the systems and readers of `graph.answered`:
+    columns set, system, reader, seed, question, EM, F1."""
     rows, questions = [], lab.corpus(set_name).questions["test"]
     for system, which, seed in answered(lab.graph, targets):
         stage = lab.graph.stage("answers", Of(set_name, which, system, seed))
@@ -62,14 +58,12 @@ def premises(lab: Lab, set_name: str) -> pd.DataFrame:
 
 
 def ceiling(lab: Lab, set_name: str) -> pd.DataFrame:
-    """How far the oracle, the best teacher, takes HR on dev: columns trained, seed, HR, set.
-
-    In a world once with both sides trained too; real text would be encoded anew at every look.
-    """
+    """How far the oracle, the best teacher, takes HR on dev: columns trained, seed, HR, set. In a
+    world once with both sides trained too; real text would be encoded anew at every look."""
     distill, rows = lab.profile.distill, []
     cases = [(distill.side, seed, lab) for seed in distill.seeds]
     if distill.side == "query" and isinstance(lab.sets[set_name], WorldSet):
-        cases.append(("both", distill.seeds[0], lab.varied(CEILING)))
+        cases.append(("both", distill.seeds[0], lab.with_graph(lab.graph.varied(CEILING))))
     for trained, seed, each in cases:
         rows.append((trained, seed, each.distilled(set_name, "oracle", seed)[1][-1]["hr"]))
     return pd.DataFrame(rows, columns=["trained", "seed", "HR"]).assign(set=set_name)

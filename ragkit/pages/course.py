@@ -24,13 +24,13 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_notebook
 
 from ragkit.errors import NotebookError
-from ragkit.experiment.executed import kernel_of_here
-from ragkit.experiment.run import stoppable
+from ragkit.experiment.run import KILLED, kernel_of_here, stoppable
 from ragkit.experiment.store import only_run
 from ragkit.settings import asset
 
 log = logging.getLogger(__name__)
 HEADING = re.compile(r"### Exercise (\d+) · (.+?) \*\((easy|medium|hard), (\d+) minutes\)\*\n")
+SHAPE = "'### Exercise 1 · Title *(easy, 10 minutes)*'; two code cells must follow: solution, check"
 REGION = re.compile(r"^([ \t]*)### BEGIN SOLUTION\n.*?^[ \t]*### END SOLUTION$", re.M | re.S)
 STUBBED = "NotImplementedError"
 STUB = f"# YOUR CODE HERE\nraise {STUBBED}()"
@@ -43,7 +43,7 @@ KINDS = {  # of copies, and what they say in its place
 
 
 class Exercise(NamedTuple):
-    """An exercise of a notebook: what its heading says, its cells for the answer and the check."""
+    """An exercise of a notebook: its cells for the answer and the check, what its heading says."""
 
     answer: NotebookNode
     check: NotebookNode
@@ -68,19 +68,15 @@ def exercises_of(stem: str, notebook: NotebookNode) -> list[Exercise]:
             continue
         heading, cells = HEADING.match(cell.source), notebook.cells[place + 1 : place + 3]
         if heading is None or [one.cell_type for one in cells] != ["code", "code"]:
-            raise NotebookError(
-                f"Notebook {stem}: {cell.source.splitlines()[0]!r} should read '### Exercise 1 · "
-                "Title *(easy, 10 minutes)*', or medium, hard, and two code cells must follow: the "
-                "solution and its check."
-            )
+            line = cell.source.splitlines()[0]
+            raise NotebookError(f"Notebook {stem}: {line!r} should read {SHAPE}.")
         number, title, difficulty, minutes = heading.groups()
         name, where = f"{stem[:2]}-{number}", f"Notebook {stem}, exercise {number} ({title})"
         answer, check = cells
         if len(REGION.findall(answer.source)) != 1 or not answer.metadata.get("wrong"):
-            raise NotebookError(
-                f"{where} lacks one solution between ### BEGIN SOLUTION and ### END SOLUTION, or "
-                "likely answers under 'wrong' in its metadata."
-            )
+            marks = "### BEGIN SOLUTION and ### END SOLUTION"
+            wrong = "likely answers under 'wrong' in its metadata"
+            raise NotebookError(f"{where} lacks one solution between {marks}, or {wrong}.")
         found.append(Exercise(answer, check, stem, name, where, title, difficulty, minutes))
     return found
 
@@ -102,10 +98,8 @@ def copy_of(notebook: NotebookNode, profile: str, runs: str, kind: str = "") -> 
 
 def faults(stem: str, notebook: NotebookNode, run: Callable[[str], str]) -> Iterator[str]:
     """What does not hold in a solved notebook; `run` runs code and says in what error it ended.
-
     Each exercise is tried with the stub, each wrong answer and the solution. Its check must refuse
-    all but the last by an assert of its own with a sentence, or the stub by the stub's error.
-    """
+    all but the last by an assert of its own with a sentence, or the stub by the stub's error."""
     exercises = {one.answer.id: one for one in exercises_of(stem, notebook)}
     checks = {one.check.id for one in exercises.values()}
     for place, cell in enumerate(notebook.cells, 1):
@@ -131,10 +125,9 @@ def verify(stem: str, notebook: NotebookNode, folder: Path) -> list[str]:
     """The `faults` of a solved notebook, tried in one kernel, in `folder`."""
     found: list[str] = []
     kernel = kernel_of_here(folder / "partial" / "jupyter", "ragkit-course", {})
-    here = {"metadata": {"path": str(folder)}}
-    client = NotebookClient(
-        new_notebook(), kernel_name=kernel, timeout=None, allow_errors=True, resources=here
-    )
+    place = {"metadata": {"path": str(folder)}}
+    client = NotebookClient(new_notebook(), kernel_name=kernel, timeout=None, resources=place)
+    client.allow_errors = True
     client.log.setLevel(logging.WARNING)  # it tells of every kernel it starts
 
     def run(code: str) -> str:
@@ -155,19 +148,14 @@ def verify(stem: str, notebook: NotebookNode, folder: Path) -> list[str]:
     try:
         stoppable([work])
     except DeadKernelError:
-        found.append(
-            f"Notebook {stem}: its Python process was killed, most likely because memory ran out. "
-            "Close other programs and try again."
-        )
+        found.append(f"Notebook {stem}: {KILLED}")
     return found
 
 
 def write(sources: Path, run: Path, profile: str) -> Path:
     """Tries all exercises on a finished run, then writes `course/` beside it, which it returns.
-
     `profile` is the run's, a name or a file, by which the copies open it. Raises NotebookError if
-    there are no notebooks, an exercise is out of shape, or a check does not do its work.
-    """
+    there are no notebooks, an exercise is out of shape, or a check does not do its work."""
     notebooks = {path.stem: nbformat.read(path, 4) for path in sorted(sources.glob("[0-9]*.ipynb"))}
     if not notebooks:
         raise NotebookError(f"There are no notebooks in {sources}: run this from a checkout.")
@@ -179,9 +167,9 @@ def write(sources: Path, run: Path, profile: str) -> Path:
             if found := verify(stem, copy, run):
                 raise NotebookError("\n".join(found))
             log.info("checked  notebook %s", stem)
-    folder, old = run.parent / "course", time.strftime("%Y%m%d-%H%M%S")
-    if folder.is_dir():  # somebody may have worked in it
-        log.info("kept     the last course as %s", folder.rename(f"{folder}-{old}"))
+    if (folder := run.parent / "course").is_dir():  # somebody may have worked in it
+        old = folder.rename(f"{folder}-{time.strftime('%Y%m%d-%H%M%S')}")
+        log.info("kept     the last course as %s", old)
     for kind in KINDS:
         (folder / kind).mkdir(parents=True)
         for stem, notebook in notebooks.items():
@@ -190,6 +178,6 @@ def write(sources: Path, run: Path, profile: str) -> Path:
     form = "| {id} | {notebook} | {title} | {difficulty} | {minutes} |"
     rows = "\n".join(form.format(**one._asdict()) for one in exercises)
     plan = string.Template(asset("lesson_plan.md").read_text("utf8"))
-    told = plan.substitute(profile=profile, exercises=rows)
-    (folder / "lesson_plan.md").write_text(told, "utf8")
+    filled = plan.substitute(profile=profile, exercises=rows)
+    (folder / "lesson_plan.md").write_text(filled, "utf8")
     return folder

@@ -1,7 +1,5 @@
 """HTML from templates that escape all they are given; what others made passes an allow-list.
-
-Nothing here runs a script or loads anything from the network.
-"""
+Nothing here runs a script or loads anything from the network."""
 
 import re
 from collections.abc import Mapping, Sequence

@@ -1,12 +1,13 @@
 """Is a reader of one's own fit to teach a retriever? Both indicators on a few hundred questions.
 
-from ragkit.pages import judge, judge_page
-judge_page.write_html(judge.judge("path/to/reader", "questions.jsonl"), Path("judgement.html"))
+from ragkit.pages import judge
+judge.write_html(judge.judge("path/to/reader", "questions.jsonl"), Path("judgement.html"))
 """
 
 import logging
+import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,21 +16,22 @@ import numpy as np
 import pandas as pd
 from transformers import AutoConfig
 
-from ragkit.data.files import read_jsonl
+from ragkit.data.files import read_jsonl, write_whole
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Question, same_question, text_and_answers
 from ragkit.data.text import holds_answer, words
-from ragkit.errors import DataError, NounsError, ReaderError
+from ragkit.errors import DataError, NounsError, ReaderError, StoreError
 from ragkit.experiment.claims import LINE
 from ragkit.indicators import measures
 from ragkit.indicators.closeness import Spans, look_at_tokens, space, wanted_ids
-from ragkit.indicators.measures import Floats, Ints, Tokens
+from ragkit.indicators.measures import Embed, Floats, Tokens, Wanted
 from ragkit.indicators.metrics import Interval, interval
 from ragkit.indicators.nouns import find_nouns, load_nouns
 from ragkit.models.fid import load_reader
 from ragkit.models.loading import loading
 from ragkit.models.reader import Reader, embedded_reader
-from ragkit.settings import AttentionSettings, IndicatorSettings, ReaderSettings
+from ragkit.pages import html, report
+from ragkit.settings import ROWS, AttentionSettings, IndicatorSettings, ReaderSettings
 
 log = logging.getLogger(__name__)
 FEWEST, MOST = 2, 20  # passages of a question
@@ -37,7 +39,9 @@ ENOUGH = 30  # questions below which no line is drawn
 ABOVE, BELOW, UNSURE = "above the line", "below the line", "cannot tell"
 GOALS = {"answer": "Indicator 1 (the answer)", "nouns": "Indicator 2 (the question's nouns)"}
 SPEARMAN = f"Indicator 2, Spearman. The line: the paper's {LINE}"
-SHARE = IndicatorSettings().share
+SHARE, READ = IndicatorSettings().share, AttentionSettings()  # as profiles do by default
+EXAMPLES = 3  # shown on the page: the first questions, so that none is picked
+DARKEST = 5.0  # lift from which tokens are equally dark: one sink would leave all others white
 CHAT = "The reader has a chat template, but is asked by ragkit's plain prompt, without it."
 Asked = tuple[Question, list[Passage]]
 Tables = dict[str, dict[str, pd.DataFrame]]  # of a goal, what `measure` gives
@@ -53,14 +57,13 @@ class Check(NamedTuple):
 
 @dataclass(frozen=True)
 class Judgement:
-    """What `judge` found. `attention` `[tokens]` is that of `tokens`; `nouns` are each question's,
-    by their characters, None without a finder. The `checks` make the verdict, `direct` stands
-    beside it. `counts` says what was left out or cut, `how` what was judged by what."""
+    """What `judge` found. `nouns` are each question's, by their characters, None without a finder.
+    The `checks` make the verdict, `direct` stands beside it. `counts` says what was left out or
+    cut, `how` what was judged by what."""
 
     reader: Reader
     asked: list[Asked]
     tokens: Tokens
-    attention: Floats
     nouns: Spans | None
     tables: Tables
     verdict: str
@@ -85,11 +88,9 @@ def read_asked(path: Path) -> list[Asked]:
         for place, one in enumerate(given):
             told = one if isinstance(one, dict) else {}
             said, title = told.get("text"), told.get("title") or ""
-            if not isinstance(said, str) or not said.strip() or not isinstance(title, str):
-                wrong = (
-                    f"passage {place} (counted from 0) has no 'text', or a title that is no text"
-                )
-                raise DataError(f"{where}: {wrong}. Mend it, or leave it out.")
+            if not (isinstance(said, str) and said.strip() and isinstance(title, str)):
+                wrong = "has no 'text', or a title that is no text. Mend it, or leave it out"
+                raise DataError(f"{where}: passage {place} (counted from 0) {wrong}.")
             passages.append(Passage(str(place), title, said.strip()))
         places = range(len(given))
         if not isinstance(gold, list) or any(type(i) is not int or i not in places for i in gold):
@@ -147,14 +148,11 @@ def load(name: str) -> Reader:
 
 
 def measure(
-    tokens: Tokens, attention: Floats, embed: Callable[[Ints], Floats], wanted: list[list[int]]
+    tokens: Tokens, attention: Floats, embed: Embed, wanted: Wanted
 ) -> dict[str, pd.DataFrame]:
     """An indicator, a row a question, in the `measured` space; under the control `permuted`, the
-    vectors dealt out anew for each question; and by `overlap` with the wanted tokens alone.
-
-    `lead` is the measured lift minus the control's, undefined where both have the same closest
-    tokens. `embed` gives the vectors of tokens `[ids, d]`.
-    """
+    vectors dealt out anew for each question; and by `overlap` with the wanted tokens alone. `lead`
+    is the measured lift minus the control's, undefined where both have the same closest tokens."""
     question, exact = tokens.question, measures.exact(tokens, wanted)
     close = measures.closeness_to(tokens, wanted, embed)
     dealt = measures.closeness_to(tokens, wanted, embed, np.random.default_rng(0))
@@ -226,8 +224,7 @@ def judge(
 
     `nouns` is a spaCy pipeline, by name or folder; without one Indicator 2 is not computed.
     Closeness is measured in the input embeddings of the reader `other`, by default its own: readers
-    compare only within one space. Attention is read as profiles do by default: last row of the
-    prompt, value norm, mean of all layers. It cannot know whether passages are true.
+    compare only within one space. It cannot know whether passages are true.
     """
     given, reader, counts = read_asked(Path(questions)), load(name), Counter[str]()
     model, unsure = load(other) if other else reader, []
@@ -246,15 +243,43 @@ def judge(
         log.warning("Indicator 2 is not computed. %s", error)
     log.info("reading  %d prompts, one pass over each", len(asked))
     tokens = look_at_tokens(reader, texts, [passages for _, passages in asked])
-    embed, attention = space(reader, model), tokens.attention(AttentionSettings())
+    embed, attention = space(reader, model), tokens.attention(READ)
     ids, occur = np.unique(tokens.ids, return_counts=True)
     counts["vectors"] = int(occur[np.isnan(embed(ids)).any(1)].sum())
     tables: Tables = {}
     for goal, wanted in wanted_ids(reader, texts, spans).items():
         log.info("measuring %s", GOALS[goal])
         tables[goal] = measure(tokens, attention, embed, wanted)
-    checks = unsure + checks_of(tables)
-    return Judgement(
-        reader, asked, tokens, attention, spans, tables, verdict_of(checks), checks,
-        direct_check(asked, tokens, attention), counts, how,
-    )  # fmt: skip
+    checks, direct = unsure + checks_of(tables), direct_check(asked, tokens, attention)
+    found = (tables, verdict_of(checks), checks, direct)
+    return Judgement(reader, asked, tokens, spans, *found, counts, how)
+
+
+def write_html(judged: Judgement, path: Path) -> None:
+    """Writes a judgement as one page that runs no script and loads nothing, with the first
+    questions' tokens the darker the more attention."""
+    tokens, examples = judged.tokens, []
+    shade = np.nan_to_num(measures.lift(tokens.attention(READ), tokens.question)).clip(0, DARKEST)
+    for number, (question, passages) in enumerate(judged.asked[:EXAMPLES]):
+        mine, titles = tokens.question == number, [passage.title for passage in passages]
+        texts = judged.reader.tokenizer.convert_ids_to_tokens(tokens.ids[mine].tolist())
+        shown = html.marked_tokens(texts, shade[mine].tolist(), tokens.owner[mine].tolist(), titles)
+        spans = judged.nouns[number] if judged.nouns else []
+        nouns = [question.text[start:end] for start, end in spans]
+        examples.append({"asked": question, "nouns": nouns, "shown": shown})
+    mass = dict(zip(measures.PLACES, tokens.mass[:, ROWS.index(READ.rows)].mean(0), strict=True))
+    told = {"judge": globals(), "judged": judged, "mass": mass, "examples": examples}
+    title, body = f"Judgement of {judged.how['Reader']}", html.fill("judge", **told)
+    write_whole(path, report.page(title, body, [("Judgement", "#main")], "#main"))
+
+
+def write(reader: str, questions: str, nouns: str, space: str | None, out: Path) -> None:
+    """Judges a reader (see `judge`), tells the verdict with its reasons, writes the page."""
+    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):  # before minutes of work
+        why = "it is a folder, or its folder is not there or closed to you"
+        raise StoreError(f"The page cannot be written to {out}: {why}. Choose another --out.")
+    judged = judge(reader, questions, nouns, space)
+    write_html(judged, out)
+    for one in (*judged.checks, judged.direct):
+        log.info("%-14s %s. %s", one.verdict, one.name, one.told)
+    log.info("verdict: %s (%d questions). The page: %s", judged.verdict, len(judged.asked), out)

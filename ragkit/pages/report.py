@@ -1,15 +1,12 @@
-"""The report: a run as static pages that need no network.
+"""The report: a run as static pages that load nothing; none but the sliders may run a script. And
+the reference run in `figures/`: how a run differs from it, and how a run becomes it."""
 
-Overview, executed notebooks, gallery, sliders, manifest. A page may load nothing, and none but the
-sliders may run a script.
-"""
-
-import json
 import re
 import shutil
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import nbformat
 import pandas as pd
@@ -19,11 +16,23 @@ from pygments import highlight
 from pygments.formatters import HtmlFormatter
 from pygments.lexers import PythonLexer
 
-from ragkit.experiment.lab import Lab
-from ragkit.pages import html, reference, sliders
-from ragkit.pages.reference import flat
+from ragkit.data.files import write_whole
+from ragkit.errors import StoreError
+from ragkit.experiment.lab import Lab, read_json
+from ragkit.experiment.store import replaced
+from ragkit.pages import html, sliders
 from ragkit.settings import asset
 
+GAINS, LEDGER, MAIN = "04_gains.csv", "09_ledger.csv", "04_main_table.csv"
+MARKED = re.compile("(?<=<!-- ledger -->).*?(?=<!-- /ledger -->)", re.DOTALL)  # of the README
+BOTH = {"suffixes": ("", " there")}  # endings of columns: of this run, of the reference
+JOINED: dict[str, Any] = {GAINS: BOTH | {"on": ["set", "system"]}, LEDGER: BOTH | {"on": "claim"}}
+ENDS = (".svg", ".png", ".csv", ".txt")  # of a figure's files
+GAIN = (
+    "{set}, {system}: gain in HR@5 {mean:+.3f} [{low:+.3f}, {high:+.3f}] here, "
+    "{mean there:+.3f} [{low there:+.3f}, {high there:+.3f}] there"
+)
+VERDICT = "{claim}: verdict '{verdict}' here, '{verdict there}' there"
 SHOWN_ROWS = 12  # of a figure's table
 Pages = list[tuple[str, str]]  # name and file
 
@@ -66,10 +75,8 @@ def output_html(output: nbformat.NotebookNode, drawn: Iterable[str] = ()) -> Mar
 def notebook_html(path: Path, drawn: Iterable[str] = ()) -> Markup:
     """An executed notebook: prose, code, outputs; not what went to the error stream."""
     cells, shown = nbformat.read(path, as_version=4).cells, partial(output_html, drawn=drawn)
-    look = {"lexer": PythonLexer(), "formatter": HtmlFormatter(cssclass="code")}
-    return html.fill(
-        "notebook", cells=cells, prose=prose, code=partial(highlight, **look), shown=shown
-    )
+    code = partial(highlight, lexer=PythonLexer(), formatter=HtmlFormatter(cssclass="code"))
+    return html.fill("notebook", cells=cells, prose=prose, code=code, shown=shown)
 
 
 def lesson(path: Path) -> str:
@@ -79,16 +86,63 @@ def lesson(path: Path) -> str:
     return " ".join(re.sub(r"[*`]", "", said[1]).split()).capitalize() if said else ""
 
 
-def write(lab: Lab, figures: Path) -> tuple[Path, list[str]]:
-    """Writes `report/` in a finished run's folder.
+def flat(profile: dict[str, Any]) -> dict[str, Any]:
+    """A profile's settings as `part.key`; sets go by their names."""
+    sets = {one["name"]: one for one in profile["sets"]}
+    return pd.json_normalize({**profile, "sets": sets}).iloc[0].to_dict()
 
-    Returns its index page, and how the run compares with the reference in `figures`.
-    """
+
+def measured_by(manifest: dict[str, Any]) -> str:
+    """The profile of a run and the commits that made its stages and notebooks."""
+    if "git" in manifest:  # until 0.2.0 a manifest named one commit for all, that of its last call
+        return f"profile {manifest['profile']['name']}, commit {manifest['git'][:7]}"
+    made = [one["made"] for part in ("stages", "notebooks") for one in manifest[part].values()]
+    commits = dict.fromkeys(str(one["commit"])[:7] for one in made)
+    held = ", with changes that no commit holds" if any(one.get("dirty") for one in made) else ""
+    named = f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"
+    return f"profile {manifest['profile']['name']}, {named}{held}"
+
+
+def compare(run: Path, figures: Path) -> list[str]:
+    """How the finished run in a folder differs from the reference in `figures`, line by line: a
+    gain where the two 95 % intervals do not overlap, a verdict where it is another one. Nothing is
+    compared where either profile is too small to be judged."""
+    own = read_json(run / "manifest.json")["profile"]
+    try:
+        manifest = read_json(figures / "manifest.json")
+        theirs, named = manifest["profile"], measured_by(manifest)
+        here, there = flat(own), flat(theirs)
+        gains, verdicts = (
+            pd.read_csv(run / "figures" / file).merge(pd.read_csv(figures / file), **both)
+            for file, both in JOINED.items()
+        )
+        apart = (gains["low"] > gains["high there"]) | (gains["high"] < gains["low there"])
+        other = verdicts["verdict"] != verdicts["verdict there"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"{figures} holds none of this version (`make reference` puts it there): {error!r}"
+        return [f"There is no reference to compare with: {why}."]
+    small = [one["name"] for one in (own, theirs) if not one["judge"]]
+    if small or gains.empty:
+        why = f"profile {small[0]} is too small to judge" if small else "it has other question sets"
+        return [f"Not compared with the reference ({named}): {why}."]
+    told = [GAIN.format(**row) for row in gains[apart].to_dict("records")]
+    told += [VERDICT.format(**row) for row in verdicts[other].to_dict("records")]
+    counts = f"of {len(gains)} gains and {len(verdicts)} verdicts, {len(told) or 'none'} differ"
+    summary = f"Compared with the reference ({named}): {counts} (gains by their intervals)."
+    settings = []
+    for name in sorted({*here, *there} - {"name"}):
+        mine, its = (one.get(name, "absent") for one in (here, there))
+        settings += [f"{name} {mine} here, {its} there"] if mine != its else []
+    return [summary, *told, f"Settings that differ: {'; '.join(settings) or 'none'}."]
+
+
+def write(lab: Lab, figures: Path) -> tuple[Path, list[str]]:
+    """Writes `report/` in a finished run's folder. Returns its index page, and how the run compares
+    with the reference in `figures`."""
     folder = lab.folder / "report"
     (folder / "figures").mkdir(parents=True, exist_ok=True)
-    manifest = json.loads((lab.folder / "manifest.json").read_text("utf8"))
-    compared, settings = reference.compare(lab.folder, figures), flat(manifest["profile"])
-    drawn, gallery = set(), {}
+    manifest, compared = read_json(lab.folder / "manifest.json"), compare(lab.folder, figures)
+    settings, drawn, gallery = flat(manifest["profile"]), set(), {}
     for path in sorted(lab.figures.glob("*.svg")):
         drawn.add(html.figure(path))
         table, told = pd.read_csv(path.with_suffix(".csv")), {"name": path.stem, "most": SHOWN_ROWS}
@@ -98,12 +152,10 @@ def write(lab: Lab, figures: Path) -> tuple[Path, list[str]]:
         for end in (".csv", ".svg", ".png"):
             shutil.copy(path.with_suffix(end), folder / "figures")
     notebooks = sorted((lab.folder / "notebooks").glob("*.ipynb"))
-    claims = pd.read_csv(lab.figures / reference.LEDGER)
+    claims = pd.read_csv(lab.figures / LEDGER)
     overview = {
-        "manifest": manifest,
-        "compared": compared,
-        "gains": gallery.get(Path(reference.GAINS).stem, ""),
-        "claims": claims.to_dict("records"),
+        **{"manifest": manifest, "compared": compared, "claims": claims.to_dict("records")},
+        "gains": gallery.get(Path(GAINS).stem, ""),
         "ledger": html.ledger(claims, {path.stem[:2]: f"{path.stem}.html" for path in notebooks}),
         "lessons": {path.stem: lesson(path) for path in notebooks},
     }
@@ -119,3 +171,32 @@ def write(lab: Lab, figures: Path) -> tuple[Path, list[str]]:
     for (title, file), body in bodies.items():
         (folder / file).write_text(page(title, body, list(bodies), file), "utf8")
     return folder / "index.html", compared
+
+
+def make_reference(lab: Lab, figures: Path, readme: Path) -> None:
+    """Makes a finished run the reference: figures, tables, manifest, and the README's ledger. All
+    is checked before anything is touched (StoreError, which says all that is lacking), and written
+    aside first. Folders in `figures` (the references of other profiles) stay."""
+    record, lacking = lab.folder / "manifest.json", []
+    if (manifest := read_json(record))["profile"] != lab.profile.model_dump(mode="json"):
+        lacking.append(f"{record} has other settings than profile {lab.profile.name} has now")
+    files = {one for one in lab.figures.glob("*") if one.suffix in ENDS}
+    files |= {lab.figures / name for name in (GAINS, LEDGER, MAIN)}
+    files |= {one.with_suffix(end) for one in lab.figures.glob("*.svg") for end in ENDS}
+    empty = [one for one in sorted(files) if not (one.is_file() and one.stat().st_size)]
+    lacking += [f"{one} is missing or empty" for one in empty]
+    if not (readme.is_file() and MARKED.search(readme.read_text("utf8"))):
+        lacking.append(f"{readme} must hold <!-- ledger --> and after it <!-- /ledger -->")
+    if lacking:
+        advice = f"Run `make reproduce PROFILE={lab.profile.name}` first."
+        raise StoreError(f"Nothing was published: {'; '.join(lacking)}. {advice}")
+    told = ["", "| | claim | verdict | set by set |", "|---|---|---|---|"]
+    for row in pd.read_csv(lab.figures / LEDGER).fillna("").itertuples():
+        told.append(f"| {row.claim} | {row.statement} | **{row.verdict}** | {row.why} |")
+    told += ["", f"Measured with {measured_by(manifest)}.", ""]
+    with replaced(figures) as aside:
+        for path in (*files, record):
+            shutil.copy(path, aside)
+        for inner in filter(Path.is_dir, figures.glob("*")):
+            shutil.copytree(inner, aside / inner.name)
+    write_whole(readme, MARKED.sub(lambda _: "\n".join(told), readme.read_text("utf8"), count=1))

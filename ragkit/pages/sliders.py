@@ -52,10 +52,9 @@ def set_data(lab: Lab, name: str) -> dict[str, Any]:
     retr = np.einsum("qd,qkd->qk", queries, models.vectors(lab, name).take(found))
     gold = targets.oracle_scores(found.tolist(), corpus.golds(questions, found))
     examples = []
-    for question, row in zip(questions[:EXAMPLES], found, strict=False):
+    for one, row in zip(questions[:EXAMPLES], found, strict=False):
         passages = [[corpus.passages[i].title, corpus.passages[i].text] for i in row]
-        said = {"question": question.text, "answers": list(question.answers)}
-        examples.append({**said, "passages": passages})
+        examples.append({"question": one.text, "answers": one.answers, "passages": passages})
     path = lab.figures / "08_by_layer.csv"
     table = pd.read_csv(path, dtype={"layer": str}) if path.is_file() else pd.DataFrame({"set": []})
     means = table[table["set"] == name].to_json(orient="records", double_precision=5)
@@ -67,14 +66,11 @@ def set_data(lab: Lab, name: str) -> dict[str, Any]:
 def data(lab: Lab) -> dict[str, Any]:
     """Everything the page holds."""
     own, distill = lab.profile.attention, lab.profile.distill
-    start = {"rows": ROWS.index(own.rows), "norm": int(own.norm)}
-    return {
-        "entropy": distill.entropy,
-        "theta": distill.retriever_temperature,
-        "choices": {"rows": list(ROWS), "norm": ["off", "on"], "pooling": list(POOLINGS)},
-        "start": start | {"pooling": POOLINGS.index(own.pooling)},
-        "sets": [set_data(lab, name) for name in lab.sets],
-    }
+    choices = {"rows": ROWS, "norm": ("off", "on"), "pooling": POOLINGS}
+    places = (ROWS.index(own.rows), int(own.norm), POOLINGS.index(own.pooling))
+    given = {"choices": choices, "start": dict(zip(choices, places, strict=True))}
+    given |= {"entropy": distill.entropy, "theta": distill.retriever_temperature}
+    return given | {"sets": [set_data(lab, name) for name in lab.sets]}
 
 
 def body(lab: Lab) -> str:

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import ragkit
-from ragkit.experiment.executed import Notebooks
 from ragkit.experiment.graph import Graph, Of
+from ragkit.experiment.graph import stages as stages_of
 from ragkit.experiment.lab import Lab, changed_profile
-from ragkit.experiment.stages import stages as stages_of
+from ragkit.experiment.run import Notebooks
 from ragkit.experiment.store import difference
 from ragkit.profile import VARIATIONS, load_profile
 
@@ -264,6 +264,7 @@ def test_a_lab_makes_nothing_by_being_opened_and_shares_its_store(tmp_path):
     lab = Lab("smoke", tmp_path)
     assert len(lab.stages) > 100
     assert not list(lab.folder.glob("stages/*"))
-    for other in (lab.varied("reverse KL"), lab.again(1)):
+    for graph in (lab.graph.varied("reverse KL"), lab.graph.again(1)):
+        other = lab.with_graph(graph)
         assert other.store is lab.store
         assert {one.key for one in other.stages} - {one.key for one in lab.stages}

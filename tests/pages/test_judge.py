@@ -34,7 +34,6 @@ from ragkit.data.vocabulary import build_tokenizer
 from ragkit.errors import DataError
 from ragkit.indicators import closeness, measures
 from ragkit.pages import judge as judging
-from ragkit.pages import judge_page
 from ragkit.pages.judge import ABOVE, BELOW, ENOUGH, UNSURE, Check, mean_of, read_asked
 
 NASTY = "<script src='https://example.com/x.js'>alert(1)</script>"
@@ -147,7 +146,7 @@ def test_one_question_by_hand(reader, nouns, tmp_path):
     assert sum(mass.values()) == pytest.approx(1, abs=1e-5)
     assert judged.verdict == UNSURE
     assert all("too few to tell" in one.told for one in judged.checks)
-    judge_page.write_html(judged, tmp_path / "page.html")
+    judging.write_html(judged, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text("utf8")
     assert "Nouns: orla, venn." in page
     spelt = re.sub(r"<[^>]*>|\s", "", page)
@@ -253,7 +252,7 @@ def test_constant_attention_is_left_out(change, nouns, tmp_path):
         assert number(judged, goal, "Spearman").n == 0
         assert np.isnan(number(judged, goal, "Spearman").mean)
     assert judged.verdict == UNSURE
-    judge_page.write_html(judged, tmp_path / "page.html")
+    judging.write_html(judged, tmp_path / "page.html")
     text = re.sub(r"<[^>]*>", "", (tmp_path / "page.html").read_text("utf8")).lower()
     assert not re.search(r"\bnan\b", text.split("the numbers")[1])
 
@@ -325,7 +324,7 @@ def test_without_a_noun_finder_the_rest_is_computed(reader, nouns, caplog, tmp_p
     assert judged.checks[0].verdict == judged.verdict == UNSURE
     assert re.match(r"Not computed\. .*no_such_pipeline.*--nouns", judged.checks[0].told)
     assert "Indicator 2 is not computed" in caplog.text
-    judge_page.write_html(judged, tmp_path / "page.html")
+    judging.write_html(judged, tmp_path / "page.html")
     assert "Not computed" in (tmp_path / "page.html").read_text("utf8")
     outer = judge(reader, [row()], str(Path(nouns).parent))  # a package's folder holds it
     assert nouns in outer.checks[0].told
@@ -339,7 +338,7 @@ def test_a_chat_reader_and_what_the_verdict_cannot_know(reader, caplog, tmp_path
         one.model.save_pretrained(tmp_path / name)
         one.tokenizer.save_pretrained(tmp_path / name)
         caplog.clear()
-        judge_page.write_html(judge(str(tmp_path / name), [row()], "none"), page)
+        judging.write_html(judge(str(tmp_path / name), [row()], "none"), page)
         assert (judging.CHAT in caplog.text) == (name == "chat")
         assert ("The reader has a chat template" in page.read_text("utf8")) == (name == "chat")
         assert "poisoned" in page.read_text("utf8")
@@ -414,7 +413,7 @@ def test_the_page_is_escaped_and_loads_nothing(nouns, tmp_path):
     rows = [row(f"{question} {NASTY}", NASTY, texts) for question in PLACES]
     for one in rows:
         one["passages"][0]["title"] = NASTY
-    judge_page.write_html(judge(llama(folder), rows, nouns), tmp_path / "page.html")
+    judging.write_html(judge(llama(folder), rows, nouns), tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text("utf8")
     assert "<script" not in text
     assert "<b>$reader" not in text
@@ -496,5 +495,5 @@ def test_a_trained_llama_on_real_text(nouns, tmp_path):
     assert np.isfinite(number(judged, "nouns", "attention").mean)
     assert judged.counts["cut"] > 0
     assert abs(number(judged, "answer", "Spearman (no exact)", "permuted").mean) < 0.1
-    judge_page.write_html(judged, tmp_path / "page.html")
+    judging.write_html(judged, tmp_path / "page.html")
     assert judged.verdict in (tmp_path / "page.html").read_text("utf8")

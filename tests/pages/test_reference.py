@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from ragkit.errors import StoreError
-from ragkit.pages import reference
+from ragkit.pages import report
 from ragkit.profile import load_profile
 
 SETS = [{"name": "almanac", "seed": 1}, {"name": "trivia", "seed": 2}]
@@ -43,7 +43,7 @@ def stand(folder, profile=PROFILE, gains=GAINS, ledger=LEDGER, main=MAIN):
     """A run's tables, as they lie both in a run and in the reference."""
     figures = folder / "figures"
     figures.mkdir(parents=True)
-    named = {reference.GAINS: gains, reference.LEDGER: ledger, reference.MAIN: main}
+    named = {report.GAINS: gains, report.LEDGER: ledger, report.MAIN: main}
     for file, text in named.items():
         if text is not None:
             (figures / file).write_text(text)
@@ -58,7 +58,7 @@ def published(tmp_path):
 
 
 def test_the_same_run_differs_nowhere(tmp_path, published):
-    assert reference.compare(stand(tmp_path / "run"), published) == [
+    assert report.compare(stand(tmp_path / "run"), published) == [
         "Compared with the reference (profile tiny, commit 0123456): "
         "of 3 gains and 2 verdicts, none differ (gains by their intervals).",
         "Settings that differ: none.",
@@ -69,9 +69,7 @@ def test_gains_whose_intervals_lie_apart_and_other_verdicts_are_named(tmp_path, 
     gains = GAINS.replace("0.2,0.15,0.25", "0.1,0.05,0.149")
     gains = gains.replace("0.3,0.2,0.4", "0.45,0.4,0.5")  # this one only touches
     ledger = LEDGER.replace("undecided", "reproduced")
-    summary, *compared = reference.compare(
-        stand(tmp_path / "run", PROFILE, gains, ledger), published
-    )
+    summary, *compared = report.compare(stand(tmp_path / "run", PROFILE, gains, ledger), published)
     assert compared[:-1] == [
         "almanac, oracle: gain in HR@5 +0.100 [+0.050, +0.149] here, +0.200 [+0.150, +0.250] there",
         "C2: verdict 'reproduced' here, 'undecided' there",
@@ -82,9 +80,9 @@ def test_gains_whose_intervals_lie_apart_and_other_verdicts_are_named(tmp_path, 
 def test_what_cannot_be_compared_is_said(tmp_path, published):
     named = "Not compared with the reference (profile tiny, commit 0123456)"
     small = stand(tmp_path / "small", PROFILE | {"name": "smoke", "judge": False})
-    assert reference.compare(small, published) == [f"{named}: profile smoke is too small to judge."]
+    assert report.compare(small, published) == [f"{named}: profile smoke is too small to judge."]
     other = stand(tmp_path / "run", gains="set,system,mean,low,high\nnq,oracle,0.2,0.1,0.3\n")
-    assert reference.compare(other, published) == [f"{named}: it has other question sets."]
+    assert report.compare(other, published) == [f"{named}: it has other question sets."]
 
 
 def test_other_seeds_sets_and_settings_are_said(tmp_path, published):
@@ -92,7 +90,7 @@ def test_other_seeds_sets_and_settings_are_said(tmp_path, published):
     run = stand(
         tmp_path / "run", PROFILE | {"k": 10, "sets": sets}, GAINS.replace("trivia", "mine")
     )
-    compared = reference.compare(run, published)
+    compared = report.compare(run, published)
     assert "of 2 gains" in compared[0]
     assert compared[1].startswith("Settings that differ: k 10 here, 5 there; ")
     assert "sets.almanac.seed 7 here, 1 there" in compared[1]
@@ -100,13 +98,13 @@ def test_other_seeds_sets_and_settings_are_said(tmp_path, published):
 
 def test_no_reference_is_a_sentence(tmp_path):
     run, figures = stand(tmp_path / "run"), tmp_path / "figures"
-    assert "There is no reference to compare with" in reference.compare(run, figures)[0]
+    assert "There is no reference to compare with" in report.compare(run, figures)[0]
     figures.mkdir()
     stand(tmp_path / "published", gains="a,b\n1,2\n")
     for text in ("", "[]", "{}", '{"profile": {}, "stages": {}, "notebooks": {}}'):
         (figures / "manifest.json").write_text(text)
         for damaged in (figures, tmp_path / "published" / "figures"):
-            assert "There is no reference" in reference.compare(run, damaged)[0]
+            assert "There is no reference" in report.compare(run, damaged)[0]
 
 
 @pytest.fixture
@@ -127,10 +125,10 @@ def finished(tmp_path):
 
 def test_a_run_becomes_the_reference(finished):
     lab, figures, readme = finished
-    reference.publish(lab, figures, readme)
+    report.make_reference(lab, figures, readme)
     there = {path.name for path in figures.iterdir()}
     drawn = {f"04_gains.{end}" for end in ("svg", "png", "csv", "txt")}
-    assert there == drawn | {reference.LEDGER, reference.MAIN, "manifest.json", "real"}
+    assert there == drawn | {report.LEDGER, report.MAIN, "manifest.json", "real"}
     assert (figures / "real" / "kept.svg").is_file()
     lines = readme.read_text().splitlines()
     assert (lines[0], lines[-1]) == ("before", "after")
@@ -138,7 +136,7 @@ def test_a_run_becomes_the_reference(finished):
     assert "| C2 | It fails. | **undecided** |  |" in lines
     assert "Measured with profile smoke, commit 0123456." in lines
     assert "stale" not in lines
-    reference.publish(lab, figures, readme)  # again: the same page
+    report.make_reference(lab, figures, readme)  # again: the same page
     assert readme.read_text().splitlines() == lines
     assert {path.name for path in figures.parent.iterdir()} == {"run", "figures", "README.md"}
 
@@ -146,7 +144,7 @@ def test_a_run_becomes_the_reference(finished):
 def test_work_that_no_commit_holds_is_said():
     manifest = manifest_of(PROFILE, stages={"a": stage(), "b": stage(made=made("beef", True))})
     said = "profile tiny, commits 0123456, beef, with changes that no commit holds"
-    assert reference.measured_by(manifest) == said
+    assert report.measured_by(manifest) == said
 
 
 def spoil_profile(lab, readme):
@@ -177,7 +175,7 @@ def test_nothing_is_touched_where_something_is_lacking(finished, spoil, said):
     spoil(lab, readme)
     before = readme.read_text()
     with pytest.raises(StoreError, match=said):
-        reference.publish(lab, figures, readme)
+        report.make_reference(lab, figures, readme)
     assert readme.read_text() == before
     assert {path.name for path in figures.iterdir()} == {"old.svg", "real"}
     assert not list(figures.parent.glob("figures.*"))

@@ -142,6 +142,6 @@ def test_a_card_names_its_verdict(verdict):
 
 
 def test_the_pages_load_no_models():
-    modules = ", ".join(f"ragkit.pages.{name}" for name in ("plots", "report", "reference"))
+    modules = ", ".join(f"ragkit.pages.{name}" for name in ("plots", "report"))
     check = "assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", f"import sys, {modules}; {check}"], check=True)
