@@ -18,6 +18,7 @@ from ragkit.data.passages import passage_text, read_tsv
 from ragkit.data.questions import CUTS, hits
 from ragkit.data.sets import read_questions
 from ragkit.data.text import holds_answer
+from ragkit.distillation.monitor import read_log
 from ragkit.experiment import tables
 from ragkit.experiment.lab import Lab
 from ragkit.indicators.measures import closeness
@@ -102,7 +103,7 @@ def test_the_main_job_on_real_text(tmp_path, ragkit, reader, request):
     assert set(ledger[["C1", "C2", "C8"]]) == {"not comparable"}
     page = (lab.folder / "report" / "index.html").read_text("utf8")
     assert "not comparable" in page
-    losses = json.loads((lab.open("step1", "nq") / "losses.json").read_text())
+    losses = [row["loss"] for row in read_log(lab.open("step1", "nq"))]
     assert len(losses) == 25
     assert np.isfinite(losses).all()
     for which in ("off-the-shelf", "fine-tuned"):

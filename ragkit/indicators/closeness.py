@@ -81,12 +81,12 @@ def within_spans(
     texts, owners = zip(*pieces, strict=True)
     before = len("".join(texts[: owners.index(PART["question"])]))
     offsets = asking.tokenizer("".join(texts), return_offsets_mapping=True)["offset_mapping"]
-    found = []
-    for token, who, (start, end) in zip(*asking.tokens(pieces), offsets, strict=True):
-        if who == PART["question"]:
-            inside = any(start < last + before and end > first + before for first, last in spans)
-            found.append((token, inside))
-    return found
+    coded = zip(*asking.tokens(pieces), offsets, strict=False)  # without a last end token
+    return [
+        (token, any(start < last + before and end > first + before for first, last in spans))
+        for token, who, (start, end) in coded
+        if who == PART["question"]
+    ]
 
 
 def wanted_ids(

@@ -12,7 +12,7 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from ragkit.data.files import write_arrays, write_whole
-from ragkit.data.passages import Passage, Passages, passage_text
+from ragkit.data.passages import Passages, passage_text
 from ragkit.data.questions import PARTS, PASSAGES, Corpus
 from ragkit.errors import RetrieverError
 from ragkit.models import device
@@ -26,7 +26,6 @@ VECTORS, PROGRESS, FILE = "vectors.npy", "encoded.txt", "index.faiss"
 FLAT = IndexSettings()  # passages are compared one by one, without an index
 BLOCK_BYTES = 2**26  # of float32 values handed out at once
 ALIGNED = 1024  # rows, as many as FAISS multiplies at a time: blocks add up as one array would
-A_CELL, CODES = 39, 256  # vectors to learn a cell from (FAISS warns below), codes of a byte
 Places = NDArray[np.int64]
 
 
@@ -106,26 +105,6 @@ class Index:
         return np.array(rows)
 
 
-def encode(
-    passages: Sequence[Passage], retriever: Retriever, settings: IndexSettings, folder: Path
-) -> None:
-    """Writes the passages' vectors; a killed encoding goes on behind its last whole shard."""
-    path, progress = folder / VECTORS, folder / PROGRESS
-    done = device.agreed(int(progress.read_text("utf8")) if progress.is_file() else 0)
-    for start in range(done, len(passages), settings.shard):
-        texts = [passage_text(p) for p in passages[start : start + settings.shard]]
-        made = retriever.encode(texts, "passage").astype(settings.dtype)
-        if device.is_main():
-            shape = (len(passages), made.shape[1])
-            array: Any = open_memmap(path, "r+" if start else "w+", made.dtype, shape)
-            array[start : start + len(texts)] = made
-            array.flush()
-            write_whole(progress, str(start + len(texts)))
-            log.info("vectors: %d of %d passages", start + len(texts), len(passages))
-    if device.is_main():
-        progress.unlink(missing_ok=True)
-
-
 def bm25(queries: Sequence[str], passages: Sequence[str], k: int) -> Places:
     """The places `[queries, k]` of the best passages by BM25 (Lucene's variant, k1 1.5, b 0.75)."""
     model, quiet = bm25s.BM25(), {"show_progress": False}
@@ -135,11 +114,28 @@ def bm25(queries: Sequence[str], passages: Sequence[str], k: int) -> Places:
 
 
 def make_vectors(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """The passages' vectors."""
+    """The passages' vectors; a killed encoding goes on behind its last whole shard. Raises
+    RetrieverError for vectors too large for `index.dtype`."""
     encoding = RetrieverSettings(**settings["retriever"])
     retriever = Retriever.load(inputs["retriever"] / "model", encoding)
-    passages = Passages(inputs["passages"] / PASSAGES)
-    encode(passages, retriever, IndexSettings(**settings["index"]), folder)
+    chosen, passages = IndexSettings(**settings["index"]), Passages(inputs["passages"] / PASSAGES)
+    path, progress = folder / VECTORS, folder / PROGRESS
+    done = device.agreed(int(progress.read_text("utf8")) if progress.is_file() else 0)
+    for start in range(done, len(passages), chosen.shard):
+        texts = [passage_text(p) for p in passages[start : start + chosen.shard]]
+        with np.errstate(over="ignore"):
+            made = retriever.encode(texts, "passage").astype(chosen.dtype)
+        if not np.isfinite(made).all():
+            raise RetrieverError(f"Vectors overflow {chosen.dtype}: set index.dtype to float32.")
+        if device.is_main():
+            shape, end = (len(passages), made.shape[1]), start + len(texts)
+            array: Any = open_memmap(path, "r+" if start else "w+", made.dtype, shape)
+            array[start:end] = made
+            array.flush()
+            write_whole(progress, str(end))
+            log.info("vectors: %d of %d passages", end, len(passages))
+    if device.is_main():
+        progress.unlink(missing_ok=True)
 
 
 def make_index(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
@@ -149,22 +145,15 @@ def make_index(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
     if chosen.factory == FLAT.factory or not device.is_main():
         return
     count, size = corpus.vectors.shape
+    rng, number = np.random.default_rng(settings["seed"]), min(chosen.trained_on, count)
     try:
         index: Any = faiss.index_factory(size, chosen.factory, faiss.METRIC_INNER_PRODUCT)
+        index.train(corpus.take(np.sort(rng.choice(count, number, replace=False, shuffle=False))))
     except RuntimeError as error:
         why = str(error).rsplit(": ", 1)[-1].strip()  # without the place in FAISS's code
-        what = f"no index of {size} dimensions from {chosen.factory!r} ({why})"
-        raise RetrieverError(f"index.factory: FAISS makes {what}. Take another.") from None
-    inverted, number = faiss.try_extract_index_ivf(index), min(chosen.trained_on, count)
-    cells = max(inverted.nlist if inverted else 0, CODES if "PQ" in chosen.factory else 0)
-    if number < A_CELL * cells:
-        raise RetrieverError(
-            f"index.factory {chosen.factory!r} learns from {A_CELL * cells} vectors or more, and "
-            f"there are {number}. Take fewer cells, raise index.trained_on, or search so few "
-            f"exactly: index.factory: {FLAT.factory}."
-        )
-    rng = np.random.default_rng(settings["seed"])
-    index.train(corpus.take(np.sort(rng.choice(count, number, replace=False, shuffle=False))))
+        what = f"no index from {chosen.factory!r} and {number} vectors of {size} dimensions"
+        told = f"index.factory: FAISS makes {what} ({why}). Take another, or Flat."
+        raise RetrieverError(told) from None
     for _, block in corpus.blocks():
         index.add(block)
     faiss.write_index(index, str(folder / FILE))

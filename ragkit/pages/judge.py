@@ -26,9 +26,9 @@ from ragkit.indicators.closeness import Spans, look_at_tokens, space, wanted_ids
 from ragkit.indicators.measures import Floats, Ints, Tokens
 from ragkit.indicators.metrics import Interval, interval
 from ragkit.indicators.nouns import find_nouns, load_nouns
+from ragkit.models import device
 from ragkit.models.fid import load_reader
-from ragkit.models.loading import loading
-from ragkit.models.reader import Reader, embedded_reader
+from ragkit.models.reader import EMBEDDED, Reader
 from ragkit.settings import AttentionSettings, IndicatorSettings, ReaderSettings
 
 log = logging.getLogger(__name__)
@@ -138,9 +138,9 @@ def usable(reader: Reader, asked: list[Asked], counts: Counter[str]) -> list[Ask
 
 def load(name: str) -> Reader:
     """A reader with as long a context as its positions allow."""
-    path = str(embedded_reader()) if name == "embedded" else name
+    path = str(EMBEDDED if name == "embedded" else name)
     log.info("loading  reader %s", name)
-    with loading(path):
+    with device.loading(path):
         config = AutoConfig.from_pretrained(path).get_text_config()
     context = getattr(config, "max_position_embeddings", None) or ReaderSettings().context
     return load_reader(name, ReaderSettings(model=name, context=context))

@@ -14,6 +14,7 @@ from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from ragkit.data.files import read_jsonl
 from ragkit.data.passages import read_tsv
+from ragkit.distillation.monitor import read_log
 from ragkit.experiment.graph import Of
 from ragkit.experiment.lab import Lab, changed_profile
 
@@ -102,7 +103,7 @@ def test_step_1_computes_in_half_precision_and_keeps_float32_weights(lab):
     home = lab.open("step1", "nq")
     weights = load_file(home / "fine-tuned" / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {np.dtype("float32")}
-    losses = json.loads((home / "losses.json").read_text())
+    losses = [row["loss"] for row in read_log(home)]
     assert len(losses) == 2
     assert np.isfinite(losses).all()
 
