@@ -85,6 +85,7 @@ def main(out: Path) -> None:
     if device.is_main():
         (out / "seen.json").write_text(json.dumps(seen))
     device.agreed()
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -21,8 +21,7 @@ from ragkit.data.text import holds_answer
 from ragkit.distillation.monitor import read_log
 from ragkit.experiment import tables
 from ragkit.experiment.lab import Lab
-from ragkit.indicators.measures import closeness
-from ragkit.indicators.metrics import interval
+from ragkit.indicators.measures import closeness, interval
 from ragkit.indicators.nouns import find_nouns
 from ragkit.models import index
 from ragkit.models.retriever import Retriever

@@ -20,12 +20,9 @@ from .watch import Visit, Watch, unfit
 
 @dataclass(frozen=True)
 class Record:
-    """What one forward pass showed.
-
-    `alpha` `[layers, batch, heads, rows, tokens]`: attention of the rows asked for, 0 on padding.
-    `norms` `[layers, batch, heads, tokens]`: length of a head's value vectors, before the output
-    projection.
-    """
+    """What one forward pass showed. `alpha` `[layers, batch, heads, rows, tokens]`: attention of
+    the rows asked for, 0 on padding. `norms` `[layers, batch, heads, tokens]`: length of a head's
+    value vectors, before the output projection."""
 
     alpha: Tensor
     norms: Tensor
@@ -73,12 +70,10 @@ def _check(ids: Tensor, mask: Tensor, rows: Tensor) -> None:
 
 def observe(reader: PreTrainedModel, ids: Tensor, mask: Tensor, rows: Tensor, visit: Visit) -> None:
     """Hands each layer's rows and value norms to `visit` while a decoder reads `ids`, in order.
-
     `ids` and `mask` (1 on real tokens) `[batch, tokens]`; `rows` `[batch, rows]` are places in
     `ids`. Can be differentiated where the caller's mode is so. Raises AttentionError before any
     work if the reader cannot be recorded or the input makes no sense, and after it if a layer went
-    unseen, attention is no number, or fell on padding or later tokens.
-    """
+    unseen, attention is no number, or fell on padding or later tokens."""
     layers = _decoder_layers(reader, encoder_decoder=False)
     _check(ids, mask, rows)
     ids, mask, rows = (given.to(reader.device) for given in (ids, mask, rows))
@@ -99,11 +94,9 @@ def observe_cross(
     reader: PreTrainedModel, states: Tensor, mask: Tensor, ids: Tensor, rows: Tensor, visit: Visit
 ) -> None:
     """As `observe`, for the cross-attention of an encoder-decoder: tokens are the encoder's.
-
     `states` `[batch, tokens, size]` and `mask` `[batch, tokens]` come from the encoder (FiD: all
     passages', one after another), `ids` `[batch, answer]` go into the decoder, right-padded; `rows`
-    are places in `ids`.
-    """
+    are places in `ids`."""
     layers = _decoder_layers(reader, encoder_decoder=True)
     _check(ids, torch.ones_like(ids), rows)
     _check(states[..., 0], mask, mask.argmax(1, keepdim=True))
@@ -131,23 +124,18 @@ def record(
 
 
 def pool(alpha: Tensor, norms: Tensor, uses: Tensor) -> tuple[Tensor, Tensor]:
-    """Token contributions `[groups, ..., batch, tokens]`, without and with the value norm.
-
-    Means of `alpha` `[..., batch, heads, rows, tokens]` (times `norms` `[..., batch, heads,
-    tokens]`), of a layer or of all, over heads and a group's rows, weighed by `uses` `[groups,
-    batch, rows]`.
-    """
+    """Token contributions `[groups, ..., batch, tokens]`, without and with the value norm: means of
+    `alpha` `[..., batch, heads, rows, tokens]` (times `norms` `[..., batch, heads, tokens]`), of a
+    layer or of all, over heads and a group's rows, weighed by `uses` `[groups, batch, rows]`."""
     share = (uses / uses.sum(-1, keepdim=True)).to(alpha)
     by_head = torch.einsum("...bhrt,gbr->g...bht", alpha, share)
     return by_head.mean(-2), (by_head * norms).mean(-2)
 
 
 def pooled(run: Callable[[Visit], None], uses: Tensor) -> Tensor:
-    """Token contributions `[norm (off, on), layers, groups, batch, tokens]`, without gradients.
-
-    They are reduced layer by layer while `run` observes; `uses` as in `pool`. Example:
-    `pooled(lambda visit: observe(reader, ids, mask, rows, visit), uses)`.
-    """
+    """Token contributions `[norm (off, on), layers, groups, batch, tokens]`, without gradients,
+    reduced layer by layer while `run` observes; `uses` as in `pool`. Example:
+    `pooled(partial(observe, reader, ids, mask, rows), uses)`."""
     if not uses.sum(-1).gt(0).all():
         raise AttentionError("A group of rows is empty for a prompt of the batch: it has no mean.")
 
@@ -158,19 +146,14 @@ def pooled(run: Callable[[Visit], None], uses: Tensor) -> Tensor:
 
 
 def contributions(record: Record, rows: Tensor, norm: bool = True) -> Tensor:
-    """Token contributions per layer `[layers, batch, tokens]` from a Record: see `pool`.
-
-    `rows` `[batch, rows]` weighs the recorded rows. Without `norm` it is plain attention.
-    """
+    """Token contributions per layer `[layers, batch, tokens]` from a Record: see `pool`. `rows`
+    `[batch, rows]` weighs the recorded rows. Without `norm` it is plain attention."""
     return pool(record.alpha, record.norms, rows[None])[int(norm)][0]
 
 
 def passage_scores(tokens: Tensor, owner: Tensor, k: int, pooling: str = "sum") -> Tensor:
-    """Passage scores `[..., k]` from token contributions `[..., tokens]`.
-
-    `owner` `[tokens]` is a token's passage, or negative; `pooling` is "sum" or "mean". A passage
-    without a token scores 0.
-    """
+    """Passage scores `[..., k]` from token contributions `[..., tokens]`. `owner` `[tokens]` is a
+    token's passage, or negative; `pooling` is "sum" or "mean". Without a token a passage gets 0."""
     if k < 1 or owner.shape != tokens.shape[-1:]:
         told = f"{tokens.shape[-1]} tokens with {len(owner)} owners"
         raise AttentionError(f"Scores of {k} passages cannot be made from {told}.")

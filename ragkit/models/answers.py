@@ -1,6 +1,7 @@
 """Answers of readers as stages: how an untaught one is asked best, test questions, premises."""
 
 import random
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,9 +50,7 @@ def premise_cases(asked: Asked, k: int, seed: int) -> dict[str, list[Pair]]:
     """Questions of dev with passages that show what a reader can do.
     Where no gold passage of a question is known or found, it is left out of the cases that need
     one; where no kinds of facts are known, as on real text, so is the case of one kind."""
-    corpus, rng = asked.corpus, random.Random(seed)
-    names = ("gold among the passages", "the same, permuted", "same kind of fact, other entities")
-    cases: dict[str, list[Pair]] = {name: [] for name in names}
+    corpus, rng, cases = asked.corpus, random.Random(seed), defaultdict[str, list[Pair]](list)
     for q, row in zip(asked.questions, asked.candidates.tolist(), strict=True):
         if not (places := corpus.gold(q, row)):
             continue
@@ -62,11 +61,12 @@ def premise_cases(asked: Asked, k: int, seed: int) -> dict[str, list[Pair]]:
         alike = [o for o in dev if o.relation == q.relation and o.entity != q.entity]
         others = [corpus.passages[o.gold[0]] for o in rng.sample(alike, min(len(alike), k - 1))]
         of_one_kind = rng.sample([gold, *others], len(others) + 1)
-        cases[names[0]].append((q, found))
-        cases[names[1]].append((q, permuted))
-        cases[names[2]] += [(q, of_one_kind)] if q.relation else []
+        cases["gold among the passages"].append((q, found))
+        cases["the same, permuted"].append((q, permuted))
+        if q.relation:
+            cases["same kind of fact, other entities"].append((q, of_one_kind))
     cases["no passages"] = [(q, []) for q in asked.questions]
-    return {name: pairs for name, pairs in cases.items() if pairs}
+    return cases
 
 
 def make_premises(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:

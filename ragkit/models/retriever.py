@@ -30,8 +30,7 @@ from ragkit.settings import RetrieverSettings
 # the embedded one before its training
 BERT: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 BERT |= {"intermediate_size": 256, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-CROP_TEMPERATURE = 0.1
-KEEP_TITLE = 0.5
+CROP_TEMPERATURE, KEEP_TITLE = 0.1, 0.5
 CHUNK = 8  # batches that one process encodes in one go
 PROMPTS = {"query": ("query",), "passage": ("document", "passage", "corpus")}  # names in folders
 

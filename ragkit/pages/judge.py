@@ -23,8 +23,7 @@ from ragkit.errors import DataError, JudgeError, NounsError, ReaderError
 from ragkit.experiment.claims import LINE
 from ragkit.indicators import measures
 from ragkit.indicators.closeness import Spans, look_at_tokens, space, wanted_ids
-from ragkit.indicators.measures import Floats, Ints, Tokens
-from ragkit.indicators.metrics import Interval, interval
+from ragkit.indicators.measures import Floats, Interval, Ints, Tokens, interval
 from ragkit.indicators.nouns import find_nouns, load_nouns
 from ragkit.models import device
 from ragkit.models.fid import load_reader
