@@ -60,17 +60,17 @@ def main(out: Path) -> None:
         write_passages(out / "passages.arrow", corpus.passages)
         for part, questions in corpus.questions.items():
             write_jsonl(out / f"{part}.jsonl", map(asdict, questions))
-    device.wait()
+    device.agreed()
     for name, make in MAKERS.items():
         if device.is_main():
             (out / name).mkdir()
-        device.wait()
+        device.agreed()
         given = {role: place for role, place in inputs.items() if role != "style"}
         if name == "answers":
             given = {role: inputs[role] for role in ("passages", "questions", "style")}
             given["ranking"] = inputs["candidates"]
         make(out / name, given, SETTINGS)
-        device.wait()
+        device.agreed()
         inputs[name] = out / name
     corpus = Corpus.load("a", out, out)
     questions, passages = corpus.questions["dev"], list(corpus.passages[:3])
@@ -84,7 +84,8 @@ def main(out: Path) -> None:
     seen["backend"] = dist.get_backend() if dist.is_initialized() else None
     if device.is_main():
         (out / "seen.json").write_text(json.dumps(seen))
-    device.wait()
+    device.agreed()
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from qed import read_qed
+from ragkit.distillation.monitor import read_log
 from scipy.stats import rankdata
 from transformers import AutoModel, AutoTokenizer
 
@@ -20,8 +21,7 @@ from ragkit.data.sets import read_questions
 from ragkit.data.text import holds_answer
 from ragkit.experiment import tables
 from ragkit.experiment.lab import Lab
-from ragkit.indicators.measures import closeness
-from ragkit.indicators.metrics import interval
+from ragkit.indicators.measures import closeness, interval
 from ragkit.indicators.nouns import find_nouns
 from ragkit.models import index
 from ragkit.models.retriever import Retriever
@@ -102,7 +102,7 @@ def test_the_main_job_on_real_text(tmp_path, ragkit, reader, request):
     assert set(ledger[["C1", "C2", "C8"]]) == {"not comparable"}
     page = (lab.folder / "report" / "index.html").read_text("utf8")
     assert "not comparable" in page
-    losses = json.loads((lab.open("step1", "nq") / "losses.json").read_text())
+    losses = [row["loss"] for row in read_log(lab.open("step1", "nq"))]
     assert len(losses) == 25
     assert np.isfinite(losses).all()
     for which in ("off-the-shelf", "fine-tuned"):

@@ -13,12 +13,10 @@ class AttentionError(Exception):
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a reader's attention.
-
-    `query` `[batch, heads, queries, size]`, `key` and `value` `[batch, kv heads, keys, own size]`;
-    `mask` boolean (True: attend) or additive, broadcastable to `[batch, heads, queries, keys]`.
-    With `is_causal` query i attends to keys 0..i; `scale` None is 1 / sqrt(size), as in the kernel.
-    """
+    """One call of a reader's attention: `query` `[batch, heads, queries, size]`, `key` and `value`
+    `[batch, kv heads, keys, own size]`; `mask` boolean (True: attend) or additive, broadcastable to
+    `[batch, heads, queries, keys]`. With `is_causal` query i attends to keys 0..i; `scale` None is
+    1 / sqrt(size), as in the kernel."""
 
     query: Tensor
     key: Tensor

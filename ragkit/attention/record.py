@@ -1,4 +1,5 @@
-"""Exact rows of attention and value norms, recorded while a reader runs its forward pass.
+"""Exact rows of attention and value norms, recorded while a reader runs its forward pass; token
+contributions from these, and passage scores.
 
 Nothing of size tokens x tokens is made, and the eager path is not used where there is another
 (Falcon's adds its ALiBi bias twice). The pass stops when the last layer's attention was seen.
@@ -6,6 +7,7 @@ Nothing of size tokens x tokens is made, and the eager path is not used where th
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +20,9 @@ from .watch import Visit, Watch, unfit
 
 @dataclass(frozen=True)
 class Record:
-    """What one forward pass showed.
-
-    `alpha` `[layers, batch, heads, rows, tokens]`: attention of the rows asked for, 0 on padding.
-    `norms` `[layers, batch, heads, tokens]`: length of a head's value vectors, before the output
-    projection.
-    """
+    """What one forward pass showed. `alpha` `[layers, batch, heads, rows, tokens]`: attention of
+    the rows asked for, 0 on padding. `norms` `[layers, batch, heads, tokens]`: length of a head's
+    value vectors, before the output projection."""
 
     alpha: Tensor
     norms: Tensor
@@ -41,8 +40,8 @@ def _decoder_layers(reader: PreTrainedModel, encoder_decoder: bool) -> nn.Module
     if usual != "sdpa" and not by_interface:
         raise unfit(name, "computes attention in code of its own")
     if bool(reader.config.is_encoder_decoder) != encoder_decoder:
-        kind, use = ("no", "record") if encoder_decoder else ("an", "record_cross")
-        raise AttentionError(f"{name} is {kind} encoder-decoder: use {use}.")
+        kind, use = ("no", "no") if encoder_decoder else ("an", "its encoder's")
+        raise AttentionError(f"{name} is {kind} encoder-decoder: record it with {use} states.")
     if reader.training:
         raise AttentionError(f"{name} is in training mode, with dropout: call reader.eval() first.")
     stack: Any = reader.get_decoder()
@@ -57,25 +56,24 @@ def _decoder_layers(reader: PreTrainedModel, encoder_decoder: bool) -> nn.Module
 
 def _check(ids: Tensor, mask: Tensor, rows: Tensor) -> None:
     """Raises AttentionError if ids, mask and rows do not fit each other."""
-    if ids.dim() != 2 or ids.shape != mask.shape or ids.shape[1] == 0:
+    tokens = ids.shape[-1]
+    if ids.dim() != 2 or ids.shape != mask.shape or tokens == 0:
         raise AttentionError(f"Ids {list(ids.shape)} and mask {list(mask.shape)} do not fit.")
-    if rows.dim() != 2 or len(rows) != len(ids) or rows.dtype != torch.long:
-        found = f"{rows.dtype} {list(rows.shape)}"
-        raise AttentionError(f"Rows must be whole numbers [batch {len(ids)}, rows], not {found}.")
-    if rows.numel() == 0 or int(rows.min()) < 0 or int(rows.max()) >= ids.shape[1]:
-        raise AttentionError(f"Rows must be at least one, between 0 and {ids.shape[1] - 1}.")
+    if rows.dtype != torch.long or rows.dim() != 2 or len(rows) != len(ids) or not rows.numel():
+        what = f"[batch {len(ids)}, at least one], not {rows.dtype} {list(rows.shape)}"
+        raise AttentionError(f"Rows must be whole numbers {what}.")
+    if int(rows.min()) < 0 or int(rows.max()) >= tokens:
+        raise AttentionError(f"Rows must lie between 0 and {tokens - 1}.")
     if not mask.gather(1, rows.to(mask.device)).bool().all():
         raise AttentionError("A row stands on padding: give places of real tokens.")
 
 
 def observe(reader: PreTrainedModel, ids: Tensor, mask: Tensor, rows: Tensor, visit: Visit) -> None:
     """Hands each layer's rows and value norms to `visit` while a decoder reads `ids`, in order.
-
     `ids` and `mask` (1 on real tokens) `[batch, tokens]`; `rows` `[batch, rows]` are places in
     `ids`. Can be differentiated where the caller's mode is so. Raises AttentionError before any
     work if the reader cannot be recorded or the input makes no sense, and after it if a layer went
-    unseen, attention is no number, or fell on padding or later tokens.
-    """
+    unseen, attention is no number, or fell on padding or later tokens."""
     layers = _decoder_layers(reader, encoder_decoder=False)
     _check(ids, mask, rows)
     ids, mask, rows = (given.to(reader.device) for given in (ids, mask, rows))
@@ -96,11 +94,9 @@ def observe_cross(
     reader: PreTrainedModel, states: Tensor, mask: Tensor, ids: Tensor, rows: Tensor, visit: Visit
 ) -> None:
     """As `observe`, for the cross-attention of an encoder-decoder: tokens are the encoder's.
-
     `states` `[batch, tokens, size]` and `mask` `[batch, tokens]` come from the encoder (FiD: all
     passages', one after another), `ids` `[batch, answer]` go into the decoder, right-padded; `rows`
-    are places in `ids`.
-    """
+    are places in `ids`."""
     layers = _decoder_layers(reader, encoder_decoder=True)
     _check(ids, torch.ones_like(ids), rows)
     _check(states[..., 0], mask, mask.argmax(1, keepdim=True))
@@ -117,13 +113,50 @@ def stacked(run: Callable[[Visit], None]) -> list[Tensor]:
     return [torch.stack(part) for part in zip(*layers, strict=True)]
 
 
-def record(reader: PreTrainedModel, ids: Tensor, mask: Tensor, rows: Tensor) -> Record:
-    """The attention of `rows` in every layer and head; see `observe`."""
-    return Record(*stacked(lambda visit: observe(reader, ids, mask, rows, visit)))
-
-
-def record_cross(
-    reader: PreTrainedModel, states: Tensor, mask: Tensor, ids: Tensor, rows: Tensor
+def record(
+    reader: PreTrainedModel, ids: Tensor, mask: Tensor, rows: Tensor, states: Tensor | None = None
 ) -> Record:
-    """The cross-attention of `rows` in every decoder layer and head; see `observe_cross`."""
-    return Record(*stacked(lambda visit: observe_cross(reader, states, mask, ids, rows, visit)))
+    """The attention of `rows` in every layer and head: see `observe`; with the encoder's `states`
+    the decoder's cross-attention: see `observe_cross`."""
+    if states is None:
+        return Record(*stacked(partial(observe, reader, ids, mask, rows)))
+    return Record(*stacked(partial(observe_cross, reader, states, mask, ids, rows)))
+
+
+def pool(alpha: Tensor, norms: Tensor, uses: Tensor) -> tuple[Tensor, Tensor]:
+    """Token contributions `[groups, ..., batch, tokens]`, without and with the value norm: means of
+    `alpha` `[..., batch, heads, rows, tokens]` (times `norms` `[..., batch, heads, tokens]`), of a
+    layer or of all, over heads and a group's rows, weighed by `uses` `[groups, batch, rows]`."""
+    share = (uses / uses.sum(-1, keepdim=True)).to(alpha)
+    by_head = torch.einsum("...bhrt,gbr->g...bht", alpha, share)
+    return by_head.mean(-2), (by_head * norms).mean(-2)
+
+
+def pooled(run: Callable[[Visit], None], uses: Tensor) -> Tensor:
+    """Token contributions `[norm (off, on), layers, groups, batch, tokens]`, without gradients,
+    reduced layer by layer while `run` observes; `uses` as in `pool`. Example:
+    `pooled(partial(observe, reader, ids, mask, rows), uses)`."""
+    if not uses.sum(-1).gt(0).all():
+        raise AttentionError("A group of rows is empty for a prompt of the batch: it has no mean.")
+
+    def reduced(visit: Visit) -> None:
+        run(lambda alpha, norms: visit(*pool(alpha, norms, uses)))
+
+    return torch.stack(stacked(reduced))
+
+
+def contributions(record: Record, rows: Tensor, norm: bool = True) -> Tensor:
+    """Token contributions per layer `[layers, batch, tokens]` from a Record: see `pool`. `rows`
+    `[batch, rows]` weighs the recorded rows. Without `norm` it is plain attention."""
+    return pool(record.alpha, record.norms, rows[None])[int(norm)][0]
+
+
+def passage_scores(tokens: Tensor, owner: Tensor, k: int, pooling: str = "sum") -> Tensor:
+    """Passage scores `[..., k]` from token contributions `[..., tokens]`. `owner` `[tokens]` is a
+    token's passage, or negative; `pooling` is "sum" or "mean". Without a token a passage gets 0."""
+    if k < 1 or owner.shape != tokens.shape[-1:]:
+        told = f"{tokens.shape[-1]} tokens with {len(owner)} owners"
+        raise AttentionError(f"Scores of {k} passages cannot be made from {told}.")
+    own = (owner[:, None] == torch.arange(k, device=owner.device)).to(tokens)
+    sums = tokens @ own
+    return sums / own.sum(0).clamp(min=1) if pooling == "mean" else sums

@@ -41,11 +41,9 @@ def unfit(name: str, why: str) -> AttentionError:
 
 
 class Watch(TorchFunctionMode):
-    """Listens to the attention calls of a decoder's layers, and checks what it hears.
-
-    `seen` `[batch, tokens]` is True on tokens that are not padding; `rows` `[batch, rows]` are
-    query positions. `cross`: the second call of each layer is meant, not the first.
-    """
+    """Listens to the attention calls of a decoder's layers, and checks what it hears. `seen`
+    `[batch, tokens]` is True on tokens that are not padding; `rows` `[batch, rows]` are query
+    positions. `cross`: the second call of each layer is meant, not the first."""
 
     def __init__(
         self, layers: nn.ModuleList, seen: Tensor, rows: Tensor, visit: Visit, cross: bool = False
@@ -79,11 +77,9 @@ class Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def see_eager(self, module: nn.Module, *tensors: Any, **options: Any) -> tuple[Tensor, Any]:
-        """A reader's own eager attention, seen first; transformers sets the arguments.
-
-        Raises AttentionError if the reader hands it something that is not known here, such as
-        learned sinks: our rows would be another model's.
-        """
+        """A reader's own eager attention, seen first; transformers sets the arguments. Raises
+        AttentionError if it is handed something that is not known here, such as learned sinks: our
+        rows would be another model's."""
         own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         unknown = [name for name in options if options[name] is not None and name not in KNOWN]
         if own is None or unknown:
@@ -141,15 +137,11 @@ class Watch(TorchFunctionMode):
         if self.done != len(self.layers):
             raise unfit(name, f"ran {self.done} layers where it has {len(self.layers)}")
         if not self.sound:
-            raise AttentionError(
-                f"{name}'s attention is not a number. It is broken, or its numbers overflow: then "
-                "load it in float32 (`dtype`, in config.json or profile)."
-            )
+            why = "it is broken, or its numbers overflow: then load it in float32 (`dtype`)"
+            raise AttentionError(f"{name}'s attention is not a number: {why}.")
         if not self.complete:
             raise unfit(name, "attends to padding, so its scores would be wrong")
         if not self.causal:
-            raise AttentionError(
-                f"{name} is not causal: a row has seen later tokens, which it should predict. Use "
-                "a causal reader; if this one is, its config.json must say so (is_decoder or "
-                "is_causal true, no bidirectional attention)."
-            )
+            told = f"{name} is not causal: a row has seen later tokens, which it should predict. "
+            told += "Use a causal reader; if this one is, its config.json must say so "
+            raise AttentionError(f"{told}(is_decoder or is_causal true, nothing bidirectional).")

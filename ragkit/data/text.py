@@ -43,6 +43,11 @@ def normalise(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 
 
+def readable(text: str) -> str:
+    """The text with lone surrogates, which no tokenizer takes, as question marks."""
+    return text.encode("utf8", "replace").decode("utf8")
+
+
 def exact_match(answer: str, golds: Sequence[str]) -> float:
     """1.0 if the answer equals a gold answer after normalisation (SQuAD; best over the golds)."""
     return float(normalise(answer) in map(normalise, golds))

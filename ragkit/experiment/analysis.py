@@ -17,9 +17,8 @@ from ragkit.distillation.targets import READERS
 from ragkit.errors import NounsError
 from ragkit.experiment.graph import TAUGHT_BY
 from ragkit.experiment.lab import Lab
-from ragkit.indicators import measures, metrics
-from ragkit.indicators.measures import Floats, Tokens
-from ragkit.indicators.metrics import Interval
+from ragkit.indicators import measures
+from ragkit.indicators.measures import Floats, Interval, Tokens
 
 COMPARED = ("attention", "Spearman")  # the two numbers of an indicator, as the paper names them
 DIFFERENCE = " minus ".join(TAUGHT_BY)
@@ -91,12 +90,12 @@ class Analysis:
     def mean_of(self, values: Floats) -> Interval:
         """Mean of the values that are numbers, with an interval over questions."""
         resamples = self.lab.profile.evaluate.bootstrap
-        return metrics.interval(values[np.isfinite(values)], resamples=resamples)
+        return measures.interval(values[np.isfinite(values)], resamples=resamples)
 
     def mean_gain(self, gains: Floats) -> Interval:
         """Mean of gains `[seeds, questions]` or `[questions]`, with an interval over both."""
         resamples = self.lab.profile.evaluate.bootstrap
-        return metrics.paired_gain(gains, np.zeros(gains.shape[-1]), resamples=resamples)
+        return measures.paired_gain(gains, np.zeros(gains.shape[-1]), resamples=resamples)
 
     def differences(self, goal: Goal, space: str | None = None) -> dict[str, Interval]:
         """Fine-tuned minus off-the-shelf, paired by question: both numbers of an indicator."""

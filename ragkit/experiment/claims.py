@@ -15,8 +15,7 @@ from ragkit.errors import DataError, NounsError
 from ragkit.experiment.analysis import DIFFERENCE, Analysis, Goal
 from ragkit.experiment.tables import answer_rows
 from ragkit.indicators import measures
-from ragkit.indicators.measures import SPACES, Floats
-from ragkit.indicators.metrics import Interval
+from ragkit.indicators.measures import SPACES, Floats, Interval
 from ragkit.settings import asset
 
 # The paper's claims with their rules: claim -> {claim, rule}

@@ -80,12 +80,12 @@ def within_spans(
     texts, owners = zip(*pieces, strict=True)
     before = len("".join(texts[: owners.index(PART["question"])]))
     offsets = asking.tokenizer("".join(texts), return_offsets_mapping=True)["offset_mapping"]
-    found = []
-    for token, who, (start, end) in zip(*asking.tokens(pieces), offsets, strict=True):
-        if who == PART["question"]:
-            inside = any(start < last + before and end > first + before for first, last in spans)
-            found.append((token, inside))
-    return found
+    coded = zip(*asking.tokens(pieces), offsets, strict=False)  # without a last end token
+    return [
+        (token, any(start < last + before and end > first + before for first, last in spans))
+        for token, who, (start, end) in coded
+        if who == PART["question"]
+    ]
 
 
 def wanted_ids(
@@ -189,11 +189,9 @@ def make_contextual(folder: Path, inputs: Mapping[str, Path], settings: Mapping[
 def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """`closeness.safetensors`: of the test questions' tokens as a reader saw them, for each goal
     (`answer`, `nouns`) `{goal}/exact`, and `{goal}/{space}` in each of SPACES and CONTROLS, but
-    `contextual` only where this reader saw the off-the-shelf one's passage tokens.
-
-    Beside it, for whoever measures by hand: `vectors.safetensors` (the input space's vectors of all
-    `ids` that occur, sorted), and `answers.json`, the tokens of each question's answer.
-    """
+    `contextual` only where this reader saw the off-the-shelf one's passage tokens. Beside it, for
+    whoever measures by hand: `vectors.safetensors` (the input space's vectors of all `ids` that
+    occur, sorted), and `answers.json`, the tokens of each question's answer."""
     tokens, reader = Tokens.load(inputs["tokens"]), open_reader(inputs, settings)
     contextual = load_file(inputs["contextual"] / "contextual.safetensors")
     asked, nouns, base = opened(inputs, settings, "test")

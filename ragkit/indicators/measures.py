@@ -3,9 +3,9 @@
 A token's attention is its lift: its contribution over the mean of the question's passage tokens.
 Its closeness is the cosine to the nearest wanted token in one frozen space. All is measured per
 question, for tokens of one prompt are no independent sample; they come question after question, and
-`question` `[tokens]` numbers them. What is undefined is NaN.
-"""
+`question` `[tokens]` numbers them. What is undefined is NaN. At the end: means with intervals."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from scipy import stats
 
 from ragkit.distillation.targets import over_layers
 from ragkit.errors import DataError
@@ -37,12 +38,10 @@ UNDEFINED = np.errstate(invalid="ignore", divide="ignore")  # what it is becomes
 @dataclass(frozen=True)
 class Tokens:
     """The passage tokens of some questions' prompts, in order, as one reader saw them.
-
     `[tokens]`: `ids`, `owner` (place of its passage), `question`, `from_end` (tokens to the
     prompt's end), `ends` (place of its last character in its passage's text, -1 if unknown).
     `contribution` `[tokens, rows, norm (off, on), layers]`, rows as in `settings.ROWS`; `mass`
-    `[questions, rows, places]`: share of plain attention, mean of all layers, on each of PLACES.
-    """
+    `[questions, rows, places]`: share of plain attention, mean of all layers, on each of PLACES."""
 
     ids: Ints
     owner: Ints
@@ -187,3 +186,39 @@ def deciles(attention: Floats, close: Floats, question: Ints) -> Floats:
     places = (ranks(close, question) - 0.5) / np.bincount(question)[question]
     cells = 10 * question + np.minimum(places * 10, 9.999).astype(int)
     return means(lifts, cells, 10 * n).reshape(n, 10)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % bootstrap interval, and the number of units behind it."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def interval(values: Floats, resamples: int = 2000) -> Interval:
+    """Mean of `values` `[n]` with a percentile interval (SciPy); of fewer than two, NaN bounds."""
+    n, mean = len(values), float(np.mean(values)) if len(values) else math.nan
+    low = high = mean if n > 1 else math.nan
+    if n > 1 and np.ptp(values) > 0:
+        resampling = {"n_resamples": resamples, "method": "percentile", "rng": 0}
+        low, high = stats.bootstrap((values,), np.mean, **resampling).confidence_interval
+    return Interval(mean, float(low), float(high), n)
+
+
+def paired_gain(after: Floats, before: Floats, resamples: int = 2000) -> Interval:
+    """Mean gain of `after` over `before` `[questions]`, bootstrapped over questions, and over seeds
+    where `after` is `[seeds, questions]`: the interval then holds both sources of chance."""
+    gains, rng = np.atleast_2d(after) - before[None, :], np.random.default_rng(0)
+    # how often each seed and each question is drawn: a resample's mean is weighted by these
+    by_seed, by_question = (
+        rng.multinomial(size, np.full(size, 1 / size), size=resamples) for size in gains.shape
+    )
+    draws = ((by_seed @ gains) * by_question).sum(1) / gains.size
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return Interval(float(gains.mean()), float(low), float(high), gains.shape[1])

@@ -38,11 +38,9 @@ def load_nouns(model: str) -> Language:
         why = f"cannot be opened: {str(error).splitlines()[0]}."
         for inner in Path(model).glob("*/config.cfg"):
             why += f" Give the folder inside it, {str(inner.parent)!r}."
-    raise NounsError(
-        f"The spaCy pipeline {model!r} {why} Install one (python -m spacy download en_core_web_sm, "
-        "which needs the network) or save one to a folder with spaCy's to_disk, and name it under "
-        "nouns in the profile (judge: --nouns)."
-    )
+    told = "Install one (python -m spacy download en_core_web_sm, which needs the network) or save "
+    told += "one to a folder (to_disk); name it under nouns in the profile (judge: --nouns)."
+    raise NounsError(f"The spaCy pipeline {model!r} {why} {told}")
 
 
 def find_nouns(model: Language, texts: list[str]) -> list[list[tuple[int, int]]]:
@@ -54,11 +52,9 @@ def find_nouns(model: Language, texts: list[str]) -> list[list[tuple[int, int]]]
 
 
 def train_tagger(texts: list[Labelled], folder: Path, seed: int) -> Language:
-    """A small pipeline that learns parts of speech from labelled texts, saved to a folder.
-
-    A morphologizer, for spaCy's `tagger` sets the fine-grained tag only. spaCy draws from the
-    shared random states of Python and NumPy, which are set here.
-    """
+    """A small pipeline that learns parts of speech from labelled texts, saved to a folder: a
+    morphologizer, for spaCy's `tagger` sets the fine-grained tag only. spaCy draws from the shared
+    random states of Python and NumPy, which are set here."""
     fix_random_seed(seed)
     model, rng = spacy.blank("en"), random.Random(seed)
     network = TAGGER | {"tok2vec": TAGGER["tok2vec"] | {"depth": DEPTH}}

@@ -1,22 +1,24 @@
 """What a run computes on: one process, or several (torchrun and Accelerate) that walk through the
 same stages: `spread` deals out lists of work, `share` the batches of a training, and only the main
-process writes files."""
+process writes files. And how models and checkpoints get there: what is wrong with them is said."""
 
 import logging
 import pickle
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import faiss
 import torch
+import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from tqdm.auto import tqdm
 
-from ragkit.errors import ProfileError
+from ragkit.errors import ProfileError, RagkitError
 from ragkit.settings import Device
 
 log = logging.getLogger(__name__)
@@ -51,13 +53,8 @@ def size() -> int:
     return int(PartialState().num_processes)
 
 
-def wait() -> None:
-    """Until every process has come here."""
-    PartialState().wait_for_everyone()
-
-
-def agreed(value: Any) -> Any:
-    """The main process's value, in every process."""
+def agreed(value: Any = None) -> Any:
+    """The main process's value, in every process: they wait here for each other."""
     return gather_object([value])[0]
 
 
@@ -98,6 +95,35 @@ def accelerator(dtype: str) -> Accelerator:
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)  # such as BERT's pooler
     lower, on_cpu = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "no"), device().type == "cpu"
     return Accelerator(cpu=on_cpu, kwargs_handlers=[unused], mixed_precision=lower)
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Turns what goes wrong with a model inside into a sentence; keeps the libraries quiet."""
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    except RagkitError:
+        raise
+    except Exception as error:  # libraries raise anything over an odd folder
+        why = "its folder lacks safetensors weights or a tokenizer that work here. Fetch it again"
+        if not Path(name).is_dir():
+            why = "there is no such folder, and the hub did not give it (no network, a wrong name, "
+            why += "or terms to accept: `hf auth login`). Give a local folder"
+        what = f"{type(error).__name__}: {' '.join(str(error).strip().splitlines()[:1])}"
+        raise RagkitError(f"Model {name!r} cannot be loaded: {why}. ({what})") from error
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def refuse_missing(name: str, loaded: Mapping[str, Any]) -> None:
+    """Raises RagkitError if weights were missing, by the loading info of `from_pretrained`; not for
+    BERT's pooler, which nothing here uses."""
+    if lacks := sorted(one for one in loaded["missing_keys"] if not one.startswith("pooler.")):
+        told = f"Model {name!r} lacks {len(lacks)} of its weights ({', '.join(lacks[:3])}...): "
+        raise RagkitError(told + "they would be random. Save or fetch it again.")
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

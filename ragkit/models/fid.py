@@ -19,9 +19,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from ragkit.attention import observe_cross
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Corpus, Question
+from ragkit.data.text import readable
 from ragkit.models import device
-from ragkit.models.loading import loading, readable, refuse_missing
-from ragkit.models.reader import PART, Prompt, Reader, embedded_reader
+from ragkit.models.reader import EMBEDDED, PART, Prompt, Reader
 from ragkit.settings import ReaderSettings
 
 
@@ -95,17 +95,17 @@ def load_reader(name: str | Path, settings: ReaderSettings, to_train: bool = Fal
     """A reader from a folder or hub name (`embedded`: the one that ships), on the run's device and
     its fused attention path if it has one. In `settings.dtype`; with float32 weights if it is
     `to_train`. Raises RagkitError if it cannot be loaded."""
-    path = str(embedded_reader() if name == "embedded" else name)
+    path = str(EMBEDDED if name == "embedded" else name)
     given: dict[str, Any] = {"trust_remote_code": False}
     given |= {} if Path(path).is_dir() else {"revision": settings.revision}
     dtype = torch.float32 if to_train else getattr(torch, settings.dtype)
     weights = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    with loading(path):
+    with device.loading(path):
         two_parts = transformers.AutoConfig.from_pretrained(path, **given).is_encoder_decoder
         kind, head = (FidReader, "Seq2SeqLM") if two_parts else (Reader, "CausalLM")
         auto: Any = getattr(transformers, f"AutoModelFor{head}")
         model, loaded = auto.from_pretrained(path, **weights, **given)
-        refuse_missing(path, loaded)
+        device.refuse_missing(path, loaded)
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **given)
         reader = kind(model.to(device.device()), tokenizer, settings)
         with torch.no_grad():  # a padded batch of two: what fails is said before any work

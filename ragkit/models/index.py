@@ -1,7 +1,7 @@
 """Passage vectors, on disk and mapped into memory, and their search: FAISS, and BM25 beside it."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from ragkit.data.files import write_arrays, write_whole
-from ragkit.data.passages import Passage, Passages, passage_text
+from ragkit.data.passages import Passages, passage_text
 from ragkit.data.questions import PARTS, PASSAGES, Corpus
 from ragkit.errors import RetrieverError
 from ragkit.models import device
@@ -24,15 +24,13 @@ log = logging.getLogger(__name__)
 DEPTH = 20  # passages kept of every ranking
 VECTORS, PROGRESS, FILE = "vectors.npy", "encoded.txt", "index.faiss"
 FLAT = IndexSettings()  # passages are compared one by one, without an index
-BLOCK_BYTES = 2**26  # of float32 values handed out at once
-ALIGNED = 1024  # rows, as many as FAISS multiplies at a time: blocks add up as one array would
-A_CELL, CODES = 39, 256  # vectors to learn a cell from (FAISS warns below), codes of a byte
+ADDED = 2**17  # vectors that an index is given at a time: FAISS makes float32 copies
 Places = NDArray[np.int64]
 
 
 class Index:
     """The vectors of a corpus `[passages, dimensions]`, in memory or mapped into it from a file,
-    and their search: exact, or by an `approximate` FAISS index."""
+    and their search: exact, or of the `candidates` that an `approximate` FAISS index finds."""
 
     def __init__(self, vectors: NDArray[Any], settings: IndexSettings = FLAT) -> None:
         self.vectors, self.settings = vectors, settings
@@ -61,69 +59,25 @@ class Index:
         unique, back = np.unique(places, return_inverse=True)
         return self.vectors[unique].astype(np.float32)[back.reshape(places.shape)]
 
-    def blocks(self) -> Iterator[tuple[int, NDArray[Any]]]:
-        """The place of the first row and the rows, block by block of about BLOCK_BYTES."""
-        step = max(1, BLOCK_BYTES // (4 * self.vectors.shape[1]) // ALIGNED) * ALIGNED
-        for start in range(0, len(self.vectors), step):
-            yield start, self.vectors[start : start + step]
-
     def search(self, queries: NDArray[np.float32], k: int) -> Places:
         """The k passages with the largest dot product with each query `[queries, k]`, best first.
-
-        Of equal scores the later place comes first, as in FAISS; which of those that tie for the
-        last rank are found is left open. Raises RetrieverError where fewer than k can be found.
-        """
+        FAISS puts the later place of equal scores first; which of those that tie for the last rank
+        are found is left open. Raises RetrieverError where fewer than k can be found."""
         count, size = self.vectors.shape
         if k > count or queries.shape[1] != size:
-            raise RetrieverError(
-                f"k = {k} passages for queries of {queries.shape[1]} dimensions, but there are "
-                f"{count} of {size}. Lower k, or encode both with the same retriever."
-            )
-        if self.approximate is not None:
-            return self.near(queries, k)
-        places: Places = np.empty((len(queries), 0), np.int64)
-        scores: NDArray[Any] = np.empty((len(queries), 0), np.float32)
-        for start, block in self.blocks():
-            some = min(k, len(block))
-            more, found = faiss.knn(queries, block, some, metric=faiss.METRIC_INNER_PRODUCT)
-            places, scores = np.hstack([places, found + start]), np.hstack([scores, more])
-            order = np.lexsort((-places, -scores))[:, :k]
-            places = np.take_along_axis(places, order, 1)
-            scores = np.take_along_axis(scores, order, 1)
-        return places
-
-    def near(self, queries: NDArray[np.float32], k: int) -> Places:
-        """Of the `candidates` that the approximate index finds, the k best by the vectors."""
-        wanted, rows = min(max(k, self.settings.candidates), len(self.vectors)), []
+            asked = f"k = {k} passages for queries of {queries.shape[1]} dimensions"
+            told = f"there are {count} of {size}. Lower k, or encode both with the same retriever."
+            raise RetrieverError(f"{asked}, but {told}")
+        if self.approximate is None:  # float32 vectors are read where they lie, others copied
+            return faiss.knn(queries, self.vectors, k, metric=faiss.METRIC_INNER_PRODUCT)[1]
+        wanted, best = min(max(k, self.settings.candidates), count), list[Places]()
         for query, row in zip(queries, self.approximate.search(queries, wanted)[1], strict=True):
             found = row[row >= 0]  # FAISS fills up with -1
             if len(found) < k:
-                raise RetrieverError(
-                    f"The index found only {len(found)} of {k} passages for a question. "
-                    f"Raise index.probes (now {self.settings.probes})."
-                )
-            rows.append(found[np.lexsort((-found, -(self.take(found) @ query)))[:k]])
-        return np.array(rows)
-
-
-def encode(
-    passages: Sequence[Passage], retriever: Retriever, settings: IndexSettings, folder: Path
-) -> None:
-    """Writes the passages' vectors; a killed encoding goes on behind its last whole shard."""
-    path, progress = folder / VECTORS, folder / PROGRESS
-    done = device.agreed(int(progress.read_text("utf8")) if progress.is_file() else 0)
-    for start in range(done, len(passages), settings.shard):
-        texts = [passage_text(p) for p in passages[start : start + settings.shard]]
-        made = retriever.encode(texts, "passage").astype(settings.dtype)
-        if device.is_main():
-            shape = (len(passages), made.shape[1])
-            array: Any = open_memmap(path, "r+" if start else "w+", made.dtype, shape)
-            array[start : start + len(texts)] = made
-            array.flush()
-            write_whole(progress, str(start + len(texts)))
-            log.info("vectors: %d of %d passages", start + len(texts), len(passages))
-    if device.is_main():
-        progress.unlink(missing_ok=True)
+                told = f"The index found only {len(found)} of {k} passages for a question. Raise "
+                raise RetrieverError(f"{told}index.probes (now {self.settings.probes}).")
+            best.append(found[np.lexsort((-found, -(self.take(found) @ query)))[:k]])
+        return np.array(best)
 
 
 def bm25(queries: Sequence[str], passages: Sequence[str], k: int) -> Places:
@@ -135,11 +89,28 @@ def bm25(queries: Sequence[str], passages: Sequence[str], k: int) -> Places:
 
 
 def make_vectors(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """The passages' vectors."""
+    """The passages' vectors; a killed encoding goes on behind its last whole shard. Raises
+    RetrieverError for vectors too large for `index.dtype`."""
     encoding = RetrieverSettings(**settings["retriever"])
     retriever = Retriever.load(inputs["retriever"] / "model", encoding)
-    passages = Passages(inputs["passages"] / PASSAGES)
-    encode(passages, retriever, IndexSettings(**settings["index"]), folder)
+    chosen, passages = IndexSettings(**settings["index"]), Passages(inputs["passages"] / PASSAGES)
+    path, progress = folder / VECTORS, folder / PROGRESS
+    done = device.agreed(int(progress.read_text("utf8")) if progress.is_file() else 0)
+    for start in range(done, len(passages), chosen.shard):
+        texts = [passage_text(p) for p in passages[start : start + chosen.shard]]
+        with np.errstate(over="ignore"):
+            made = retriever.encode(texts, "passage").astype(chosen.dtype)
+        if not np.isfinite(made).all():
+            raise RetrieverError(f"Vectors overflow {chosen.dtype}: set index.dtype to float32.")
+        if device.is_main():
+            shape, end = (len(passages), made.shape[1]), start + len(texts)
+            array: Any = open_memmap(path, "r+" if start else "w+", made.dtype, shape)
+            array[start:end] = made
+            array.flush()
+            write_whole(progress, str(end))
+            log.info("vectors: %d of %d passages", end, len(passages))
+    if device.is_main():
+        progress.unlink(missing_ok=True)
 
 
 def make_index(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
@@ -149,24 +120,17 @@ def make_index(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
     if chosen.factory == FLAT.factory or not device.is_main():
         return
     count, size = corpus.vectors.shape
+    rng, number = np.random.default_rng(settings["seed"]), min(chosen.trained_on, count)
     try:
         index: Any = faiss.index_factory(size, chosen.factory, faiss.METRIC_INNER_PRODUCT)
+        index.train(corpus.take(np.sort(rng.choice(count, number, replace=False, shuffle=False))))
     except RuntimeError as error:
         why = str(error).rsplit(": ", 1)[-1].strip()  # without the place in FAISS's code
-        what = f"no index of {size} dimensions from {chosen.factory!r} ({why})"
-        raise RetrieverError(f"index.factory: FAISS makes {what}. Take another.") from None
-    inverted, number = faiss.try_extract_index_ivf(index), min(chosen.trained_on, count)
-    cells = max(inverted.nlist if inverted else 0, CODES if "PQ" in chosen.factory else 0)
-    if number < A_CELL * cells:
-        raise RetrieverError(
-            f"index.factory {chosen.factory!r} learns from {A_CELL * cells} vectors or more, and "
-            f"there are {number}. Take fewer cells, raise index.trained_on, or search so few "
-            f"exactly: index.factory: {FLAT.factory}."
-        )
-    rng = np.random.default_rng(settings["seed"])
-    index.train(corpus.take(np.sort(rng.choice(count, number, replace=False, shuffle=False))))
-    for _, block in corpus.blocks():
-        index.add(block)
+        what = f"no index from {chosen.factory!r} and {number} vectors of {size} dimensions"
+        told = f"index.factory: FAISS makes {what} ({why}). Take another, or Flat."
+        raise RetrieverError(told) from None
+    for start in range(0, count, ADDED):
+        index.add(corpus.vectors[start : start + ADDED])
     faiss.write_index(index, str(folder / FILE))
 
 

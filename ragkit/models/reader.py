@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,14 +13,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ragkit.attention import AttentionError, observe, pooled
-from ragkit.data.files import file_hash
 from ragkit.data.passages import Passage, block
 from ragkit.data.questions import Question
+from ragkit.data.text import readable
 from ragkit.errors import ReaderError
 from ragkit.models import device
-from ragkit.models.loading import readable
 from ragkit.settings import ASSETS, ReaderSettings
 
+EMBEDDED = ASSETS / "reader"  # the one that ships; the keys of stages hold its hash
 ANSWER_TOKENS = 32  # where neither the settings nor the questions say it
 PART = {"other": -1, "question": -2, "answer": -3, "title": -4}  # owners that are no passage
 Piece = tuple[str, int]  # a text of a prompt, and its owner
@@ -209,14 +208,3 @@ class Reader:
     def watched(self, prompts: Sequence[Prompt], rows: Tensor) -> Callable[..., None]:
         """The pass over the prompts that hands each layer's rows of attention to a visitor."""
         return partial(observe, self.model, *self.batch(prompts), rows)
-
-
-def embedded_reader() -> Path:
-    """The folder of the reader that ships. Raises ReaderError if a file in it was changed."""
-    folder = ASSETS / "reader"
-    for line in (folder / "sha256.txt").read_text("utf8").splitlines():
-        expected, name = line.split()
-        if not (folder / name).is_file() or file_hash(folder / name) != expected:
-            back = "git checkout -- ragkit/assets/reader, or install again"
-            raise ReaderError(f"{folder / name} is damaged or missing. Get it back: {back}.")
-    return folder

@@ -20,18 +20,17 @@ from transformers import BertConfig, BertModel
 
 from ragkit.data.passages import Passage, Passages
 from ragkit.data.questions import PASSAGES
+from ragkit.data.text import readable
 from ragkit.data.vocabulary import build_tokenizer
 from ragkit.data.worlds import open_prose
 from ragkit.errors import RetrieverError
 from ragkit.models import device
-from ragkit.models.loading import loading, readable, refuse_missing
 from ragkit.settings import RetrieverSettings
 
 # the embedded one before its training
 BERT: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 BERT |= {"intermediate_size": 256, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-CROP_TEMPERATURE = 0.1
-KEEP_TITLE = 0.5
+CROP_TEMPERATURE, KEEP_TITLE = 0.1, 0.5
 CHUNK = 8  # batches that one process encodes in one go
 PROMPTS = {"query": ("query",), "passage": ("document", "passage", "corpus")}  # names in folders
 
@@ -84,14 +83,14 @@ class Retriever(nn.Module):
         it cannot be loaded and used."""
         path, place, safe = str(name), str(device.device()), {"use_safetensors": True}
         revision: dict[str, Any] = {"revision": settings.revision}
-        with loading(path):
+        with device.loading(path):
             weights = {"dtype": torch.float32, **safe}
             encoder = SentenceTransformer(path, device=place, model_kwargs=weights, **revision)
             retriever = cls(encoder, settings)
             model, tokenizer = retriever.model, retriever.tokenizer
             # the weights are looked up once more: only transformers tells which were missing
             told = {"device_map": "meta", "output_loading_info": True, **safe, **revision}
-            refuse_missing(path, type(model).from_pretrained(model.name_or_path, **told)[1])
+            device.refuse_missing(path, type(model).from_pretrained(model.name_or_path, **told)[1])
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
             limit = getattr(model.config, "max_position_embeddings", None) or 0

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import WEIGHTS_NAME
 
-from ragkit.data.files import write_json, write_whole
+from ragkit.data.files import write_whole
 from ragkit.data.passages import Passage, passage_text
-from ragkit.data.questions import Asked, Corpus, Pair, Question
+from ragkit.data.questions import Asked, Pair, Question
 from ragkit.data.worlds import build_world
 from ragkit.errors import ReaderError
 from ragkit.models import device
@@ -34,7 +34,8 @@ from ragkit.models.retriever import Retriever
 from ragkit.settings import ReaderSettings, RetrieverSettings, WorldSet
 
 log = logging.getLogger(__name__)
-TRAINING_WORLDS, TRAINING_ENTITIES, TRAINING_QUESTIONS = 8, 48, 576
+WORLDS = 8  # redrawn to learn from: other names than the measured one, no held-out wording
+WORLD: dict[str, Any] = {"entities": 48, "distill": 576, "dev": 1, "test": 1}
 SAME_KIND_SHARE = 0.3  # of the draws: all passages state one kind of fact of different entities
 CHECKPOINT_EVERY = 50  # steps
 METRICS, ROWS = "metrics.jsonl", 80  # of them in a whole training
@@ -42,7 +43,7 @@ WARM_UP, DECAY = 30, 0.3  # steps, share of the steps
 
 
 @dataclass(frozen=True)
-class Lesson:
+class Example:
     """A question, the k passages found for it, its gold ones, others of the same kind of fact."""
 
     question: Question
@@ -61,22 +62,16 @@ class Lesson:
         return self.question, rng.sample(passages, len(passages))
 
 
-def lessons_of(asked: Asked, k: int) -> list[Lesson]:
+def examples_of(asked: Asked, k: int) -> list[Example]:
     """The questions asked with the first k of their candidates."""
-    passages, by_kind, lessons = asked.corpus.passages, defaultdict[str, set[int]](set), []
+    passages, by_kind, examples = asked.corpus.passages, defaultdict[str, set[int]](set), []
     for q in asked.questions:
         by_kind[q.relation] |= set(q.gold[:1]) if q.relation else set()
     for q, row in zip(asked.questions, asked.candidates.tolist(), strict=True):
         others = sorted(by_kind[q.relation] - set(q.gold))
         places = (row[:k], asked.corpus.gold(q, row), others)
-        lessons.append(Lesson(q, *([passages[i] for i in some] for some in places)))
-    return lessons
-
-
-def training_world(settings: WorldSet, seed: int) -> Corpus:
-    """A small redrawn world: other names than the measured one, no held-out wording."""
-    sizes = {"entities": TRAINING_ENTITIES, "distill": TRAINING_QUESTIONS, "dev": 1, "test": 1}
-    return build_world(settings.model_copy(update={"seed": seed, **sizes}), reserved=False)
+        examples.append(Example(q, *([passages[i] for i in some] for some in places)))
+    return examples
 
 
 class Loss(nn.Module):
@@ -84,12 +79,11 @@ class Loss(nn.Module):
 
     def __init__(self, reader: Reader) -> None:
         super().__init__()
-        self.model, self.reader = reader.model, reader
-        self.passes: list[tuple[float, int]] = []  # of a step: loss, prompts that were trimmed
+        self.model, self.reader, self.passes = reader.model, reader, list[float]()
 
     def forward(self, prompts: list[Prompt]) -> tuple[Tensor]:
         loss = self.reader.losses(prompts).mean()
-        self.passes.append((float(loss.detach()), sum(p.trimmed > 0 for p in prompts)))
+        self.passes.append(float(loss.detach()))  # of one step
         return (loss,)
 
 
@@ -104,9 +98,9 @@ class Step1(Trainer):
 
 
 class Progress(TrainerCallback):
-    """Follows a training: the loss of each step, METRICS, and the readers that are kept.
-    Rows of METRICS hold step, loss (mean since the row before), rate, seconds, and left: seconds to
-    go by the pace so far. They are made from the trainer's own log, which its checkpoints hold."""
+    """Follows a training: a row a step in the trainer's log, which its checkpoints hold, some of
+    them in METRICS, and the readers that are kept. A row holds step, `own` loss, loss (mean since
+    the row before in METRICS), rate, seconds, and left: seconds to go by the pace so far."""
 
     def __init__(self, loss: Loss, folder: Path, keep: Callable[[str], None]) -> None:
         self.loss, self.keep, self.file = loss, keep, folder / METRICS
@@ -117,26 +111,23 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         step, steps, history = state.global_step, self.settings.steps, state.log_history
-        losses, trimmed = zip(*self.loss.passes, strict=True)
+        own = device.mean_over_processes(float(np.mean(self.loss.passes)))
         self.loss.passes.clear()
-        loss = device.mean_over_processes(float(np.mean(losses)))
-        if not np.isfinite(loss):
+        if not np.isfinite(own):
             told = f"Step 1: the loss is not a number at step {step - 1}"
             raise ReaderError(f"{told}. Lower reader.rate.")
-        before, self.clock = self.clock, time.monotonic()
-        seconds = self.clock - before + (history[-1]["seconds"] if history else 0.0)
+        began, self.clock = self.clock, time.monotonic()
+        seconds = self.clock - began + (history[-1]["seconds"] if history else 0.0)
+        before = max(mark for mark in self.marks if mark < step)  # 0, the start, is one
+        loss = float(np.mean([*(row["own"] for row in history[before:]), own]))
         row = {"step": step, "loss": loss, "rate": self.settings.rate * scale(step - 1, steps)}
         row |= {"seconds": round(seconds, 3), "left": round(seconds / step * (steps - step), 1)}
-        history.append({**row, "trimmed": device.size() * device.mean_over_processes(sum(trimmed))})
+        history.append({**row, "own": own})
         if step in self.kept:
             self.keep("fine-tuned" if step == steps else f"step-{step}")
         if step in self.marks and device.is_main():
-            ends = [place for place, one in enumerate(history, 1) if one["step"] in self.marks]
-            lines, parts = "", np.split([one["loss"] for one in history], ends[:-1])
-            for end, part in zip(ends, parts, strict=True):
-                shown = {name: history[end - 1][name] for name in row}
-                lines += json.dumps(shown | {"loss": float(np.mean(part))}) + "\n"
-            write_whole(self.file, lines)
+            rows = [row for row in history if row["step"] in self.marks]
+            write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
         if step == steps:
             control.should_save = False  # it is done
 
@@ -167,8 +158,8 @@ def arguments(settings: ReaderSettings, folder: Path, seed: int) -> TrainingArgu
 
 def fine_tune(
     reader: Reader, draw: Callable[[random.Random], Pair], folder: Path, seed: int
-) -> list[float]:
-    """Teaches the reader to answer questions; returns the loss (nats a token) of each step.
+) -> None:
+    """Teaches the reader to answer questions; its loss is in nats a token.
     `draw` gives a question with its passages. The reader as it stands after each of `kept_steps`
     is kept in `step-N`, at the end in `fine-tuned`, the log in METRICS. A checkpoint lets a killed
     run go on with the same steps. Raises ReaderError if the loss is not a number, or the processes
@@ -194,7 +185,7 @@ def fine_tune(
             whole = copy.deepcopy(adapted).merge_and_unload() if rank else reader.model
             for part in (whole, reader.tokenizer):
                 part.save_pretrained(folder / name)
-        device.wait()
+        device.agreed()
 
     whole: dict[int, str] = {}  # checkpoints by their steps: its state is written last
     for state in folder.glob("checkpoint-*/trainer_state.json"):
@@ -217,32 +208,27 @@ def fine_tune(
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=device.agreed(newest))
     reader.model.eval()
-    rows: list[Any] = trainer.state.log_history[: settings.steps]
     if device.is_main():
-        trimmed = round(sum(row["trimmed"] for row in rows))
-        write_json(folder / "trimmed.json", {"trimmed": trimmed, "prompts": len(asked)})
-    return [row["loss"] for row in rows]
+        for path in folder.glob("checkpoint-*"):
+            shutil.rmtree(path)
 
 
 def make_step1(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """The reader after Step 1 and on the way. In an embedded world it learns from fresh worlds that
     the initial retriever searches, on real text from the distill part."""
     chosen, k, seed = settings["set"], settings["k"], settings["seed"]
-    encoding, lessons = RetrieverSettings(**settings["retriever"]), list[Lesson]()
+    encoding, examples = RetrieverSettings(**settings["retriever"]), list[Example]()
     if chosen["source"] == "world":
         retriever = Retriever.load(inputs["retriever"] / "model", encoding)
-        for number in range(TRAINING_WORLDS):
-            corpus = training_world(WorldSet(**chosen), 1000 * seed + number)
+        for number in range(WORLDS):
+            redrawn = WorldSet(**chosen | WORLD | {"seed": 1000 * seed + number})
+            corpus = build_world(redrawn, reserved=False)
             questions = corpus.questions["distill"]
             queries = retriever.encode([q.text for q in questions])
             passages = retriever.encode([passage_text(p) for p in corpus.passages], "passage")
             asked = Asked(corpus, questions, Index(passages).search(queries, k))
-            lessons += lessons_of(asked, k)
+            examples += examples_of(asked, k)
     else:
-        lessons = lessons_of(Asked.open(inputs, "distill"), k)
+        examples = examples_of(Asked.open(inputs, "distill"), k)
     share, reader = settings["reader"]["gold_share"], open_reader(inputs, settings, to_train=True)
-    losses = fine_tune(reader, lambda rng: rng.choice(lessons).draw(share, rng), folder, seed)
-    if device.is_main():
-        write_json(folder / "losses.json", losses)
-        for path in folder.glob("checkpoint-*"):
-            shutil.rmtree(path)
+    fine_tune(reader, lambda rng: rng.choice(examples).draw(share, rng), folder, seed)

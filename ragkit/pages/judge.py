@@ -24,12 +24,11 @@ from ragkit.errors import DataError, NounsError, ReaderError, StoreError
 from ragkit.experiment.claims import LINE
 from ragkit.indicators import measures
 from ragkit.indicators.closeness import Spans, look_at_tokens, space, wanted_ids
-from ragkit.indicators.measures import Embed, Floats, Tokens, Wanted
-from ragkit.indicators.metrics import Interval, interval
+from ragkit.indicators.measures import Embed, Floats, Interval, Tokens, Wanted, interval
 from ragkit.indicators.nouns import find_nouns, load_nouns
+from ragkit.models import device
 from ragkit.models.fid import load_reader
-from ragkit.models.loading import loading
-from ragkit.models.reader import Reader, embedded_reader
+from ragkit.models.reader import EMBEDDED, Reader
 from ragkit.pages import html, report
 from ragkit.settings import ROWS, AttentionSettings, IndicatorSettings, ReaderSettings
 
@@ -139,9 +138,9 @@ def usable(reader: Reader, asked: list[Asked], counts: Counter[str]) -> list[Ask
 
 def load(name: str) -> Reader:
     """A reader with as long a context as its positions allow."""
-    path = str(embedded_reader()) if name == "embedded" else name
+    path = str(EMBEDDED if name == "embedded" else name)
     log.info("loading  reader %s", name)
-    with loading(path):
+    with device.loading(path):
         config = AutoConfig.from_pretrained(path).get_text_config()
     context = getattr(config, "max_position_embeddings", None) or ReaderSettings().context
     return load_reader(name, ReaderSettings(model=name, context=context))

@@ -17,7 +17,6 @@ from ragkit.attention import (
     passage_scores,
     pooled,
     record,
-    record_cross,
 )
 
 BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-10}
@@ -164,7 +163,7 @@ def test_cross_attention(kind):
     answer, calls = torch.tensor([[0, 7, 8], [0, 9, 4]]), []
     with torch.no_grad():
         states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-    seen = record_cross(model, states, mask, answer, torch.tensor([[0, 2]] * 2))
+    seen = record(model, answer, mask, torch.tensor([[0, 2]] * 2), states)
     assert seen.alpha.shape == (3, 2, 4, 2, 17)
     given = {"encoder_outputs": (states,), "attention_mask": mask, "decoder_input_ids": answer}
     with caught(calls):

@@ -9,17 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import attention_matrix, encoder_decoder, make, prompts
 
-from ragkit.attention import (
-    AttentionError,
-    contributions,
-    observe,
-    passage_scores,
-    pooled,
-    record,
-    record_cross,
-)
+from ragkit.attention import AttentionError, contributions, observe, passage_scores, pooled, record
 from ragkit.attention.kernels import Call, attention_rows, value_norms
-from ragkit.attention.scores import pool
+from ragkit.attention.record import pool
 
 
 @st.composite
@@ -173,12 +165,12 @@ def test_a_mask_that_is_not_heeded_is_noticed():
         return heedful(**rest)
 
     states, (_, mask) = torch.randn(2, 6, 32), prompts([4, 6])
-    given = torch.tensor([[2]] * 2), torch.tensor([[0]] * 2)
-    record_cross(model, states, mask, *given)
+    ids, rows = torch.tensor([[2]] * 2), torch.tensor([[0]] * 2)
+    record(model, ids, mask, rows, states)
     model.model.decoder.forward = heedless
-    record_cross(model, states, torch.ones_like(mask), *given)
+    record(model, ids, torch.ones_like(mask), rows, states)
     with pytest.raises(AttentionError, match="attends to padding"):
-        record_cross(model, states, mask, *given)
+        record(model, ids, mask, rows, states)
 
 
 def test_groups_and_passages_without_tokens():

@@ -7,7 +7,7 @@ import torch
 import transformers
 from tiny_models import CONFIGS, SMALL, encoder_decoder, make, prompts
 
-from ragkit.attention import AttentionError, record, record_cross
+from ragkit.attention import AttentionError, record
 
 ROBERTAS = ["Roberta", "XLMRoberta", "Camembert", "RobertaPreLayerNorm", "XLMRobertaXL"]
 ROBERTAS += ["Data2VecText", "Xmod"]
@@ -83,10 +83,10 @@ def test_what_cannot_be_recorded_is_refused_before_any_work():
     bloom = {"hidden_size": 32, "n_head": 4, "n_layer": 2, "vocab_size": 60}
     assert refused(tiny("Bloom", **bloom), "code of its own")
     assert refused(make("llama").train(), r"reader\.eval")
-    assert refused(encoder_decoder("t5"), "record_cross")
+    assert refused(encoder_decoder("t5"), "its encoder's states")
     states, one = torch.zeros(1, 3, 32), torch.ones(1, 1).long()
     with pytest.raises(AttentionError, match="no encoder-decoder"):
-        record_cross(make("llama"), states, torch.ones(1, 3), one, one * 0)
+        record(make("llama"), one, torch.ones(1, 3), one * 0, states)
 
 
 def test_attention_of_another_kind_is_refused_at_its_first_layer():

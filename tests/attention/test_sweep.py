@@ -16,7 +16,7 @@ import transformers
 from tiny_models import attention_matrix, caught, prompts
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
 
-from ragkit.attention import AttentionError, record, record_cross
+from ragkit.attention import AttentionError, record
 
 SIZES = {
     64: "vocab_size vocab_size_per_layer_input text_vocab_size intermediate_size d_ff ffn_dim dff "
@@ -190,7 +190,7 @@ def encoder_decoder(model):
     answer, rows = torch.tensor([[2, 7, 8], [2, 9, 4]]), torch.tensor([[0, 2]] * 2)
     with torch.no_grad():
         states = model.get_encoder()(input_ids=ids, attention_mask=mask)[0]
-    seen = record_cross(model, states, mask, answer, rows)
+    seen = record(model, answer, mask, rows, states)
 
     def run(one, **more):
         more["encoder_hidden_states"], more["encoder_attention_mask"] = states, mask

@@ -12,7 +12,7 @@ from ragkit.errors import DataError, NounsError
 from ragkit.experiment import claims
 from ragkit.experiment.analysis import COMPARED, Analysis
 from ragkit.experiment.claims import Gain, Part
-from ragkit.indicators.metrics import Interval
+from ragkit.indicators.measures import Interval
 
 
 def gain(mean, low, high, seeds=3):

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from hub_tables import write_nq, write_trivia, write_wiki
+from ragkit.distillation.monitor import read_log
 from safetensors.numpy import load_file
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
@@ -102,7 +103,7 @@ def test_step_1_computes_in_half_precision_and_keeps_float32_weights(lab):
     home = lab.open("step1", "nq")
     weights = load_file(home / "fine-tuned" / "model.safetensors")
     assert {value.dtype for value in weights.values()} == {np.dtype("float32")}
-    losses = json.loads((home / "losses.json").read_text())
+    losses = [row["loss"] for row in read_log(home)]
     assert len(losses) == 2
     assert np.isfinite(losses).all()
 

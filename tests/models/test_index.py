@@ -4,17 +4,17 @@ import faiss
 import numpy as np
 import pytest
 
-from ragkit.data.passages import Passage
+from ragkit.data.passages import Passage, write_passages
 from ragkit.errors import RetrieverError
 from ragkit.models import index
-from ragkit.models.index import Index, bm25, encode, make_index
+from ragkit.models.index import Index, bm25, make_index, make_vectors
 from ragkit.settings import IndexSettings
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks of 1024 rows, so that there are many."""
-    monkeypatch.setattr(index, "BLOCK_BYTES", 1)
+    """Indexes are given 1024 vectors at a time, so often."""
+    monkeypatch.setattr(index, "ADDED", 1024)
 
 
 class Encoder:
@@ -31,13 +31,17 @@ class Encoder:
         return self.array[[int(text) for text in texts]]
 
 
-def passages(count):
-    return [Passage(str(i), "", str(i)) for i in range(count)]
-
-
-def written(folder, array):
-    folder.mkdir(exist_ok=True)
-    encode(passages(len(array)), Encoder(array), IndexSettings(dtype=str(array.dtype)), folder)
+def written(folder, array, **settings):
+    """The vectors as their stage writes them, with an encoder or of an array."""
+    encoder = array if isinstance(array, Encoder) else Encoder(array)
+    inputs = dict.fromkeys(("passages", "retriever"), folder.parent / f"{folder.name} from")
+    inputs["passages"].mkdir(exist_ok=True)
+    texts = map(str, range(len(encoder.array)))
+    write_passages(inputs["passages"] / "passages.arrow", [Passage(i, "", i) for i in texts])
+    given = {"dtype": str(encoder.array.dtype), **settings}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index.Retriever, "load", lambda *_: encoder)
+        make_vectors(folder, inputs, {"retriever": {}, "index": given})
     return Index.open(folder)
 
 
@@ -59,21 +63,23 @@ def test_vectors_are_one_array(tmp_path, dtype, count):
     assert made.take(places).dtype == np.float32
     assert (made.take(places) == array[places]).all()
     assert made.take(np.empty((0, 2), np.int64)).shape == (0, 2, 6)
-    starts, blocks = zip(*made.blocks(), strict=True)
-    assert (np.concatenate(blocks) == array).all()
-    assert list(starts) == list(range(0, count, 1024))
 
 
 def test_a_killed_encoding_goes_on(tmp_path):
-    settings = IndexSettings(shard=10)
     array = np.random.default_rng(0).standard_normal((35, 6)).astype(np.float32)
     with pytest.raises(KeyboardInterrupt):
-        encode(passages(35), Encoder(array, dies_at=3), settings, tmp_path)
+        written(tmp_path, Encoder(array, dies_at=3), shard=10)
     again = Encoder(array)
-    encode(passages(35), again, settings, tmp_path)
+    written(tmp_path, again, shard=10)
     assert again.calls == 2
     assert (Index.open(tmp_path).vectors == array).all()
     assert [path.name for path in tmp_path.iterdir()] == [index.VECTORS]
+
+
+def test_vectors_too_large_for_their_type_are_not_written(tmp_path):
+    with pytest.raises(RetrieverError, match=r"overflow float16: set index\.dtype to float32"):
+        written(tmp_path, np.full((3, 4), 1e6, np.float32), dtype="float16")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("cut", [0, 5, 60, -1])
@@ -190,14 +196,14 @@ def test_exact_search_needs_no_index(corpus, tmp_path):
 @pytest.mark.parametrize(
     ("factory", "words"),
     [
-        ("nonsense", r"16 dimensions from 'nonsense' \(could not parse"),
-        ("IVF8,PQ5", r"from 'IVF8,PQ5' \(The dimension of the vector"),
-        ("IVF300,SQ8", r"'IVF300,SQ8' learns from 11700 vectors or more, and there are 10000"),
-        ("PQ4x4", r"learns from 9984 vectors or more, and there are 9000.*index\.factory: Flat"),
+        ("nonsense", r"from 'nonsense' .* of 16 dimensions \(could not parse"),
+        ("IVF8,PQ5", r"from 'IVF8,PQ5' .*\(The dimension of the vector"),
+        ("IVF300,SQ8", r"'IVF300,SQ8' and 200 vectors .*\(Number of training points .* Flat"),
+        ("PQ4", r"'PQ4' and 200 vectors .*\(Number of training points"),
     ],
 )
 def test_factories_that_no_index_can_have_are_named(corpus, tmp_path, factory, words):
-    settings = IndexSettings(factory=factory, trained_on=9000 if "x4" in factory else 10_000)
+    settings = IndexSettings(factory=factory, trained_on=200)
     with pytest.raises(RetrieverError, match=words):
         built(corpus[2], tmp_path, settings)
     assert not list(tmp_path.iterdir())

@@ -12,9 +12,8 @@ from ragkit.data.passages import Passage
 from ragkit.data.questions import Question
 from ragkit.data.vocabulary import build_tokenizer
 from ragkit.errors import RagkitError, ReaderError
-from ragkit.models import reader
 from ragkit.models.fid import load_reader
-from ragkit.models.reader import PART, Reader, embedded_reader
+from ragkit.models.reader import EMBEDDED, PART, Reader
 from ragkit.settings import ReaderSettings
 
 PASSAGES = [
@@ -27,7 +26,7 @@ QUESTION = Question("q", "where was orla venn born", ("Ulm",), (0,), cloze="Orla
 def make(**settings):
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    config = FalconConfig.from_pretrained(embedded_reader())
+    config = FalconConfig.from_pretrained(EMBEDDED)
     config._attn_implementation = "sdpa"
     return Reader(FalconForCausalLM(config), tokenizer, ReaderSettings(**settings))
 
@@ -78,22 +77,6 @@ def test_the_embedded_reader_loads_and_matches_the_tokenizer():
     assert one.model.config.alibi
 
 
-def embedded_copy(folder):
-    return shutil.copytree(embedded_reader(), folder)
-
-
-def test_a_damaged_embedded_reader_is_found(tmp_path, monkeypatch):
-    folder = embedded_copy(tmp_path / "reader")
-    monkeypatch.setattr(reader, "ASSETS", tmp_path)
-    assert embedded_reader() == folder
-    weights = folder / "model.safetensors"
-    whole = bytearray(weights.read_bytes())
-    whole[-100] ^= 1  # one bit: it would still load
-    weights.write_bytes(whole)
-    with pytest.raises(ReaderError, match=r"model\.safetensors.*damaged.*git checkout"):
-        load_reader("embedded", ReaderSettings())
-
-
 def test_a_missing_model_folder():
     with pytest.raises(RagkitError, match=r"'/no/such/model' cannot be .*Give a local folder"):
         load_reader("/no/such/model", ReaderSettings())
@@ -112,7 +95,7 @@ def test_a_hub_name_without_network(monkeypatch):
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_model_folder_is_named(tmp_path, damage):
-    weights = embedded_copy(tmp_path / "mine") / "model.safetensors"
+    weights = shutil.copytree(EMBEDDED, tmp_path / "mine") / "model.safetensors"
     whole = weights.read_bytes()
     weights.unlink()
     if damage == "cut":
@@ -122,7 +105,7 @@ def test_a_damaged_model_folder_is_named(tmp_path, damage):
 
 
 def test_a_context_larger_than_the_models_positions_is_refused(tmp_path):
-    folder = embedded_copy(tmp_path / "gpt2")
+    folder = shutil.copytree(EMBEDDED, tmp_path / "gpt2")
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         (folder / name).unlink()
     config = GPT2Config(vocab_size=3000, n_positions=64, n_embd=16, n_layer=1, n_head=2)

@@ -17,7 +17,7 @@ from ragkit.errors import ReaderError
 from ragkit.models import step1
 from ragkit.models.fid import load_reader
 from ragkit.models.reader import Reader
-from ragkit.models.step1 import SAME_KIND_SHARE, Lesson, fine_tune, training_world
+from ragkit.models.step1 import SAME_KIND_SHARE, Example, fine_tune
 from ragkit.settings import ReaderSettings, WorldSet
 
 OTHER = Passage("1", "Port Tarn", "Port Tarn lies by the sea. Orla Venn never saw it.")
@@ -31,11 +31,16 @@ def draw(rng):
     return Question("q", f"where was {name} born", (town,), (0,)), passages
 
 
+def log(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def taught(folder, **settings):
-    """The losses of a few steps of Step 1, and the folder that holds what came of it."""
+    """The losses of a few steps of Step 1."""
     folder.mkdir()
     chosen = ReaderSettings(steps=6, batch=4, checkpoints=1, **settings)
-    return fine_tune(load_reader("embedded", chosen, to_train=True), draw, folder, 0)
+    fine_tune(load_reader("embedded", chosen, to_train=True), draw, folder, 0)
+    return [row["loss"] for row in log(folder)]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +94,7 @@ def test_a_killed_training_ends_with_the_same_result(tmp_path, monkeypatch):
 
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
-    losses = fine_tune(start(), draw, tmp_path / "whole", 0)
+    fine_tune(start(), draw, tmp_path / "whole", 0)
     one, calls, losses_of = start(), itertools.count(1), Reader.losses
 
     def dies(self, prompts):
@@ -106,17 +111,25 @@ def test_a_killed_training_ends_with_the_same_result(tmp_path, monkeypatch):
     assert {path.name for path in kept.iterdir()} >= files | {"trainer_state.json"}
     torch.manual_seed(99)
     (tmp_path / "cut" / "checkpoint-9").mkdir()  # one that a kill left half written
-    again = fine_tune(start(), draw, tmp_path / "cut", 0)
-    assert again == losses
+    fine_tune(start(), draw, tmp_path / "cut", 0)
+    assert not list((tmp_path / "cut").glob("checkpoint-*"))
     for kept in ("step-5", "fine-tuned"):
         files = (tmp_path / name / kept / "model.safetensors" for name in ("whole", "cut"))
         one, two = map(load_file, files)
         assert all(torch.equal(one[name], two[name]) for name in one)
-    rows = [json.loads(line) for line in (tmp_path / "cut/metrics.jsonl").read_text().splitlines()]
+    rows = log(tmp_path / "cut")
     assert [row["step"] for row in rows] == list(range(1, 11))
-    assert [row["loss"] for row in rows] == losses
+    assert [row["loss"] for row in rows] == [row["loss"] for row in log(tmp_path / "whole")]
     assert all(row["left"] >= 0 for row in rows)
     assert [a["seconds"] <= b["seconds"] for a, b in itertools.pairwise(rows)] == [True] * 9
+
+
+def test_a_row_of_the_log_is_the_mean_since_the_row_before(tmp_path, plain, monkeypatch):
+    monkeypatch.setattr(step1, "ROWS", 3)
+    losses = taught(tmp_path / "step1")
+    assert [row["step"] for row in log(tmp_path / "step1")] == [2, 3, 4, 6]
+    parts = np.split(plain[0], [2, 3, 4])
+    assert losses == [float(np.mean(part)) for part in parts]
 
 
 def test_a_loss_that_is_not_a_number_stops(tmp_path):
@@ -131,16 +144,16 @@ def test_a_gold_passage_is_put_among_those_found_as_often_as_asked():
     gold, other = Passage("0", "A", "gold"), Passage("1", "B", "other")
     question = Question("q", "who", ("x",), (0,))
     for share, expected in ((0.0, 0), (0.5, 0.5), (1.0, 1)):
-        lesson = Lesson(question, [other, other], [gold], [])
-        drawn = [lesson.draw(share, random.Random(i))[1] for i in range(400)]
+        example = Example(question, [other, other], [gold], [])
+        drawn = [example.draw(share, random.Random(i))[1] for i in range(400)]
         assert np.mean([gold in passages for passages in drawn]) == pytest.approx(expected, abs=0.1)
 
 
 def test_passages_of_one_kind_of_fact_are_shown_together():
     passages = [Passage(str(i), "A", str(i)) for i in range(9)]
     question = Question("q", "who", ("x",), (0,))
-    lesson = Lesson(question, passages[5:8], passages[:1], passages[1:5])
-    drawn = [lesson.draw(0.0, random.Random(i))[1] for i in range(400)]
+    example = Example(question, passages[5:8], passages[:1], passages[1:5])
+    drawn = [example.draw(0.0, random.Random(i))[1] for i in range(400)]
     alike = [passages[0] in some and set(some) <= set(passages[:5]) for some in drawn]
     assert np.mean(alike) == pytest.approx(SAME_KIND_SHARE, abs=0.1)
     assert all(len(some) == 3 for some, same in zip(drawn, alike, strict=True) if same)
@@ -148,6 +161,9 @@ def test_passages_of_one_kind_of_fact_are_shown_together():
 
 def test_training_worlds_share_no_name_with_the_measured_ones():
     sizes = {"entities": 24, "distill": 20, "dev": 4, "test": 4}
-    settings = WorldSet(source="world", name="a", world="almanac", seed=5, **sizes)
-    measured = {p.title for p in build_world(settings).passages}
-    assert not measured & {p.title for p in training_world(settings, 1).passages}
+    given = {"source": "world", "name": "a", "world": "almanac"}
+    measured, training = (
+        build_world(WorldSet(**given | own), reserved=reserved)
+        for own, reserved in ((sizes | {"seed": 5}, True), (step1.WORLD | {"seed": 1}, False))
+    )
+    assert not {p.title for p in measured.passages} & {p.title for p in training.passages}
