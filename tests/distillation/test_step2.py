@@ -118,7 +118,7 @@ def trained(folder, epochs, killed_at=math.inf, start=0.0):
     asked = Asked(Corpus("c", [], {}), questions, np.zeros((6, 3), dtype=np.int64))
     loss_of = lambda chosen, scores: step2.kl_loss(target[chosen], scores, 0.5)  # noqa: E731
     axes = SimpleNamespace(take=lambda places: np.tile(np.eye(3, dtype="f4"), (len(places), 1, 1)))
-    lesson = TableLesson(table, asked, SimpleNamespace(vectors=axes), "query", loss_of)
+    lesson = TableLesson(table, asked, axes, "query", loss_of)
     chosen = DistillSettings(epochs=epochs, batch=2, rate=0.01)
     return table, step2.train(lesson, chosen, 0, folder)
 
