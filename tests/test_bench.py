@@ -6,8 +6,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from benchmarks import attention as bench
-from ragkit.experiment.closure import closure
 
+from ragkit.experiment.provenance import closure
 from ragkit.pages import plots
 from ragkit.settings import asset
 
@@ -53,7 +53,7 @@ def test_a_bench_makes_a_table_and_a_figure_and_goes_on_where_it_stopped(
 
 
 def test_another_bench_reruns_the_notebook_that_shows_it():
-    path = Path(__file__).parent.parent / "notebooks/03_attention_scores.ipynb"
+    path = Path(__file__).parent.parent / "notebooks/A2_attention_cost.ipynb"
     notebook = json.loads(path.read_text("utf8"))
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert "assets/bench.csv" in closure("\n".join(cells))

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from logs import read_log
 from qed import read_qed
-from ragkit.distillation.monitor import read_log
 from scipy.stats import rankdata
 from transformers import AutoModel, AutoTokenizer
 
@@ -44,7 +44,7 @@ reader: {{model: {reader}, context: 512, steps: {steps}, batch: 8, answer_tokens
           checkpoints: 1}}
 distill: {{seeds: [0], epochs: 1, rate: 2.0e-5}}
 indicators: {{questions: 12}}
-choices: {{variations: [no value norm]}}
+variations: [no value norm]
 evaluate: {{answered: {answered}, bootstrap: 200}}
 """
 

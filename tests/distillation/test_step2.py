@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from logs import read_log
 from safetensors.numpy import load_file
 from sentence_transformers.losses import DistillKLDivLoss
 from sentence_transformers.util import pairwise_dot_score
@@ -20,11 +21,6 @@ from ragkit.errors import RetrieverError
 from ragkit.models.index import make_vectors
 from ragkit.models.retriever import train_by_cropping
 from ragkit.settings import AttentionSettings, DistillSettings, IndexSettings, RetrieverSettings
-
-
-def rows_of(folder):
-    """The log that a training left."""
-    return [json.loads(line) for line in (folder / step2.METRICS).read_text().splitlines()]
 
 
 def test_kl_is_that_of_sentence_transformers():
@@ -131,7 +127,7 @@ def test_step2_lowers_the_loss_and_logs_it(tmp_path):
     _, rows = trained(tmp_path, 60)
     assert [row["epoch"] for row in rows[:4]] == [0, 0.5, 1, 1.5]
     assert rows[-1]["loss"] < 0.2 * rows[1]["loss"]
-    logged = rows_of(tmp_path)
+    logged = read_log(tmp_path)
     assert logged[1:] == rows[1:]
     assert set(logged[0]) == {"epoch", "loss", "hr", "rate", "seconds"}
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
@@ -146,7 +142,7 @@ def test_a_killed_step2_ends_with_the_same_result(tmp_path, batch):
     resumed, again = trained(tmp_path / "cut", 3)
     assert torch.equal(whole.vectors, resumed.vectors)
     assert resumed.calls == 9 - kept
-    assert measured(again) == measured(rows) == measured(rows_of(tmp_path / "cut"))
+    assert measured(again) == measured(rows) == measured(read_log(tmp_path / "cut"))
 
 
 def test_a_loss_that_is_not_a_number_is_refused(tmp_path):
@@ -204,7 +200,7 @@ def test_the_maker_teaches_a_retriever_to_find_what_the_oracle_says(inputs, tmp_
     assert np.array_equal(ranking[:, 0], np.arange(6))
     assert set(curve[0]) == {"epoch", "loss", "hr"}
     assert curve[-1]["hr"] == 1 >= curve[0]["hr"]
-    assert len(curve) == len(rows_of(tmp_path)) == 41
+    assert len(curve) == len(read_log(tmp_path)) == 41
     assert (tmp_path / "model" / "model.safetensors").is_file()
     assert not list(tmp_path.glob("checkpoint*"))
 

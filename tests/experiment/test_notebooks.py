@@ -8,6 +8,7 @@ import nbformat
 import numpy as np
 import papermill
 import pytest
+from logs import read_log
 from nbclient import NotebookClient
 from safetensors.numpy import load_file
 
@@ -106,16 +107,12 @@ def test_the_example_finds_a_gold_passage_and_others(lab):
     assert not any(mixed[:place])
 
 
-def rows_of(home):
-    return [json.loads(line) for line in (home / "metrics.jsonl").read_text().splitlines()]
-
-
 def test_the_logs_of_both_steps_stay_with_their_stages(homes):
-    steps = rows_of(homes["step1/trivia"])
+    steps = read_log(homes["step1/trivia"])
     assert [row["step"] for row in steps] == list(range(1, 21))
     home = homes["step2/trivia/fine-tuned attention, seed 0"]
     curve = json.loads((home / "curve.json").read_text())
-    looks = [(row["epoch"], row["hr"]) for row in rows_of(home) if "hr" in row]
+    looks = [(row["epoch"], row["hr"]) for row in read_log(home) if "hr" in row]
     assert looks == [(row["epoch"], row["hr"]) for row in curve]
 
 

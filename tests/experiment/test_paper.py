@@ -9,12 +9,13 @@ import pandas as pd
 import pytest
 import torch
 from hub_tables import write_nq, write_trivia, write_wiki
-from ragkit.distillation.monitor import read_log
+from logs import read_log
 from safetensors.numpy import load_file
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from ragkit.data.files import read_jsonl
 from ragkit.data.passages import read_tsv
+from ragkit.experiment import models
 from ragkit.experiment.graph import Of
 from ragkit.experiment.lab import Lab, changed_profile
 
@@ -86,8 +87,13 @@ def lab(tmp_path_factory, changes, hub):
 
 def test_the_index_finds_what_an_exact_search_finds(lab):
     for name in ("nq", "trivia"):
-        asked = lab.retriever(name).encode([q.text for q in lab.corpus(name).questions["dev"]])
-        exact, found = lab.vectors(name).search(asked, 5), lab.candidates(name)["dev"][:, :5]
+        asked = models.retriever(lab, name).encode(
+            [q.text for q in lab.corpus(name).questions["dev"]]
+        )
+        exact, found = (
+            models.vectors(lab, name).search(asked, 5),
+            lab.candidates(name)["dev"][:, :5],
+        )
         assert (exact[:, :, None] == found[:, None, :]).any(2).mean() > 0.9
 
 

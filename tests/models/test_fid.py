@@ -5,7 +5,7 @@ pass.
 import pytest
 import torch
 import transformers
-from ragkit.distillation.monitor import read_log
+from logs import read_log
 
 from ragkit.data.passages import Passage
 from ragkit.data.questions import Question

@@ -13,7 +13,7 @@ from ragkit.pages import course
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = {
     path.stem: nbformat.read(path, as_version=4)
-    for path in sorted((ROOT / "notebooks").glob("*.ipynb"))
+    for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 }
 EXERCISES = {
     e.id: e for stem, notebook in NOTEBOOKS.items() for e in course.exercises_of(stem, notebook)
