@@ -1,4 +1,4 @@
-"""Exact attention rows of any reader, and their cost. This folder works alone, under any name."""
+"""Exact attention rows of any reader. This folder works alone, under any name."""
 
 from .kernels import AttentionError
 from .record import Record, contributions, observe, observe_cross, passage_scores, pooled, record
