@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from ragkit.data.corpus import Corpus, write_passages
 from ragkit.data.files import write_jsonl
-from ragkit.data.passages import write_passages
-from ragkit.data.questions import Corpus
 from ragkit.data.worlds import build_world
 from ragkit.models import device
 from ragkit.models.answers import make_answers, make_style

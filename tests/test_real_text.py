@@ -15,9 +15,8 @@ from qed import read_qed
 from scipy.stats import rankdata
 from transformers import AutoModel, AutoTokenizer
 
-from ragkit.data.passages import passage_text, read_tsv
-from ragkit.data.questions import CUTS, hits
-from ragkit.data.sets import read_questions
+from ragkit.data.corpus import CUTS, hits, passage_text
+from ragkit.data.sets import read_questions, read_tsv
 from ragkit.data.text import holds_answer
 from ragkit.experiment import tables
 from ragkit.experiment.lab import Lab

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from ragkit.errors import DataError, StoreError
+from ragkit.settings import HubTable
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LARGE, PIECES, PIECE = 2**28, 64, 2**20  # bytes, number, bytes: see `file_hash`
@@ -112,3 +113,12 @@ def _hash_of(path: Path, size: int, time_ns: int) -> str:
             file.seek((size - PIECE) * number // (PIECES - 1))
             digest.update(file.read(PIECE))
         return digest.hexdigest()
+
+
+def contents(source: HubTable | str | None) -> dict[str, str]:
+    """The files of a source on disk, by hash; a hub's table is told by its revision."""
+    if source is None:
+        return {}
+    place = Path(source.dataset if isinstance(source, HubTable) else source)
+    files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
+    return {str(file): file_hash(file) for file in files}

@@ -16,8 +16,7 @@ from typing import Any
 
 import yaml
 
-from ragkit.data.passages import Passage
-from ragkit.data.questions import PARTS, Corpus, Question, drawn
+from ragkit.data.corpus import PARTS, Corpus, Passage, Question, drawn
 from ragkit.errors import DataError
 from ragkit.settings import WorldSet, asset
 

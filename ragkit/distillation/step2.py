@@ -14,9 +14,8 @@ from safetensors.numpy import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ragkit.data.corpus import Asked, hits, passage_text
 from ragkit.data.files import write_arrays, write_json, write_whole
-from ragkit.data.passages import passage_text
-from ragkit.data.questions import Asked, hits
 from ragkit.distillation.targets import Scores, scores_of, target_of
 from ragkit.errors import RetrieverError
 from ragkit.models import device

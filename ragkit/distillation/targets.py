@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from scipy import special
 from scipy.optimize import brentq
 
-from ragkit.data.questions import Asked
+from ragkit.data.corpus import Asked
 from ragkit.data.text import holds_answer
 from ragkit.errors import DataError
 from ragkit.settings import POOLINGS, ROWS, AttentionSettings

@@ -11,10 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ragkit.attention import passage_scores
+from ragkit.attention.record import passage_scores
+from ragkit.data.corpus import Asked, Passage, Question
 from ragkit.data.files import write_arrays, write_json
-from ragkit.data.passages import Passage
-from ragkit.data.questions import Asked, Question
 from ragkit.models import device
 from ragkit.models.fid import open_reader
 from ragkit.models.reader import Prompt, Reader

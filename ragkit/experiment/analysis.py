@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ragkit.data.questions import hits
+from ragkit.data.corpus import hits
 from ragkit.data.speech import Tagged
 from ragkit.distillation.targets import READERS
 from ragkit.errors import NounsError

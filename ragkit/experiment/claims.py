@@ -15,13 +15,12 @@ from ragkit.errors import DataError, NounsError
 from ragkit.experiment.analysis import DIFFERENCE, Analysis, Goal
 from ragkit.experiment.tables import answer_rows
 from ragkit.indicators import measures
-from ragkit.indicators.measures import SPACES, Floats, Interval
+from ragkit.indicators.measures import LINE, SPACES, Floats, Interval
 from ragkit.settings import asset
 
 # The paper's claims with their rules: claim -> {claim, rule}
 STATEMENTS: dict[str, dict[str, str]] = yaml.safe_load(asset("claims.yaml").read_text("utf8"))
 WEAKER = ("not comparable", "not yet measured", "undecided")  # than a verdict, weakest first
-LINE = 0.3  # the paper's threshold for Indicator 2
 ENOUGH_READERS = 8  # below that a rank correlation over readers says nothing
 
 

@@ -12,7 +12,8 @@ from itertools import product, zip_longest
 from pathlib import Path
 from typing import Any
 
-from ragkit.data.questions import contents, passage_settings
+from ragkit.data.corpus import passage_settings
+from ragkit.data.files import contents
 from ragkit.data.worlds import SPEC, relations
 from ragkit.distillation.targets import READERS, TARGETS, UNTAUGHT, teacher_of
 from ragkit.experiment.provenance import finder_state, model_files

@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from ragkit.data.passages import Passage
-from ragkit.data.questions import Asked, Corpus, Question
+from ragkit.data.corpus import Asked, Corpus, Passage, Question
 from ragkit.distillation import targets
 from ragkit.errors import NounsError, ProfileError
 from ragkit.experiment.graph import Graph, Of, stages

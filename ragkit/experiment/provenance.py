@@ -22,8 +22,7 @@ from typing import Any
 
 import psutil
 
-from ragkit.data.files import file_hash
-from ragkit.data.questions import contents
+from ragkit.data.files import contents, file_hash
 from ragkit.settings import ASSETS
 
 PACKAGE = Path(__file__).parent.parent

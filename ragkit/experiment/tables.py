@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ragkit.data.questions import CUTS, hits, reciprocal_ranks
+from ragkit.data.corpus import CUTS, hits, reciprocal_ranks
 from ragkit.data.text import exact_match, f1
 from ragkit.distillation.targets import READERS, oracle_scores
 from ragkit.experiment.graph import CEILING, Of, answered

@@ -12,9 +12,8 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from ragkit.data.corpus import Asked, Passage, Question
 from ragkit.data.files import write_arrays, write_json
-from ragkit.data.passages import Passage
-from ragkit.data.questions import Asked, Question
 from ragkit.distillation.teacher import Array, token_contributions
 from ragkit.indicators import measures
 from ragkit.indicators.measures import Embed, Floats, Ints, Tokens

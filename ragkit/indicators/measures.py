@@ -32,6 +32,7 @@ MEASURES = ("attention", "Spearman", "Spearman closest")
 SPACES = ("input", "own", "retriever", "contextual")  # where closeness is measured
 # the input space, its vectors dealt anew for each question; 1 for wanted tokens, 0 for others
 CONTROLS = ("permuted", "overlap")
+LINE = 0.3  # the paper's threshold for Indicator 2, Spearman
 UNDEFINED = np.errstate(invalid="ignore", divide="ignore")  # what it is becomes NaN
 
 

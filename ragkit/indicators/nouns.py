@@ -13,8 +13,8 @@ from spacy.training import Example
 from spacy.util import fix_random_seed, minibatch
 
 from ragkit.data import worlds
+from ragkit.data.corpus import PARTS
 from ragkit.data.files import read_jsonl, write_json
-from ragkit.data.questions import PARTS
 from ragkit.data.speech import NOUN_TAGS, parts_of_speech
 from ragkit.errors import NounsError
 from ragkit.models import device

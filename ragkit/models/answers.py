@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from ragkit.data.corpus import Asked, Pair
 from ragkit.data.files import write_json
-from ragkit.data.questions import Asked, Pair
 from ragkit.data.text import exact_match
 from ragkit.models import device
 from ragkit.models.fid import open_reader

@@ -16,9 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
-from ragkit.attention import observe_cross
-from ragkit.data.passages import Passage
-from ragkit.data.questions import Corpus, Question
+from ragkit.attention.record import observe_cross
+from ragkit.data.corpus import Corpus, Passage, Question
 from ragkit.data.text import readable
 from ragkit.models import device
 from ragkit.models.reader import EMBEDDED, PART, Prompt, Reader

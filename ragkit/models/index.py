@@ -11,9 +11,8 @@ import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
+from ragkit.data.corpus import PARTS, PASSAGES, Corpus, Passages, passage_text
 from ragkit.data.files import write_arrays, write_whole
-from ragkit.data.passages import Passages, passage_text
-from ragkit.data.questions import PARTS, PASSAGES, Corpus
 from ragkit.errors import RetrieverError
 from ragkit.models import device
 from ragkit.models.retriever import Retriever

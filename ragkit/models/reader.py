@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ragkit.attention import AttentionError, observe, pooled
-from ragkit.data.passages import Passage, block
-from ragkit.data.questions import Question
+from ragkit.attention.kernels import AttentionError
+from ragkit.attention.record import observe, pooled
+from ragkit.data.corpus import Passage, Question, block
 from ragkit.data.text import readable
 from ragkit.errors import ReaderError
 from ragkit.models import device

@@ -1,6 +1,7 @@
 """The retriever: a sentence-transformers model, from outside or trained here by cropping."""
 
 import random
+import string
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,15 +15,14 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import batch_to_device
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from ragkit.data.passages import Passage, Passages
-from ragkit.data.questions import PASSAGES
+from ragkit.data.corpus import PASSAGES, Passage, Passages
 from ragkit.data.text import readable
-from ragkit.data.vocabulary import build_tokenizer
-from ragkit.data.worlds import open_prose
+from ragkit.data.worlds import SPEC, open_prose, plain_words
 from ragkit.errors import RetrieverError
 from ragkit.models import device
 from ragkit.settings import RetrieverSettings
@@ -108,6 +108,31 @@ class Retriever(nn.Module):
             with torch.no_grad():
                 retriever(["a a"])
         return retriever.eval()
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """A lower-casing WordPiece tokenizer over the worlds' vocabulary.
+
+    Names become a start and an ending piece, years two pieces; letters are kept as a fallback, so
+    that any other word can be written too.
+    """
+    special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "bos", "eos")}
+    tokens = [*special.values(), *string.punctuation]
+    for letter in string.ascii_lowercase + string.digits:
+        tokens += [letter, "##" + letter]
+    tokens += sorted(plain_words())
+    for kind in SPEC["names"].values():
+        tokens += kind.get("starts", []) + ["##" + end for end in kind.get("ends", [])]
+    tokens += [str(n) for n in range(10, 60)] + [f"##{n:02d}" for n in range(100)]
+    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    signs = [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
+    tokenizer.normalizer = normalizers.Sequence(signs)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    start = [("[BOS]", vocabulary["[BOS]"])]
+    tokenizer.post_processor = processors.TemplateProcessing("[BOS] $A", special_tokens=start)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=1024, **special)
 
 
 def crop(passage: Passage, rng: random.Random) -> str:

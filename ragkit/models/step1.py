@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import WEIGHTS_NAME
 
+from ragkit.data.corpus import Asked, Pair, Passage, Question, passage_text
 from ragkit.data.files import write_whole
-from ragkit.data.passages import Passage, passage_text
-from ragkit.data.questions import Asked, Pair, Question
 from ragkit.data.worlds import build_world
 from ragkit.errors import ReaderError
 from ragkit.models import device

@@ -13,6 +13,7 @@ from bleach.sanitizer import Cleaner
 from IPython.display import HTML
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from pygments.formatters import HtmlFormatter
 
 from ragkit.settings import asset
 
@@ -25,6 +26,7 @@ ELSEWHERE = re.compile(r"url\s*\((?!\s*['\"]?#)|//|\\", re.IGNORECASE)  # in a s
 UNSEEN = re.compile(r"<(script|style|metadata)\b.*?(</\1\s*>|\Z)", re.IGNORECASE | re.DOTALL)
 KINDS = yaml.safe_load((asset("templates") / "allowed.yaml").read_text("utf8"))
 ALLOWED = {kind: frozenset(names.split()) for kind, names in KINDS.items()}
+Pages = list[tuple[str, str]]  # name and file
 
 
 def allowed(tag: str, name: str, value: str) -> bool:
@@ -53,6 +55,15 @@ def clean(text: str) -> Markup:
 def fill(template: str, **given: Any) -> Markup:
     """A template of the package; everything that it is given is escaped, but HTML objects."""
     return Markup(TEMPLATES.get_template(f"{template}.html").render(given))
+
+
+def page(title: str, body: str, pages: Pages, file: str) -> str:
+    """A whole page with its navigation; `body` is HTML."""
+    themes = (HtmlFormatter(style=name) for name in ("default", "github-dark"))
+    light, dark = (theme.get_style_defs(".code") for theme in themes)
+    own = asset("report.css").read_text("utf8")
+    style = Markup(f"{light}\n@media (prefers-color-scheme:dark){{{dark}}}\n{own}")
+    return fill("page", title=title, file=file, body=Markup(body), style=style, pages=pages)
 
 
 def table(frame: pd.DataFrame, digits: int = 3, index: bool = False) -> HTML:

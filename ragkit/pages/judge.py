@@ -16,20 +16,18 @@ import numpy as np
 import pandas as pd
 from transformers import AutoConfig
 
+from ragkit.data.corpus import Passage, Question, same_question, text_and_answers
 from ragkit.data.files import read_jsonl, write_whole
-from ragkit.data.passages import Passage
-from ragkit.data.questions import Question, same_question, text_and_answers
 from ragkit.data.text import holds_answer, words
 from ragkit.errors import DataError, NounsError, ReaderError, StoreError
-from ragkit.experiment.claims import LINE
 from ragkit.indicators import measures
 from ragkit.indicators.closeness import Spans, look_at_tokens, space, wanted_ids
-from ragkit.indicators.measures import Embed, Floats, Interval, Tokens, Wanted, interval
+from ragkit.indicators.measures import LINE, Embed, Floats, Interval, Tokens, Wanted, interval
 from ragkit.indicators.nouns import find_nouns, load_nouns
 from ragkit.models import device
 from ragkit.models.fid import load_reader
 from ragkit.models.reader import EMBEDDED, Reader
-from ragkit.pages import html, report
+from ragkit.pages import html
 from ragkit.settings import ROWS, AttentionSettings, IndicatorSettings, ReaderSettings
 
 log = logging.getLogger(__name__)
@@ -269,7 +267,7 @@ def write_html(judged: Judgement, path: Path) -> None:
     mass = dict(zip(measures.PLACES, tokens.mass[:, ROWS.index(READ.rows)].mean(0), strict=True))
     told = {"judge": globals(), "judged": judged, "mass": mass, "examples": examples}
     title, body = f"Judgement of {judged.how['Reader']}", html.fill("judge", **told)
-    write_whole(path, report.page(title, body, [("Judgement", "#main")], "#main"))
+    write_whole(path, html.page(title, body, [("Judgement", "#main")], "#main"))
 
 
 def write(reader: str, questions: str, nouns: str, space: str | None, out: Path) -> None:

@@ -34,16 +34,6 @@ GAIN = (
 )
 VERDICT = "{claim}: verdict '{verdict}' here, '{verdict there}' there"
 SHOWN_ROWS = 12  # of a figure's table
-Pages = list[tuple[str, str]]  # name and file
-
-
-def page(title: str, body: str, pages: Pages, file: str) -> str:
-    """A whole page with its navigation; `body` is HTML."""
-    themes = (HtmlFormatter(style=name) for name in ("default", "github-dark"))
-    light, dark = (theme.get_style_defs(".code") for theme in themes)
-    own = asset("report.css").read_text("utf8")
-    style = Markup(f"{light}\n@media (prefers-color-scheme:dark){{{dark}}}\n{own}")
-    return html.fill("page", title=title, file=file, body=Markup(body), style=style, pages=pages)
 
 
 def prose(markdown: str, escape: bool = False) -> Markup:
@@ -169,7 +159,7 @@ def write(lab: Lab, figures: Path) -> tuple[Path, list[str]]:
         ("Paper scale", "paper_scale.html"): prose(asset("paper_scale.md").read_text("utf8")),
     }
     for (title, file), body in bodies.items():
-        (folder / file).write_text(page(title, body, list(bodies), file), "utf8")
+        (folder / file).write_text(html.page(title, body, list(bodies), file), "utf8")
     return folder / "index.html", compared
 
 

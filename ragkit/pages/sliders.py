@@ -42,14 +42,19 @@ def sample(n: int, numbers: int) -> NDArray[np.int64]:
 
 def set_data(lab: Lab, name: str) -> dict[str, Any]:
     """What the page needs of one question set; indicators only where notebook 08 made them."""
-    from ragkit.experiment import models  # it loads torch: only who writes the page waits
+    from ragkit.models import device  # they load torch: only who writes the page waits
+    from ragkit.models.index import Index
+    from ragkit.models.retriever import Retriever
 
+    device.start(lab.profile.device, lab.profile.threads)
+    retriever = Retriever.load(lab.open("retriever", name) / "model", lab.profile.retriever)
+    vectors = Index.open(lab.open("vectors", name))
     scores = {which: lab.teacher(name, which)["attention"] for which in lab.readers()}
     asked, candidates = lab.asked(name)
     chosen = sample(len(asked), max(one[0].size for one in scores.values()))
     corpus, questions, found = lab.corpus(name), [asked[i] for i in chosen], candidates[chosen]
-    queries = models.retriever(lab, name).encode([q.text for q in questions])
-    retr = np.einsum("qd,qkd->qk", queries, models.vectors(lab, name).take(found))
+    queries = retriever.encode([q.text for q in questions])
+    retr = np.einsum("qd,qkd->qk", queries, vectors.take(found))
     gold = targets.oracle_scores(found.tolist(), corpus.golds(questions, found))
     examples = []
     for one, row in zip(questions[:EXAMPLES], found, strict=False):

@@ -10,10 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ragkit.data.files import file_hash, read_jsonl, write_whole
-from ragkit.data.passages import Passage, read_tsv, write_passages
-from ragkit.data.questions import Corpus, contents, hits, passage_settings, reciprocal_ranks
-from ragkit.data.sets import make_passages, make_questions, read_questions
+from ragkit.data.corpus import (
+    Corpus,
+    Passage,
+    hits,
+    passage_settings,
+    reciprocal_ranks,
+    write_passages,
+)
+from ragkit.data.files import contents, file_hash, read_jsonl, write_whole
+from ragkit.data.sets import make_passages, make_questions, read_questions, read_tsv
 from ragkit.data.text import normalise
 from ragkit.errors import DataError
 from ragkit.settings import FileSet

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from hub_tables import write_nq, write_pools, write_trivia, write_wiki
 
-from ragkit.data.passages import Passage, Passages, write_passages
-from ragkit.data.questions import Corpus, passage_settings
+from ragkit.data.corpus import Corpus, Passage, Passages, passage_settings, write_passages
 from ragkit.data.sets import make_passages, make_questions
 from ragkit.data.text import normalise
 from ragkit.errors import DataError
@@ -193,7 +192,7 @@ def test_passages_are_memory_mapped(tmp_path):
     many = (Passage(str(i), f"T{i}", "word " * 200) for i in range(200_000))
     write_passages(tmp_path / "many.arrow", many)
     code = (
-        "import sys\nfrom pathlib import Path\nfrom ragkit.data.passages import Passages\n"
+        "import sys\nfrom pathlib import Path\nfrom ragkit.data.corpus import Passages\n"
         "def anonymous():\n    lines = open('/proc/self/status').read().splitlines()\n"
         "    return next(int(l.split()[1]) for l in lines if l.startswith('RssAnon')) // 1024\n"
         "before = anonymous()\npassages = Passages(Path(sys.argv[1]))\n"

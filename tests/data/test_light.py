@@ -6,7 +6,7 @@ import sys
 import pytest
 
 HEAVY = ("torch", "transformers", "tokenizers", "datasets", "spacy", "faiss")
-LIGHT = ("text", "files", "passages", "questions", "worlds", "speech")
+LIGHT = ("text", "files", "corpus", "worlds", "speech")
 
 
 @pytest.mark.parametrize("module", [f"ragkit.data.{name}" for name in LIGHT])

@@ -11,7 +11,7 @@ from ud import read_conllu
 
 from ragkit.data import speech
 from ragkit.data import worlds as world
-from ragkit.data.questions import Corpus
+from ragkit.data.corpus import Corpus
 from ragkit.data.speech import NOUN_TAGS, parts_of_speech
 from ragkit.errors import DataError
 from ragkit.settings import WorldSet, asset

@@ -5,10 +5,10 @@ import random
 import pytest
 
 from ragkit.data import worlds as world
-from ragkit.data.questions import PARTS, Corpus, passage_settings
+from ragkit.data.corpus import PARTS, Corpus, passage_settings
 from ragkit.data.text import holds_answer
-from ragkit.data.vocabulary import build_tokenizer
 from ragkit.errors import DataError
+from ragkit.models.retriever import build_tokenizer
 from ragkit.settings import WorldSet
 
 WORLDS = ("almanac", "trivia")

@@ -13,9 +13,8 @@ from safetensors.numpy import load_file
 from sentence_transformers.losses import DistillKLDivLoss
 from sentence_transformers.util import pairwise_dot_score
 
+from ragkit.data.corpus import Asked, Corpus, Passage, Question, write_passages
 from ragkit.data.files import write_arrays, write_jsonl
-from ragkit.data.passages import Passage, write_passages
-from ragkit.data.questions import Asked, Corpus, Question
 from ragkit.distillation import step2
 from ragkit.errors import RetrieverError
 from ragkit.models.index import make_vectors

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.stats import entropy as scipy_entropy
 
-from ragkit.data.passages import Passage
-from ragkit.data.questions import Asked, Corpus, Question
+from ragkit.data.corpus import Asked, Corpus, Passage, Question
 from ragkit.distillation import targets
 from ragkit.errors import DataError
 from ragkit.settings import POOLINGS, ROWS, AttentionSettings

@@ -9,9 +9,8 @@ import torch
 from safetensors.numpy import load_file
 
 from ragkit.attention import contributions, passage_scores, record
+from ragkit.data.corpus import Passage, Question, write_passages
 from ragkit.data.files import write_arrays, write_jsonl
-from ragkit.data.passages import Passage, write_passages
-from ragkit.data.questions import Question
 from ragkit.distillation import teacher
 from ragkit.models.fid import load_reader
 from ragkit.settings import POOLINGS, ROWS, ReaderSettings

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from ragkit.data.passages import Passage
+from ragkit.data.corpus import Passage
 from ragkit.experiment.analysis import Analysis
 from ragkit.indicators.measures import Tokens
 

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
 from ragkit.data.files import read_jsonl
-from ragkit.data.passages import read_tsv
+from ragkit.data.sets import read_tsv
 from ragkit.experiment import models
 from ragkit.experiment.graph import Of
 from ragkit.experiment.lab import Lab, changed_profile

@@ -10,6 +10,7 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import grimp
 import nbformat
 import pytest
 import yaml
@@ -145,3 +146,21 @@ def test_a_wheel_holds_the_assets_and_builds_without_warnings(tmp_path):
     (wheel,) = tmp_path.glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
     assert set(told("git", "ls-files", "ragkit").split()) <= packed
+
+
+def test_the_house_is_small():
+    """7,000 lines, 300 a module; nobody stands on more than eight others."""
+    lines = {
+        path: len(path.read_text("utf8").splitlines()) for path in (ROOT / "ragkit").rglob("*.py")
+    }
+    assert max(lines.values()) <= 300
+    assert sum(lines.values()) <= 7000
+    graph, floors = grimp.build_graph("ragkit"), {}
+
+    def floor(module):
+        if module not in floors:
+            below = graph.find_modules_directly_imported_by(module) - {"ragkit"}
+            floors[module] = 1 + max(map(floor, below), default=0)
+        return floors[module]
+
+    assert max(map(floor, graph.modules)) <= 9

@@ -16,9 +16,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ragkit.attention import record
+from ragkit.data.corpus import Passage, Question, write_passages
 from ragkit.data.files import write_jsonl
-from ragkit.data.passages import Passage, write_passages
-from ragkit.data.questions import Question
 from ragkit.errors import DataError
 from ragkit.indicators import closeness, measures
 from ragkit.indicators.measures import CONTROLS, SPACES, Tokens

@@ -14,8 +14,8 @@ from qed import read_qed
 from ud import Sentence, read_conllu
 
 from ragkit.data import worlds
+from ragkit.data.corpus import PARTS
 from ragkit.data.files import read_jsonl, write_jsonl
-from ragkit.data.questions import PARTS
 from ragkit.data.speech import NOUN_TAGS, parts_of_speech
 from ragkit.errors import NounsError
 from ragkit.indicators.nouns import find_nouns, load_nouns, make_nouns, tagged_text, train_tagger

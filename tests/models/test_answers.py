@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from ragkit.data.corpus import Asked, Corpus, write_passages
 from ragkit.data.files import write_jsonl
-from ragkit.data.passages import write_passages
-from ragkit.data.questions import Asked, Corpus
 from ragkit.data.worlds import build_world
 from ragkit.models import answers
 from ragkit.models.answers import make_answers, make_premises, make_style, premise_cases

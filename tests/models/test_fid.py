@@ -7,12 +7,11 @@ import torch
 import transformers
 from logs import read_log
 
-from ragkit.data.passages import Passage
-from ragkit.data.questions import Question
-from ragkit.data.vocabulary import build_tokenizer
+from ragkit.data.corpus import Passage, Question
 from ragkit.errors import ReaderError
 from ragkit.models.fid import FidReader, load_reader
 from ragkit.models.reader import PART
+from ragkit.models.retriever import build_tokenizer
 from ragkit.models.step1 import fine_tune
 from ragkit.settings import ReaderSettings
 

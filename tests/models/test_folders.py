@@ -10,8 +10,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from tokenizers.trainers import BpeTrainer, UnigramTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from ragkit.data.passages import Passage
-from ragkit.data.questions import Question
+from ragkit.data.corpus import Passage, Question
 from ragkit.errors import RagkitError, ReaderError
 from ragkit.models.fid import load_reader
 from ragkit.models.reader import PART

@@ -4,7 +4,7 @@ import faiss
 import numpy as np
 import pytest
 
-from ragkit.data.passages import Passage, write_passages
+from ragkit.data.corpus import Passage, write_passages
 from ragkit.errors import RetrieverError
 from ragkit.models import index
 from ragkit.models.index import Index, bm25, make_index, make_vectors

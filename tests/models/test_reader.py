@@ -8,12 +8,11 @@ import pytest
 import torch
 from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from ragkit.data.passages import Passage
-from ragkit.data.questions import Question
-from ragkit.data.vocabulary import build_tokenizer
+from ragkit.data.corpus import Passage, Question
 from ragkit.errors import RagkitError, ReaderError
 from ragkit.models.fid import load_reader
 from ragkit.models.reader import EMBEDDED, PART, Reader
+from ragkit.models.retriever import build_tokenizer
 from ragkit.settings import ReaderSettings
 
 PASSAGES = [

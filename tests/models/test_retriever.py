@@ -11,10 +11,9 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
-from ragkit.data.passages import Passage
-from ragkit.data.vocabulary import build_tokenizer
+from ragkit.data.corpus import Passage
 from ragkit.errors import RagkitError, RetrieverError
-from ragkit.models.retriever import Retriever, crop, train_by_cropping
+from ragkit.models.retriever import Retriever, build_tokenizer, crop, train_by_cropping
 from ragkit.settings import RetrieverSettings
 
 PASSAGES = [

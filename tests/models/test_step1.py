@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ragkit.data.passages import Passage
-from ragkit.data.questions import Question
+from ragkit.data.corpus import Passage, Question
 from ragkit.data.worlds import build_world
 from ragkit.errors import ReaderError
 from ragkit.models import step1

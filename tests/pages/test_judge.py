@@ -27,12 +27,11 @@ from transformers import (
 
 from ragkit import __main__
 from ragkit.attention.record import record
-from ragkit.data.passages import Passage, read_tsv
-from ragkit.data.questions import Question
-from ragkit.data.sets import read_questions
-from ragkit.data.vocabulary import build_tokenizer
+from ragkit.data.corpus import Passage, Question
+from ragkit.data.sets import read_questions, read_tsv
 from ragkit.errors import DataError
 from ragkit.indicators import closeness, measures
+from ragkit.models.retriever import build_tokenizer
 from ragkit.pages import judge as judging
 from ragkit.pages.judge import ABOVE, BELOW, ENOUGH, UNSURE, Check, mean_of, read_asked
 

@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ragkit.data.passages import Passage
-from ragkit.data.questions import Question
+from ragkit.data.corpus import Passage, Question
 from ragkit.distillation import targets
 from ragkit.experiment import models
-from ragkit.pages import report, sliders
+from ragkit.pages import sliders
+from ragkit.pages.html import page as whole_page
 from ragkit.profile import load_profile
 from ragkit.settings import POOLINGS, ROWS, AttentionSettings
 
@@ -173,7 +173,7 @@ def test_the_indicators_of_every_choice(lab, tmp_path):
 
 def opened(lab, folder, address=""):
     """What a browser makes of the page at an address."""
-    page = report.page("Sliders", sliders.body(lab), [("Sliders", "sliders.html")], "sliders.html")
+    page = whole_page("Sliders", sliders.body(lab), [("Sliders", "sliders.html")], "sliders.html")
     (folder / "sliders.html").write_text(page, "utf8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'browser'}"]
     address = f"file://{folder}/sliders.html{address}"

@@ -1,29 +1,92 @@
-"""Questions in three parts, which passages answer them, and what their stages are made of."""
+"""A question set: passages on disk (one Arrow file, memory-mapped, so that 21 million of them need
+no memory), questions in three parts, and what their stages are made of."""
 
 import ast
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 from pydantic import TypeAdapter
 from safetensors.numpy import load_file
 
-from ragkit.data.files import file_hash, read_jsonl
-from ragkit.data.passages import Passage, Passages
+from ragkit.data.files import contents, read_jsonl
 from ragkit.data.text import holds_answer, normalise
 from ragkit.errors import DataError
-from ragkit.settings import HubSet, HubTable, QuestionSet, WorldSet
+from ragkit.settings import HubSet, QuestionSet, WorldSet
 
 PARTS = ("distill", "dev", "test")
 PASSAGES = "passages.arrow"
+SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "title", "text")])
 CUTS = (1, 5, 20)
 Places = Sequence[Sequence[int]]  # of passages, a row a question
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A piece of text that can be retrieved; its place in the corpus is its index."""
+
+    id: str
+    title: str
+    text: str
+
+
+class Passages(Sequence[Passage]):
+    """The passages of a file of `write_passages`; only those asked for are read."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self.table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        except (OSError, pa.ArrowException) as error:
+            told = f"The passages in {path} cannot be read ({error}). Remove the stage's folder"
+            raise DataError(f"{told}, then give the same command.") from None
+
+    def __len__(self) -> int:
+        return int(self.table.num_rows)
+
+    def __getitem__(self, place: Any) -> Any:
+        """The passage at a place, or those of a slice, as of a list."""
+        if isinstance(place, slice):
+            return [self[i] for i in range(len(self))[place]]
+        return Passage(*(column[range(len(self))[place]].as_py() for column in self.table.columns))
+
+    def __iter__(self) -> Iterator[Passage]:
+        for batch in self.table.to_batches():
+            yield from map(Passage, *(column.to_pylist() for column in batch.columns))
+
+
+def passage_text(passage: Passage) -> str:
+    """What retrievers encode and search: the title, then the text."""
+    return f"{passage.title} {passage.text}".strip()
+
+
+def block(title: str, text: str) -> str:
+    """How a passage stands in pretraining text and in every prompt."""
+    return f"{title}: {text}"
+
+
+def write_passages(path: Path, passages: Iterable[Passage]) -> Passages:
+    """Writes passages as they come, and opens them; DataError if there are none, or ids repeat."""
+    waiting = map(vars, passages)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, SCHEMA) as writer:
+        while batch := list(islice(waiting, 10_000)):
+            writer.write_batch(pa.RecordBatch.from_pylist(batch, schema=SCHEMA))
+    made = Passages(path)
+    if not len(made):
+        raise DataError("There are no passages.")
+    if pc.count_distinct(made.table["id"]).as_py() < len(made):
+        ids = made.table["id"].to_pandas()
+        first, again, *_ = ids.index[ids == ids[ids.duplicated().idxmax()]] + 1
+        raise DataError(f"Passages {first} and {again} have the same id {ids[again - 1]!r}.")
+    return made
 
 
 @dataclass(frozen=True)
@@ -165,12 +228,3 @@ def passage_settings(settings: QuestionSet) -> dict[str, Any]:
         kept, source = set(HubSet.model_fields) - {"name"}, settings.questions
     chosen = settings.model_dump(mode="json", include=kept)
     return {"set": chosen, "contents": contents(source)}
-
-
-def contents(source: HubTable | str | None) -> dict[str, str]:
-    """The files of a source on disk, by hash; a hub's table is told by its revision."""
-    if source is None:
-        return {}
-    place = Path(source.dataset if isinstance(source, HubTable) else source)
-    files = [place] if place.is_file() else sorted(p for p in place.rglob("*") if p.is_file())
-    return {str(file): file_hash(file) for file in files}
