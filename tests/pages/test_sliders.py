@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlencode
 
@@ -15,7 +16,8 @@ import pytest
 
 from ragkit.data.corpus import Passage, Question
 from ragkit.distillation import targets
-from ragkit.experiment import models
+from ragkit.models.index import Index
+from ragkit.models.retriever import Retriever
 from ragkit.pages import sliders
 from ragkit.pages.html import page as whole_page
 from ragkit.profile import load_profile
@@ -55,12 +57,13 @@ def lab(tmp_path_factory):
         teacher=lambda name, which: {"attention": scores[which].astype(np.float32)},
         asked=lambda name: (asked, candidates),
         corpus=lambda name: SimpleNamespace(passages=passages, golds=golds),
+        open=lambda kind, name: Path(kind),
+        encoder=SimpleNamespace(encode=lambda texts: np.stack([queries[text] for text in texts])),
+        vectors=SimpleNamespace(take=lambda places: vectors[places]),
     )
-    encoder = SimpleNamespace(encode=lambda texts: np.stack([queries[text] for text in texts]))
-    held_vectors = SimpleNamespace(take=lambda places: vectors[places])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(models, "retriever", lambda lab, name: encoder)
-        patch.setattr(models, "vectors", lambda lab, name: held_vectors)
+        patch.setattr(Retriever, "load", lambda folder, settings: held.encoder)
+        patch.setattr(Index, "open", lambda folder: held.vectors)
         yield held
 
 
@@ -93,8 +96,8 @@ def test_the_page_holds_the_stored_scores(lab):
         assert example["question"] == question.text
         assert [title for title, _ in example["passages"]] == [f"{NASTY} title {i}" for i in found]
         assert gold[place].tolist() == [float(i in question.gold) for i in found]
-        (query,) = models.retriever(lab, "set").encode([question.text])
-        assert np.allclose(retr[place], models.vectors(lab, "set").take(found) @ query, rtol=1e-4)
+        (query,) = lab.encoder.encode([question.text])
+        assert np.allclose(retr[place], lab.vectors.take(found) @ query, rtol=1e-4)
 
 
 def test_a_sample_is_spread_and_shrinks_for_deep_readers():
