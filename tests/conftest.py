@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import hypothesis
 import pytest
 from ud import read_conllu
@@ -48,15 +49,21 @@ def ragkit():
 
 @pytest.fixture(scope="session")
 def smoke(tmp_path_factory):
-    """The folder that holds a finished run of `smoke`, and `noted`: what its kernels loaded."""
-    runs, site = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("site")
-    (site / "sitecustomize.py").write_text(NOTING.format(noted=str(runs / "noted")))
-    path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
-    given = os.path.relpath(runs, ROOT)  # as `make` gives it: a relative one
-    first = command("reproduce", "--profile", "smoke", "--runs", given, PYTHONPATH=path)
-    assert first.returncode == 0, first.stderr[-3000:]
-    last = first.stderr.splitlines()[-1]  # how it compares with the reference comes last
-    assert "too small to judge" in last
+    """The folder that holds a finished run of `smoke`, and `noted`: what its kernels loaded. It is
+    made once for all of pytest's workers."""
+    base = tmp_path_factory.getbasetemp()
+    runs = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "smoke-runs"
+    with filelock.FileLock(f"{runs}.lock"):
+        if not runs.is_dir():
+            site = tmp_path_factory.mktemp("site")
+            runs.mkdir()
+            (site / "sitecustomize.py").write_text(NOTING.format(noted=str(runs / "noted")))
+            path = os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))
+            given = os.path.relpath(runs, ROOT)  # as `make` gives it: a relative one
+            first = command("reproduce", "--profile", "smoke", "--runs", given, PYTHONPATH=path)
+            assert first.returncode == 0, first.stderr[-3000:]
+            last = first.stderr.splitlines()[-1]  # how it compares with the reference comes last
+            assert "too small to judge" in last
     return runs
 
 

@@ -119,10 +119,11 @@ def compare(run: Path, figures: Path) -> list[str]:
     told += [VERDICT.format(**row) for row in verdicts[other].to_dict("records")]
     counts = f"of {len(gains)} gains and {len(verdicts)} verdicts, {len(told) or 'none'} differ"
     summary = f"Compared with the reference ({named}): {counts} (gains by their intervals)."
-    settings = []
-    for name in sorted({*here, *there} - {"name"}):
-        mine, its = (one.get(name, "absent") for one in (here, there))
-        settings += [f"{name} {mine} here, {its} there"] if mine != its else []
+    settings = [
+        f"{name} {here[name]} here, {there[name]} there"
+        for name in sorted(here.keys() & there.keys() - {"name"})
+        if here[name] != there[name]
+    ]
     return [summary, *told, f"Settings that differ: {'; '.join(settings) or 'none'}."]
 
 

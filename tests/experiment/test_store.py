@@ -239,7 +239,7 @@ def test_what_a_stage_says_of_itself(runs):
     assert isinstance(made["dirty"], bool)
     assert made["versions"]["torch"].startswith("2.")
     assert made["machine"]["cores"] == os.cpu_count()
-    assert saved["seconds"] > 0
+    assert saved["seconds"] >= 0
     assert saved["units"] == one.units
     assert saved["record"] == one.record
     assert set(saved["files"]) == {"passages.arrow"}
