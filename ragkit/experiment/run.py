@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -247,6 +248,8 @@ class Notebooks:
 def reproduce(lab: Lab, sources: Path) -> dict[str, Any]:
     """Makes every stage, runs every notebook in `sources`, and writes and returns the manifest. Of
     several processes that work as one, the main one alone does what follows the stages."""
+    if store.SHARED:  # from here on the processes know of each other
+        import_module("ragkit.models.device").start(lab.profile.device, lab.profile.threads)
     if not store.MAIN:
         make_all(lab, lab.stages)
         return {}

@@ -7,15 +7,17 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from ragkit import __main__
 from ragkit.errors import DataError, ProfileError, RagkitError
-from ragkit.experiment import run
+from ragkit.experiment import run, store
 from ragkit.experiment.lab import Lab, changed_profile
 from ragkit.experiment.store import Store
+from ragkit.models import device
 from ragkit.profile import load_profile
 
 ROOT = Path(__file__).parent.parent.parent
@@ -261,3 +263,15 @@ def test_a_second_run_is_refused_and_ctrl_c_ends_the_first_with_a_sentence(
     assert said.rstrip().endswith("the same command goes on from there.")
     assert load_profile(str(lab.folder / "profile.yaml")) == lab.profile
     assert not (lab.folder / "manifest.json").exists()
+
+
+def test_processes_that_work_as_one_join_before_they_ask_what_is_there(monkeypatch):
+    """Else each sees a run of its own: found by the first whole run of two processes."""
+    calls = []
+    monkeypatch.setattr(store, "SHARED", True)
+    monkeypatch.setattr(store, "MAIN", False)
+    monkeypatch.setattr(device, "start", lambda *given: calls.append(given))
+    monkeypatch.setattr(run, "make_all", lambda lab, stages: calls.append("stages"))
+    lab = SimpleNamespace(profile=load_profile("smoke"), stages=[])
+    assert run.reproduce(lab, Path()) == {}
+    assert calls == [("cpu", 1), "stages"]
