@@ -257,6 +257,7 @@ def reproduce(lab: Lab, sources: Path) -> dict[str, Any]:
     with store.only_run(lab.folder), room_on_disk(lab.folder, "notebooks and manifest"):
         save_profile(lab.profile, lab.folder / "profile.yaml")  # notebooks and `tidy` read it
         make_all(lab, lab.stages)
+        store.SHARED = False  # what follows, the main process does alone
         kept = Notebooks(lab, sources)
         works = [partial(kept.run, source) for source in kept.sources]
         stoppable(works, 2 if lab.profile.device == "cpu" else 1)

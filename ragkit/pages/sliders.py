@@ -42,7 +42,9 @@ def sample(n: int, numbers: int) -> NDArray[np.int64]:
 
 def set_data(lab: Lab, name: str) -> dict[str, Any]:
     """What the page needs of one question set; indicators only where notebook 08 made them."""
-    from ragkit.models import device  # they load torch: only who writes the page waits
+    import torch  # only who writes the page waits for it and what follows
+
+    from ragkit.models import device
     from ragkit.models.index import Index
     from ragkit.models.retriever import Retriever
 
@@ -53,7 +55,8 @@ def set_data(lab: Lab, name: str) -> dict[str, Any]:
     asked, candidates = lab.asked(name)
     chosen = sample(len(asked), max(one[0].size for one in scores.values()))
     corpus, questions, found = lab.corpus(name), [asked[i] for i in chosen], candidates[chosen]
-    queries = retriever.encode([q.text for q in questions])
+    with torch.no_grad():  # not by `encode`, which all processes of a run share: one writes pages
+        queries = retriever([q.text for q in questions]).float().cpu().numpy()
     retr = np.einsum("qd,qkd->qk", queries, vectors.take(found))
     gold = targets.oracle_scores(found.tolist(), corpus.golds(questions, found))
     examples = []

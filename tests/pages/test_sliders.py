@@ -13,6 +13,7 @@ from urllib.parse import urlencode
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 from ragkit.data.corpus import Passage, Question
 from ragkit.distillation import targets
@@ -58,7 +59,7 @@ def lab(tmp_path_factory):
         asked=lambda name: (asked, candidates),
         corpus=lambda name: SimpleNamespace(passages=passages, golds=golds),
         open=lambda kind, name: Path(kind),
-        encoder=SimpleNamespace(encode=lambda texts: np.stack([queries[text] for text in texts])),
+        encoder=lambda texts: torch.tensor(np.stack([queries[text] for text in texts])),
         vectors=SimpleNamespace(take=lambda places: vectors[places]),
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -96,7 +97,7 @@ def test_the_page_holds_the_stored_scores(lab):
         assert example["question"] == question.text
         assert [title for title, _ in example["passages"]] == [f"{NASTY} title {i}" for i in found]
         assert gold[place].tolist() == [float(i in question.gold) for i in found]
-        (query,) = lab.encoder.encode([question.text])
+        query = lab.encoder([question.text])[0].numpy()
         assert np.allclose(retr[place], lab.vectors.take(found) @ query, rtol=1e-4)
 
 
