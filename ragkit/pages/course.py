@@ -30,7 +30,7 @@ from ragkit.settings import asset
 
 log = logging.getLogger(__name__)
 HEADING = re.compile(r"### Exercise (\d+) · (.+?) \*\((easy|medium|hard), (\d+) minutes\)\*\n")
-SHAPE = "'### Exercise 1 · Title *(easy, 10 minutes)*'; two code cells must follow: solution, check"
+SHAPE = "'### Exercise 1 · Name *(easy, 10 minutes)*'; two code cells must follow: solution, check"
 REGION = re.compile(r"^([ \t]*)### BEGIN SOLUTION\n.*?^[ \t]*### END SOLUTION$", re.M | re.S)
 STUBBED = "NotImplementedError"
 STUB = f"# YOUR CODE HERE\nraise {STUBBED}()"
