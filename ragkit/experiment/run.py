@@ -222,6 +222,10 @@ class Notebooks:
 
         profile, out = (self.lab.folder / "profile.yaml").resolve(), folder / source.name
         given = {"PROFILE": str(profile), "RUNS": str(self.lab.runs.resolve())}
+        # papermill only warns of a parameter that a notebook lacks; its own value would count then
+        if lacks := sorted(given.keys() - papermill.inspect_notebook(str(source)).keys()):
+            told = f"{source.name} does not know the parameter {', '.join(lacks)}"
+            raise NotebookError(f"{told}: give it a line in its cell tagged 'parameters'.")
         kernels, name = self.lab.folder / "partial" / "jupyter", f"ragkit-{source.stem}"
         options = {"kernel_name": kernel_of_here(kernels, name, env), "progress_bar": False}
         try:

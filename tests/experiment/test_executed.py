@@ -18,22 +18,21 @@ ROOT = Path(__file__).parent.parent.parent
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}
 
 
-def notebook(folder, *cells):
+def notebook(folder, *cells, parameters="PROFILE = 'tiny'\nRUNS = '..'"):
     """A notebook of these cells in a folder of its own; returns the folder."""
     made = nbformat.v4.new_notebook(metadata={"kernelspec": KERNEL})
-    given = "PROFILE = 'tiny'\nRUNS = '..'"
-    made.cells = [nbformat.v4.new_code_cell(given, metadata={"tags": ["parameters"]})]
+    made.cells = [nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})]
     made.cells += map(nbformat.v4.new_code_cell, cells)
     folder.mkdir()
     nbformat.write(made, folder / "05_toy.ipynb")
     return folder
 
 
-def notebooks(folder, *cells):
+def notebooks(folder, *cells, **more):
     """A run's notebooks, the toy alone."""
     lab = Lab("smoke", folder / "runs")
     save_profile(lab.profile, lab.folder / "profile.yaml")
-    return Notebooks(lab, notebook(folder / "sources", *cells))
+    return Notebooks(lab, notebook(folder / "sources", *cells, **more))
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +147,13 @@ def test_every_error_of_the_package_is_known_as_its_own():
     known = {"RagkitError", "DataError", "StoreError", "AttentionError"}
     assert known <= OWN_ERRORS
     assert "ValueError" not in OWN_ERRORS
+
+
+def test_an_unknown_parameter_is_an_error(tmp_path):
+    """Else the notebook's own value would count, and it would read another run."""
+    made = notebooks(tmp_path, parameters="PROFILE = 'tiny'")
+    with pytest.raises(NotebookError, match=r"05_toy\.ipynb does not know the parameter RUNS"):
+        made.run(made.sources[0])
 
 
 def test_a_folder_without_notebooks_is_named(tmp_path):
