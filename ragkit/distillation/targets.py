@@ -47,30 +47,19 @@ CONTROLS = {
     "oracle": "control: the gold passages",
 }
 # Which passes over the prompts a score needs: the order of the passages in each, or no question.
-LOOKS = {
-    **{"rank": ("rank",), "reversed": ("reversed",), "shuffled": ("shuffled",)},
-    **{
-        "levelled": ("shuffled",),
-        "balanced": ("rank", "reversed"),
-        "calibrated": ("rank", "empty"),
-    },
-}
+LOOKS: dict[str, tuple[str, ...]] = {one: (one,) for one in ("rank", "reversed", "shuffled")}
+LOOKS |= {"balanced": ("rank", "reversed"), "calibrated": ("rank", "empty")}
+LOOKS |= {"levelled": ("shuffled",)}
 ROLES = ("rank", "reversed", "shuffled", "empty", "heads", "alone", "loop")  # of looks
 
 
 def target_names() -> dict[str, str]:
     """The targets of the main table, and what each is. An encoder-decoder reads every passage on
     its own, so that it has no order to balance."""
-    ways = {
-        "attention": "its attention, passages as ranked",
-        "balanced": "its attention, mean of two orders",
-        "chosen heads": "its attention, heads chosen on dev",
-    }
-    names = {
-        f"{reader} {signal}": f"{told}: {way}"
-        for (reader, told), (signal, way) in product(TOLD.items(), ways.items())
-        if (reader, signal) != (ENCODER_DECODER, "balanced")
-    }
+    ways = ("as ranked", "mean of two orders", "heads chosen on dev")
+    pairs = product(TOLD.items(), zip(BY_ATTENTION, ways, strict=True))
+    names = {f"{one} {by}": f"{told}: its attention, {way}" for (one, told), (by, way) in pairs}
+    del names[f"{ENCODER_DECODER} balanced"]
     by_loss = f"{TOLD[READERS[1]]}: how likely it finds the answer given each passage alone"
     return names | {f"{READERS[1]} perplexity": by_loss} | CONTROLS
 

@@ -42,16 +42,16 @@ def token_contributions(reader: Reader, prompts: list[Prompt]) -> Tensor:
 def places_of(order: str, n: int, k: int, seed: int) -> NDArray[np.int64]:
     """The place in the prompt of each of k passages, best first, of n questions `[n, k]`."""
     ranks = np.tile(np.arange(k), (n, 1))
-    if order == "shuffled":
-        return np.random.default_rng(seed).permuted(ranks, axis=1)
-    return ranks[:, ::-1].copy() if order == "reversed" else ranks
+    shuffled = np.random.default_rng(seed).permuted(ranks, axis=1)
+    known = {"rank": ranks, "empty": ranks, "reversed": ranks[:, ::-1].copy()}
+    return (known | {"shuffled": shuffled})[order]
 
 
 def look(
     reader: Reader, questions: Sequence[Question], found: Found, order: str = "rank", seed: int = 0
 ) -> Scores:
-    """Scores of every question's passages, best first in `found`, which stand in the prompt in an order: `rank`,
-    `reversed`, `shuffled` by a seed, or `empty`, which is `rank` under a question without a word.
+    """Scores of every question's passages in `found`, best first. In the prompt they stand in an
+    order: `rank`, `reversed`, `shuffled` by a seed, or `empty`: `rank`, and no word is asked.
 
     `attention` `[questions, ROWS, norm (off, on), layers, heads, k]`, summed over a passage's
     tokens, whose number is in `tokens` `[questions, k]`; `outside` `[questions, ROWS]`: share of

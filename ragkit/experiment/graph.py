@@ -172,7 +172,7 @@ class Graph:
                 if role == "candidates" or kind == "index" or self.profile.distill.side == "both":
                     after = replace(after, start=of.start)
             case "tokens":
-                after = replace(of, epochs=0, keep=False)
+                after = of
             case "contextual":
                 after = replace(of, which="")
         return self.stage(role, after)
