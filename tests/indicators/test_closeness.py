@@ -42,6 +42,7 @@ NOUNS = [[(10, 14), (15, 19)], [(15, 20), (21, 25)]]
 READER = ReaderSettings()
 SETTINGS = {
     "reader": READER.model_dump(mode="json"),
+    "base": READER.model_dump(mode="json"),
     "retriever": RetrieverSettings().model_dump(mode="json"),
     "which": "off-the-shelf",
     "questions": 2,
@@ -63,7 +64,7 @@ def inputs(tmp_path_factory, reader):
     home = tmp_path_factory.mktemp("stages")
     roles = {
         role: home / role
-        for role in ("passages", "questions", "candidates", "nouns", "style", "retriever", "step1")
+        for role in ("passages", "questions", "candidates", "nouns", "retriever", "step1")
     }
     for folder in roles.values():
         folder.mkdir()
@@ -73,8 +74,6 @@ def inputs(tmp_path_factory, reader):
     ranking = {"dev": RANKING, "test": RANKING}
     save_file(ranking, roles["candidates"] / "candidates.safetensors")
     (roles["nouns"] / "spans.json").write_text(json.dumps({"dev": NOUNS, "test": NOUNS}))
-    styles = {"off-the-shelf": "cloze", "weaker prompt": "question"}
-    (roles["style"] / "style.json").write_text(json.dumps(styles))
     retriever = train_by_cropping(PASSAGES, RetrieverSettings(crop_steps=1, crop_batch=2), 0)
     retriever.save(roles["retriever"] / "model")
     taught = copy.deepcopy(reader)
