@@ -2,7 +2,6 @@
 no memory), questions in three parts, and what their stages are made of."""
 
 import ast
-import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -206,16 +205,14 @@ def same_question(text: str) -> str:
     return normalise(text) or text
 
 
-def drawn(
-    items: Sequence[Any], settings: QuestionSet, parts: Sequence[str], rng: random.Random
-) -> dict[str, list[Any]]:
-    """Disjoint random parts of the set's sizes. Raises DataError if there are too few items."""
+def drawn(items: list[Any], settings: QuestionSet, parts: Sequence[str]) -> dict[str, list[Any]]:
+    """Parts of the set's sizes, one after the other. DataError if there are too few items."""
     sizes = {part: getattr(settings, part) for part in parts}
     if (n := sum(sizes.values())) > len(items):
         there = f"{n} questions asked for, {len(items)} different there. Lower distill, dev or test"
         raise DataError(f"set {settings.name}: {there} (or raise a world's entities).")
-    rest = iter(rng.sample(items, len(items)))
-    return {part: [next(rest) for _ in range(size)] for part, size in sizes.items()}
+    rest = iter(items)
+    return {part: list(islice(rest, size)) for part, size in sizes.items()}
 
 
 def passage_settings(settings: QuestionSet) -> dict[str, Any]:

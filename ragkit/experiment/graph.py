@@ -19,7 +19,7 @@ from ragkit.distillation.targets import READERS, TARGETS, UNTAUGHT, teacher_of
 from ragkit.experiment.provenance import finder_state, model_files
 from ragkit.experiment.store import KINDS, Stage
 from ragkit.profile import Profile, varied
-from ragkit.settings import QuestionSet, WorldSet
+from ragkit.settings import QuestionSet, WorldSet, derived_seed
 
 CEILING = "both sides"  # the variation under which the oracle shows how far Step 2 can go
 TAUGHT_BY = ("attention", "perplexity")  # the signals that every reader teaches by
@@ -86,6 +86,15 @@ class Graph:
         """The graph whose Step 1 runs with another seed: other training worlds, another order."""
         changed = self.profile.model_copy(update={"step1_seeds": (seed,)})
         return Graph(changed, f" (Step 1 seed {seed})")
+
+    def passed_over(self, set_name: str) -> Iterator["Graph"]:
+        """The graphs of a world's earlier draws, where its seed follows from today's rules."""
+        one = self.sets[set_name]
+        if isinstance(one, WorldSet) and one.seed == derived_seed(one.world, one.draw):
+            for draw in range(one.draw):
+                earlier = WorldSet(**dict(one) | {"seed": "rules", "draw": draw})
+                changed = self.profile.model_copy(update={"sets": (earlier,)})
+                yield Graph(changed, f" (draw {draw})")
 
     def readers(self) -> list[str]:
         """Every reader that is looked at: before Step 1, on the way, and after it."""
@@ -217,6 +226,8 @@ def of_set(graph: Graph, name: str) -> Iterator[Stage]:
     profile, seeds = graph.profile, graph.profile.distill.seeds
     for kind in ("style", "step1", *(["bm25"] if profile.evaluate.bm25 else [])):
         yield graph.stage(kind, Of(name))
+    for earlier in graph.passed_over(name):
+        yield earlier.stage("candidates", Of(name))
     looks = [*product(graph.readers(), ("teacher", "closeness", "probe"))]
     for which, kind in [*looks, *product(READERS, ("loop", "premises"))]:
         yield graph.stage(kind, Of(name, which))
