@@ -1,8 +1,11 @@
 """The sections of a profile: every setting with its type, its range and its default."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
+import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 ASSETS = Path(__file__).parent / "assets"
@@ -65,14 +68,31 @@ class AnySet(Section):
     test: Count = 500
 
 
+def derived_seed(world: str, draw: int) -> int:
+    """The seed of a world that claims are judged on: a hash of the rules of claims.yaml, as parsed,
+    so that who writes the rules cannot know the world, and who changes them gets another."""
+    # Not by `asset()`: no stage depends on the rules but through the seed in its settings.
+    rules = yaml.safe_load((ASSETS / "claims.yaml").read_text("utf8"))
+    text = json.dumps([rules, world, draw], sort_keys=True)
+    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10**8
+
+
 class WorldSet(AnySet):
     """A question set of an embedded world. Its three parts share no entity."""
 
     source: Literal["world"]
     world: Literal["almanac", "trivia"]
-    seed: int  # of the world too
-    entities: Count = 252
+    seed: int  # of the world too; `rules` stands for `derived_seed`, and is kept as its number
+    draw: Annotated[int, Field(ge=0)] = 0  # which of these; earlier ones were passed over
+    entities: Count = 420
     wordings_per_fact: Annotated[int, Field(ge=1, le=5)] = 2
+
+    @model_validator(mode="before")
+    @classmethod
+    def seed_follows_from_rules(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("seed") == "rules":
+            return values | {"seed": derived_seed(values.get("world", ""), values.get("draw", 0))}
+        return values
 
 
 class FileSet(AnySet):

@@ -197,7 +197,7 @@ def make_reference(lab: Lab, figures: Path, readme: Path) -> None:
         told = ["", f"| {' | '.join(table)} |", "|---" * table.shape[1] + "|"]
         told += [f"| {' | '.join(row)} |" for row in table.fillna("").astype(str).to_numpy()]
         told += ["", f"Measured with {measured_by(manifest)}.", ""]
-        text = block(name).sub(lambda _, made=told: "\n".join(made), text, count=1)
+        text = block(name).sub("\n".join(told).replace("\\", r"\\"), text, count=1)
     with replaced(figures) as aside:
         for path in (*files, record):
             shutil.copy(path, aside)
