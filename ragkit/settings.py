@@ -9,6 +9,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 ASSETS = Path(__file__).parent / "assets"
+# The readers that ship, by name; the keys of stages hold the hashes of their files.
+EMBEDDED = {"embedded": ASSETS / "reader", "embedded encoder-decoder": ASSETS / "encoder_decoder"}
 # Settings that change no result, so that a stage made under others is used again.
 FREE = frozenset({"at_once", "gradient_checkpointing"})
 
@@ -31,7 +33,7 @@ def placed(name: str, info: ValidationInfo) -> str:
     model or table that is no folder there is a name of the hub."""
     if (folder := info.context) is None:
         return name
-    is_name = name.startswith("embedded") or not (folder / name).is_dir()
+    is_name = name in EMBEDDED or not (folder / name).is_dir()
     can_be = info.field_name in ("model", "dataset", "nouns")
     return name if is_name and can_be else str(folder / name)
 

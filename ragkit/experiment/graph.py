@@ -20,7 +20,7 @@ from ragkit.experiment.store import KINDS, Stage
 from ragkit.profile import Profile, varied
 from ragkit.settings import WorldSet, derived_seed
 
-CEILING = "both sides"  # the variation under which the oracle shows how far Step 2 can go
+CEILING = "both sides"  # the variation by which the oracle shows how far Step 2 can go
 TAUGHT_BY = ("attention", "perplexity")  # the signals that every reader teaches by
 BESIDE = ("LOOP", "EMDR2")  # and those that only the two regimes' readers do
 PROBED = 32  # questions of dev on which a probe measures the indicators

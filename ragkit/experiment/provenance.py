@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from ragkit.data.files import contents, file_hash
-from ragkit.settings import ASSETS
+from ragkit.settings import ASSETS, EMBEDDED
 
 PACKAGE = Path(__file__).parent.parent
 LIBRARIES = (
@@ -93,8 +93,8 @@ def versions(also: tuple[str, ...] = ()) -> dict[str, str]:
 
 def model_files(name: str) -> dict[str, str]:
     """The files that make a local model what it is, by hash, no model card; empty for a hub name.
-    The embedded reader's not by `asset()`: every stage that loads it has these in its settings."""
-    found = contents(str(ASSETS / "reader") if name == "embedded" else name)
+    An embedded reader's not by `asset()`: every stage that loads it has these in its settings."""
+    found = contents(str(EMBEDDED.get(name, name)))
     kinds = (".safetensors", ".json", ".gguf")
     return {Path(file).name: code for file, code in found.items() if file.endswith(kinds)}
 
