@@ -274,10 +274,8 @@ def of_run(graph: Graph, name: str, chosen: Iterable[str]) -> Iterator[Stage]:
     for target in dict.fromkeys([*chosen, *along]):
         for seed in graph.seeds(target):
             yield graph.step2(name, target, seed)
-    for which, target in [
-        *targets.SYSTEMS.values(),
-        *((w, f"{w} attention") for w in graph.asked()),
-    ]:
+    systems = [*targets.SYSTEMS.values(), *((which, f"{which} attention") for which in CLOZES)]
+    for which, target in systems:
         if target in ("", *graph.targets):
             yield graph.stage("closeness", graph.system(name, which, target))
     for system, which, seed in answered(graph, [t for t in chosen if t in graph.targets]):
