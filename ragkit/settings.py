@@ -28,7 +28,7 @@ def placed(name: str, info: ValidationInfo) -> str:
     model or table that is no folder there is a name of the hub."""
     if (folder := info.context) is None:
         return name
-    is_name = name == "embedded" or not (folder / name).is_dir()
+    is_name = name.startswith("embedded") or not (folder / name).is_dir()
     can_be = info.field_name in ("model", "dataset", "nouns")
     return name if is_name and can_be else str(folder / name)
 
@@ -45,6 +45,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 Rows = Literal["last_prompt", "predicting", "consuming"]
 Pooling = Literal["sum", "mean"]
 Layers = Literal["all", "first", "middle", "last"]
+Order = Literal["rank", "reversed", "shuffled", "balanced", "calibrated", "levelled"]
 ROWS, POOLINGS, LAYERS = get_args(Rows), get_args(Pooling), get_args(Layers)
 
 
@@ -147,7 +148,7 @@ class IndexSettings(Section):
 
 
 class ReaderSettings(Section):
-    """The reader, and from `order` on Step 1, its fine-tuning."""
+    """A reader, and from `steps` on Step 1, its fine-tuning."""
 
     model: Place = "embedded"  # or a folder or hub name
     revision: str = "main"  # of a hub model: pin a commit
@@ -157,7 +158,7 @@ class ReaderSettings(Section):
     gradient_checkpointing: bool = False  # Step 1 computes activations twice, to keep fewer
     lora_rank: Annotated[int, Field(ge=0)] = 0  # of Step 1's adapters; 0 trains every weight
     answer_tokens: Count | None = 8  # null: as many as the set's own answers need
-    order: Literal["passages first", "question first"] = "passages first"
+    layout: Literal["passages first", "question first"] = "passages first"
     steps: Count = 800
     batch: Count = 8
     rate: Positive = 1e-3
@@ -170,13 +171,19 @@ class ReaderSettings(Section):
         return sorted({self.steps // 2**n for n in range(1, self.checkpoints + 1)} - {0})
 
 
+ENCODER_DECODER = ReaderSettings(model="embedded encoder-decoder", checkpoints=0)
+
+
 class AttentionSettings(Section):
     """How rows of attention become passage scores. Our choice: the paper's is not known."""
 
-    rows: Rows = "last_prompt"
+    rows: Rows = "predicting"
     norm: bool = True
     layers: Layers = "all"
+    heads: Literal["all", "chosen"] = "all"  # chosen: on dev, by the answer string, of all layers
+    chosen: Count = 4  # so many then
     pooling: Pooling = "sum"
+    order: Order = "rank"  # of the passages in the prompt: see `targets.ordered`
 
 
 class DistillSettings(Section):
@@ -188,6 +195,7 @@ class DistillSettings(Section):
     batch: Count = 32
     rate: Positive = 2e-4
     entropy: Within = 0.5  # mean of a target, as a share of log(k): it fixes the temperatures
+    standardise: bool = True  # a target's scores within each question, before the temperature
     retriever_temperature: Positive = 0.1
     direction: Literal["target || retriever", "retriever || target"] = "target || retriever"
     side: Literal["query", "both"] = "query"  # both: passages are encoded again
@@ -197,7 +205,7 @@ class IndicatorSettings(Section):
     """How the indicators are read from attention; every choice is varied in notebook 08."""
 
     questions: Count = 200
-    share: Within = 0.1  # of a question's passage tokens: the 'closest'
+    share: Within = 0.05  # of a question's passage tokens: the 'closest'
     space: Literal["input", "own", "retriever", "contextual"] = "input"
 
 

@@ -124,16 +124,17 @@ def record(
 
 
 def pool(alpha: Tensor, norms: Tensor, uses: Tensor) -> tuple[Tensor, Tensor]:
-    """Token contributions `[groups, ..., batch, tokens]`, without and with the value norm: means of
-    `alpha` `[..., batch, heads, rows, tokens]` (times `norms` `[..., batch, heads, tokens]`), of a
-    layer or of all, over heads and a group's rows, weighed by `uses` `[groups, batch, rows]`."""
+    """Token contributions by head `[groups, ..., batch, heads, tokens]`, without and with the value
+    norm: means of `alpha` `[..., batch, heads, rows, tokens]` (times `norms` `[..., batch, heads,
+    tokens]`), of a layer or of all, over a group's rows, weighed by `uses` `[groups, batch, rows]`.
+    """
     share = (uses / uses.sum(-1, keepdim=True)).to(alpha)
     by_head = torch.einsum("...bhrt,gbr->g...bht", alpha, share)
-    return by_head.mean(-2), (by_head * norms).mean(-2)
+    return by_head, by_head * norms
 
 
 def pooled(run: Callable[[Visit], None], uses: Tensor) -> Tensor:
-    """Token contributions `[norm (off, on), layers, groups, batch, tokens]`, without gradients,
+    """Token contributions `[norm (off, on), layers, groups, batch, heads, tokens]`, no gradients,
     reduced layer by layer while `run` observes; `uses` as in `pool`. Example:
     `pooled(partial(observe, reader, ids, mask, rows), uses)`."""
     if not uses.sum(-1).gt(0).all():
@@ -148,7 +149,7 @@ def pooled(run: Callable[[Visit], None], uses: Tensor) -> Tensor:
 def contributions(record: Record, rows: Tensor, norm: bool = True) -> Tensor:
     """Token contributions per layer `[layers, batch, tokens]` from a Record: see `pool`. `rows`
     `[batch, rows]` weighs the recorded rows. Without `norm` it is plain attention."""
-    return pool(record.alpha, record.norms, rows[None])[int(norm)][0]
+    return pool(record.alpha, record.norms, rows[None])[int(norm)][0].mean(-2)
 
 
 def passage_scores(tokens: Tensor, owner: Tensor, k: int, pooling: str = "sum") -> Tensor:

@@ -10,13 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ragkit.data.corpus import Asked, hits, passage_text
 from ragkit.data.files import write_arrays, write_json, write_whole
-from ragkit.distillation.targets import Scores, scores_of, target_of
+from ragkit.distillation.targets import Looks, read_looks, scores_of, target_of
 from ragkit.errors import RetrieverError
 from ragkit.models import device
 from ragkit.models.index import DEPTH, Index
@@ -152,15 +151,15 @@ def train(lesson: Lesson, settings: DistillSettings, seed: int, folder: Path) ->
     return rows
 
 
-def loss_of(asked: Asked, look: Scores | None, settings: Mapping[str, Any]) -> LossOf:
+def loss_of(asked: Asked, looks: Looks, settings: Mapping[str, Any]) -> LossOf:
     """What Step 2 minimises: EMDR2's own loss, or the divergence from a target."""
     distill, target = DistillSettings(**settings["distill"]), settings["target"]
     theta = distill.retriever_temperature
-    if target.endswith(" EMDR2") and look is not None:
-        logs = torch.from_numpy(look["answer_logs"]).to(device.device())
+    if target.endswith(" EMDR2"):
+        logs = torch.from_numpy(looks["alone"]["answer_logs"]).to(device.device())
         return lambda chosen, scores: emdr2_loss(logs[chosen], scores, theta)
-    scores = scores_of(target, look, asked, AttentionSettings(**settings["attention"]))
-    made = target_of(target, scores, distill.entropy, settings["shuffle_seed"])
+    scores = scores_of(target, looks, asked, AttentionSettings(**settings["attention"]))
+    made = target_of(target, scores, distill, settings["shuffle_seed"])
     targets = torch.from_numpy(made).float().to(device.device())
     divergence = kl_loss if distill.direction == "target || retriever" else reverse_kl_loss
     return lambda chosen, scores: divergence(targets[chosen], scores, theta)
@@ -175,9 +174,10 @@ def make_step2(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
     retriever = Retriever.load(inputs["retriever"] / "model", encoding)
     searched = IndexSettings(**settings["index"])
     index = Index.open(inputs["vectors"], searched, inputs["index"])
-    look = load_file(inputs["look"] / "scores.safetensors") if "look" in inputs else None
     torch.manual_seed(settings["seed"])
-    lesson = Lesson(retriever, asked, index, distill.side, loss_of(asked, look, settings))
+    lesson = Lesson(
+        retriever, asked, index, distill.side, loss_of(asked, read_looks(inputs), settings)
+    )
     rows = train(lesson, distill, settings["seed"], folder)
     found = lesson.find("test", min(DEPTH, len(asked.corpus.passages)))
     if settings["keep"]:

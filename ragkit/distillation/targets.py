@@ -2,39 +2,98 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors.numpy import load_file
 from scipy import special
 from scipy.optimize import brentq
 
 from ragkit.data.corpus import Asked
 from ragkit.data.text import holds_answer
 from ragkit.errors import DataError
-from ragkit.settings import POOLINGS, ROWS, AttentionSettings
+from ragkit.settings import ROWS, AttentionSettings, DistillSettings
 
 Floats = NDArray[np.float64]
-Scores = Mapping[str, NDArray[np.float32]]  # the arrays of `teacher.look`, or LOOP's under "loop"
+Bools = NDArray[np.bool_]
+Scores = Mapping[str, NDArray[Any]]  # the arrays of `teacher.look`, LOOP's `loop`, or `answer_logs`
+Looks = Mapping[str, Scores]  # what a target is made of, by role: an order of LOOKS, `heads`, ...
 
-READERS = ("off-the-shelf", "fine-tuned")
-UNTAUGHT = ("off-the-shelf", "weaker prompt")  # before Step 1: one model, asked in two ways
-SIGNALS = ("attention", "perplexity", "LOOP", "EMDR2")  # a target is named 'reader signal'
-TARGETS = {
-    "off-the-shelf attention": "the pretrained reader's attention (the paper's first regime)",
-    "weaker prompt attention": "the same reader, asked with the prompt that it answers worse",
-    "fine-tuned attention": "the attention of the reader after Step 1 (the paper's second regime)",
-    "fine-tuned perplexity": "how likely that reader finds the answer given each passage alone",
+READERS = ("off-the-shelf", "fine-tuned")  # the two regimes, asked by questions
+CLOZES = ("off-the-shelf cloze", "fine-tuned cloze")  # the same readers, asked by clozes
+ENCODER_DECODER = "encoder-decoder"  # fine-tuned too
+UNTAUGHT = (READERS[0], CLOZES[0])  # before Step 1: one model, asked in two ways
+TOLD = {
+    READERS[0]: "the pretrained reader (the paper's first regime)",
+    CLOZES[0]: "the same reader, asked by clozes",
+    READERS[1]: "the reader after Step 1 (the paper's second regime)",
+    CLOZES[1]: "the same reader, asked by clozes",
+    ENCODER_DECODER: "an encoder-decoder reader after Step 1",
+}
+# The ways to teach by attention, and what each changes in a profile's settings.
+BY_ATTENTION: dict[str, dict[str, str]] = {
+    "attention": {},
+    "balanced": {"order": "balanced"},
+    "chosen heads": {"heads": "chosen"},
+}
+SIGNALS = (*BY_ATTENTION, "perplexity", "LOOP", "EMDR2")  # a target is named 'reader signal'
+CONTROLS = {
     "uniform": "control: every passage the same",
     "shuffled": "control: the fine-tuned attention, permuted within each question",
     "answer string": "control: the passages that contain the answer as text",
     "oracle": "control: the gold passages",
 }
+# Which passes over the prompts a score needs: the order of the passages in each, or no question.
+LOOKS = {
+    **{"rank": ("rank",), "reversed": ("reversed",), "shuffled": ("shuffled",)},
+    **{
+        "levelled": ("shuffled",),
+        "balanced": ("rank", "reversed"),
+        "calibrated": ("rank", "empty"),
+    },
+}
+ROLES = ("rank", "reversed", "shuffled", "empty", "heads", "alone", "loop")  # of looks
+
+
+def target_names() -> dict[str, str]:
+    """The targets of the main table, and what each is. An encoder-decoder reads every passage on
+    its own, so that it has no order to balance."""
+    ways = {
+        "attention": "its attention, passages as ranked",
+        "balanced": "its attention, mean of two orders",
+        "chosen heads": "its attention, heads chosen on dev",
+    }
+    names = {
+        f"{reader} {signal}": f"{told}: {way}"
+        for (reader, told), (signal, way) in product(TOLD.items(), ways.items())
+        if (reader, signal) != (ENCODER_DECODER, "balanced")
+    }
+    by_loss = f"{TOLD[READERS[1]]}: how likely it finds the answer given each passage alone"
+    return names | {f"{READERS[1]} perplexity": by_loss} | CONTROLS
+
+
+def read_looks(folders: Mapping[str, Path]) -> dict[str, Scores]:
+    """The looks among some stages' folders, by role."""
+    files = {role: folders[role] / "scores.safetensors" for role in ROLES if role in folders}
+    return {role: load_file(file) for role, file in files.items()}
 
 
 def teacher_of(target: str) -> tuple[str, str] | None:
     """The reader and the signal of a target; None for a control that needs no reader."""
-    reader, _, signal = ("fine-tuned attention" if target == "shuffled" else target).rpartition(" ")
-    return (reader, signal) if signal in SIGNALS else None
+    target = f"{READERS[1]} attention" if target == "shuffled" else target
+    for signal in SIGNALS:
+        if target.endswith(f" {signal}"):
+            return target.removesuffix(f" {signal}"), signal
+    return None
+
+
+def attention_of(target: str, settings: AttentionSettings) -> AttentionSettings:
+    """How the attention behind a target is read."""
+    _, signal = teacher_of(target) or ("", "")
+    return settings.model_copy(update=BY_ATTENTION.get(signal, {}))
 
 
 def softmax(scores: Floats, temperature: float) -> Floats:
@@ -69,10 +128,11 @@ def temperature_for(scores: Floats, share: float) -> float:
     return math.exp(-8 if gap(-8) >= 0 else brentq(gap, -8, 8))
 
 
-def from_scores(scores: Floats, share: float) -> Floats:
-    """A target: scores standardised, at the temperature that gives the wanted mean entropy."""
-    standard = standardise(scores)
-    return softmax(standard, temperature_for(standard, share))
+def from_scores(scores: Floats, share: float, standard: bool = True) -> Floats:
+    """A target at the temperature that gives the wanted mean entropy, of scores as they are or
+    `standard`: standardised in each question."""
+    given = standardise(scores) if standard else scores
+    return softmax(given, temperature_for(given, share))
 
 
 def oracle_scores(candidates: Sequence[Sequence[int]], golds: Sequence[Sequence[int]]) -> Floats:
@@ -89,11 +149,62 @@ def over_layers(values: NDArray[np.float32], layers: str) -> Floats:
     return values[..., place].astype(np.float64)
 
 
-def attention_scores(scores: Scores, settings: AttentionSettings) -> Floats:
-    """Passage scores `[questions, k]` under one choice of rows, norm, pooling and layers."""
-    row, pooling = ROWS.index(settings.rows), POOLINGS.index(settings.pooling)
-    picked = scores["attention"][:, row, int(settings.norm), :, pooling]
-    return over_layers(np.moveaxis(picked, 1, -1), settings.layers)
+def by_head(look: Scores, settings: AttentionSettings) -> NDArray[Any]:
+    """Passage scores of every head `[questions, layers, heads, k]` under one choice of rows, norm
+    and pooling."""
+    picked = look["attention"][:, ROWS.index(settings.rows), int(settings.norm)]
+    mean = settings.pooling == "mean"
+    return picked / np.maximum(look["tokens"], 1)[:, None, None] if mean else picked
+
+
+def shares_of_heads(look: Scores, settings: AttentionSettings) -> Floats:
+    """Of the attention that each head pays to a question's passages, the mean share that falls on
+    those that hold an answer as text `[layers, heads]`; over questions with such and others."""
+    picked, holds = by_head(look, settings).astype(np.float64), look["holds"].astype(bool)
+    telling = holds.any(1) & ~holds.all(1)
+    share = (picked * holds[:, None, None]).sum(-1) / np.maximum(picked.sum(-1), 1e-12)
+    return share[telling].mean(0) if telling.any() else np.zeros(share.shape[1:])
+
+
+def chosen_heads(look: Scores, settings: AttentionSettings) -> Bools:
+    """The `settings.chosen` heads of the greatest `shares_of_heads` `[layers, heads]`, by a look at
+    dev: without gold passages. Source: QRHead and CoRe choose by gold ones."""
+    shares = shares_of_heads(look, settings)
+    best = np.argsort(-shares, axis=None, kind="stable")[: settings.chosen]
+    return np.isin(np.arange(shares.size), best).reshape(shares.shape)
+
+
+def attention_scores(
+    look: Scores, settings: AttentionSettings, heads: Bools | None = None
+) -> Floats:
+    """Passage scores `[questions, k]` under one choice of rows, norm, pooling and layers, or of the
+    chosen `heads` `[layers, heads]`."""
+    picked = by_head(look, settings)
+    if heads is not None:
+        return picked[:, heads].mean(1).astype(np.float64)
+    return over_layers(np.moveaxis(picked.mean(2), 1, -1), settings.layers)
+
+
+def ordered(looks: Looks, settings: AttentionSettings) -> Floats:
+    """Passage scores `[questions, k]` under `settings.order`: how the passages stood in the prompt,
+    and what is done against the place's share in the attention.
+
+    `rank`, `reversed` (best last), `shuffled`: one pass, as it is. `balanced`: the mean of the
+    standardised scores in rank and reversed order. `calibrated`: minus the scores under an empty
+    question (Zhao et al. 2021; ICR). `levelled`: one pass in shuffled order, minus the mean of
+    each place over all questions, which needs no label: content and place are independent there.
+    """
+    heads = chosen_heads(looks["heads"], settings) if settings.heads == "chosen" else None
+    parts = [attention_scores(looks[one], settings, heads) for one in LOOKS[settings.order]]
+    if settings.order == "balanced":
+        return (standardise(parts[0]) + standardise(parts[1])) / 2
+    if settings.order == "calibrated":
+        return parts[0] - parts[1]
+    if settings.order == "levelled":
+        standard, places = standardise(parts[0]), looks["shuffled"]["places"]
+        counts = np.bincount(places.ravel())
+        return standard - (np.bincount(places.ravel(), standard.ravel()) / counts)[places]
+    return parts[0]
 
 
 def likelihood(scores: Scores) -> Floats:
@@ -101,12 +212,10 @@ def likelihood(scores: Scores) -> Floats:
     return np.nanmean(scores["answer_logs"], axis=2).astype(np.float64)
 
 
-def scores_of(
-    target: str, look: Scores | None, asked: Asked, attention: AttentionSettings
-) -> Floats:
+def scores_of(target: str, looks: Looks, asked: Asked, attention: AttentionSettings) -> Floats:
     """What a target is made of `[questions, k]`: a reader's scores, or a control's.
 
-    `look` holds the stored scores of the target's reader; None for a control that needs none.
+    `looks` are the stored scores of the target's reader, by role; empty for a control without one.
     """
     if target == "uniform":
         return np.zeros(asked.candidates.shape)
@@ -114,21 +223,26 @@ def scores_of(
         golds = asked.corpus.golds(asked.questions, asked.candidates)
         return oracle_scores(asked.candidates.tolist(), golds)
     if target == "answer string":
-        pairs = zip(asked.passages, asked.questions, strict=True)
-        return np.array([[float(holds_answer(p.text, q.answers)) for p in row] for row, q in pairs])
+        return holding(asked).astype(np.float64)
     _, signal = teacher_of(target) or ("", "")
-    if look is None or not signal:
+    if not looks or not signal:
         raise DataError(f"There is no target {target!r}, or its reader's scores are missing.")
-    if signal == "LOOP":
-        return look["loop"].astype(np.float64)
-    return attention_scores(look, attention) if signal == "attention" else likelihood(look)
+    if signal in BY_ATTENTION:
+        return ordered(looks, attention_of(target, attention))
+    return looks["loop"]["loop"].astype(float) if signal == "LOOP" else likelihood(looks["alone"])
 
 
-def target_of(target: str, scores: Floats, share: float, shuffle_seed: int) -> Floats:
+def holding(asked: Asked) -> Bools:
+    """Which candidates hold an answer as text `[questions, k]`."""
+    pairs = zip(asked.passages, asked.questions, strict=True)
+    return np.array([[holds_answer(p.text, q.answers) for p in row] for row, q in pairs])
+
+
+def target_of(target: str, scores: Floats, distill: DistillSettings, shuffle_seed: int) -> Floats:
     """A named target's distributions over the candidates `[questions, k]`, each summing to 1.
 
-    `scores` are what it is made of, `share` is its mean entropy (see `temperature_for`).
+    `scores` are what it is made of; `distill` says its mean entropy (see `temperature_for`).
     """
-    made = from_scores(scores, share)
+    made = from_scores(scores, distill.entropy, distill.standardise)
     shuffle = np.random.default_rng(shuffle_seed)
     return shuffle.permuted(made, axis=1) if target == "shuffled" else made

@@ -1,7 +1,8 @@
-"""The teacher's look: one reader reads every question's passages; all targets come from that."""
+"""The teacher's look: one reader reads every question's passages; all targets come from such."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ragkit.attention.record import passage_scores
-from ragkit.data.corpus import Asked, Passage, Question
+from ragkit.data.corpus import Asked
 from ragkit.data.files import write_arrays, write_json
+from ragkit.distillation.targets import Scores, holding
 from ragkit.models import device
 from ragkit.models.fid import open_reader
 from ragkit.models.reader import Prompt, Reader
-from ragkit.settings import POOLINGS
 
 Array = NDArray[np.float32]
 
@@ -25,48 +26,64 @@ Array = NDArray[np.float32]
 def token_contributions(reader: Reader, prompts: list[Prompt]) -> Tensor:
     """Token contributions of every row type, without and with the value norm, from one pass.
 
-    `[norm (off, on), layers, ROWS, prompts, tokens]`, padded on the right. The prompts end with
-    their answers and an end token. `last_prompt` has not seen the answer, whose first token it
+    `[norm (off, on), layers, ROWS, prompts, heads, tokens]`, padded on the right. The prompts end
+    with their answers and an end token. `last_prompt` has not seen the answer, whose first token it
     predicts; `predicting` predict each token of it (ATLAS-style); `consuming` have read them.
     """
     before = torch.tensor([[p.answer_start - 1] for p in prompts])
-    answers = torch.tensor([[len(p.ids) - 1 - p.answer_start] for p in prompts])
+    # of an empty answer the end token alone is predicted, and read
+    answers = torch.tensor([[max(1, len(p.ids) - 1 - p.answer_start)] for p in prompts])
     steps = torch.arange(int(answers.max()) + 1).expand(len(prompts), -1)
     uses = torch.stack([steps == 0, steps < answers, (steps > 0) & (steps <= answers)])
     return reader.attention(prompts, before + steps.minimum(answers), uses.float())
 
 
-def look(
-    reader: Reader, questions: Sequence[Question], found: Sequence[list[Passage]]
-) -> dict[str, NDArray[Any]]:
-    """Scores of every question's passages, for all choices at once.
+def places_of(order: str, n: int, k: int, seed: int) -> NDArray[np.int64]:
+    """The place in the prompt of each of k passages, best first, of n questions `[n, k]`."""
+    ranks = np.tile(np.arange(k), (n, 1))
+    if order == "shuffled":
+        return np.random.default_rng(seed).permuted(ranks, axis=1)
+    return ranks[:, ::-1].copy() if order == "reversed" else ranks
 
-    `attention` `[questions, ROWS, norm (off, on), layers, POOLINGS, k]`; `outside` `[questions,
-    ROWS]`: share of attention that falls on no passage's own text (sinks, template);
-    `answer_logs` `[questions, k, answer tokens]`: log-probability of each answer token given that
-    passage alone, NaN behind the end; `trimmed` `[questions]`: tokens cut off a prompt too long.
+
+def look(reader: Reader, asked: Asked, order: str = "rank", seed: int = 0) -> Scores:
+    """Scores of every question's passages, which stand in the prompt in an order: `rank`,
+    `reversed`, `shuffled` by a seed, or `empty`, which is `rank` under a question without a word.
+
+    `attention` `[questions, ROWS, norm (off, on), layers, heads, k]`, summed over a passage's
+    tokens, whose number is in `tokens` `[questions, k]`; `outside` `[questions, ROWS]`: share of
+    attention that falls on no passage's own text (sinks, template); `holds`, `places`
+    `[questions, k]`: whether a passage holds an answer as text, and its place in the prompt;
+    `trimmed` `[questions]`: tokens cut off a prompt too long.
     """
-    k, pairs = len(found[0]), list(zip(questions, found, strict=True))
+    (n, k), questions = asked.candidates.shape, asked.questions
+    if order == "empty":
+        questions = [replace(q, text="", cloze="", answers=("",)) for q in questions]
+    places = places_of(order, n, k, seed)
 
-    def seen(batch: list[Prompt]) -> list[tuple[Array, Array]]:
+    def seen(batch: list[Prompt]) -> list[tuple[Array, Array, NDArray[np.int64]]]:
         tokens, result = token_contributions(reader, batch).cpu().float(), []
         for padded, prompt in zip(tokens.unbind(3), batch, strict=True):
             own, owner = padded[..., : len(prompt.owner)], torch.tensor(prompt.owner)
-            pools = [passage_scores(own, owner, k, pooling) for pooling in POOLINGS]
-            mean_row = own[0].mean(0)
-            outside = mean_row[:, owner < 0].sum(-1) / mean_row.sum(-1)
-            result.append((torch.stack(pools, 3).permute(2, 0, 1, 3, 4).numpy(), outside.numpy()))
+            plain = own[0].mean((0, 2))
+            outside = plain[:, owner < 0].sum(-1) / plain.sum(-1)
+            counts = torch.bincount(owner[owner >= 0], minlength=k).numpy()
+            scores = passage_scores(own, owner, k).permute(2, 0, 1, 3, 4)
+            result.append((scores.numpy(), outside.numpy(), counts))
         return result
 
-    at_once = reader.settings.at_once
-    prompts = [reader.prompt(q, passages, q.answers[0]) for q, passages in pairs]
-    attention, outside = zip(*device.spread(prompts, at_once, seen, "attention"), strict=True)
-    alone = [reader.prompt(q, [p], q.answers[0]) for q, passages in pairs for p in passages]
-    logs = -answer_losses(reader, alone, 4 * at_once)
+    prompts = []
+    for question, passages, row in zip(questions, asked.passages, places, strict=True):
+        shown = [passages[i] for i in row.argsort()]
+        prompts.append(reader.prompt(question, shown, question.answers[0]))
+    rows = device.spread(prompts, reader.settings.at_once, seen, "attention")
+    attention, outside, counts = map(np.stack, zip(*rows, strict=True))
     return {
-        "attention": np.stack(attention),
-        "outside": np.stack(outside),
-        "answer_logs": logs.reshape(len(questions), k, -1),
+        "attention": np.take_along_axis(attention, places[:, None, None, None, None], -1),
+        "tokens": np.take_along_axis(counts, places, 1),
+        "outside": outside,
+        "holds": holding(asked).astype(np.uint8),
+        "places": places,
         "trimmed": np.array([p.trimmed for p in prompts]),
     }
 
@@ -82,32 +99,49 @@ def answer_losses(reader: Reader, prompts: list[Prompt], at_once: int) -> Array:
     return pad_sequence(rows, batch_first=True, padding_value=math.nan).numpy()
 
 
-def left_out_losses(
-    reader: Reader, questions: Sequence[Question], found: Sequence[list[Passage]]
-) -> Array:
+def alone(reader: Reader, asked: Asked) -> Array:
+    """Log-probability of each answer token given one passage alone `[questions, k, answer tokens]`,
+    NaN behind an answer's end."""
+    prompts = [reader.prompt(q, [p], q.answers[0]) for q, found in asked.pairs for p in found]
+    logs = -answer_losses(reader, prompts, 4 * reader.settings.at_once)
+    return logs.reshape(*asked.candidates.shape, -1)
+
+
+def left_out_losses(reader: Reader, asked: Asked) -> Array:
     """LOOP's scores `[questions, k]` (ATLAS): the answer's mean loss without that passage."""
     prompts = []
-    for question, passages in zip(questions, found, strict=True):
+    for question, passages in asked.pairs:
         for place in range(len(passages)):
             others = passages[:place] + passages[place + 1 :]
             prompts.append(reader.prompt(question, others, question.answers[0]))
     losses = answer_losses(reader, prompts, reader.settings.at_once)
-    return np.nanmean(losses, axis=1).reshape(len(questions), -1)
+    return np.nanmean(losses, axis=1).reshape(asked.candidates.shape)
 
 
 def make_teacher(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """A reader's look at the questions for distillation: `scores.safetensors`, `trimmed.json`."""
-    asked = Asked.open(inputs, "distill", settings["questions"], settings["k"])
-    scores = look(open_reader(inputs, settings), asked.questions, asked.passages)
+    """A reader's look at the questions of a part: `scores.safetensors`, `trimmed.json`."""
+    asked = Asked.open(inputs, settings["part"], settings["questions"], settings["k"])
+    scores = look(open_reader(inputs, settings), asked, settings["order"], settings["seed"])
     if device.is_main():
         write_arrays(folder / "scores.safetensors", scores)
         counts = {"trimmed": int((scores["trimmed"] > 0).sum()), "prompts": len(asked.questions)}
         write_json(folder / "trimmed.json", counts)
 
 
+make_heads = make_teacher  # of dev: the look by which heads are chosen
+
+
+def make_alone(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
+    """What each passage alone says for the answer: `scores.safetensors` with `answer_logs`."""
+    asked = Asked.open(inputs, "distill", settings["questions"], settings["k"])
+    logs = alone(open_reader(inputs, settings), asked)
+    if device.is_main():
+        write_arrays(folder / "scores.safetensors", {"answer_logs": logs})
+
+
 def make_loop(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """The same reader without one passage at a time: `scores.safetensors` with `loop`."""
     asked = Asked.open(inputs, "distill", settings["questions"], settings["k"])
-    losses = left_out_losses(open_reader(inputs, settings), asked.questions, asked.passages)
+    losses = left_out_losses(open_reader(inputs, settings), asked)
     if device.is_main():
         write_arrays(folder / "scores.safetensors", {"loop": losses})

@@ -5,6 +5,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from functools import cache
 from operator import itemgetter
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -41,22 +42,31 @@ class Analysis:
         labs = {seed: self.lab.with_graph(self.lab.graph.again(seed)) for seed in others}
         return {first: self, **{s: Analysis(lab, self.set_name) for s, lab in labs.items()}}
 
-    def tokens(self, which: str) -> Tokens:
-        """The passage tokens as a reader saw them."""
-        return Tokens.load(self.lab.open("tokens", self.set_name, which))
+    def opened(self, kind: str, which: str, target: str) -> Path:
+        """A stage of a reader's tokens, with the passages that a target's retriever finds."""
+        of = self.lab.graph.system(self.set_name, which, target)
+        return self.lab.open_stage(self.lab.graph.stage(kind, of))
 
-    def closeness(self, which: str, goal: Goal, space: str) -> tuple[Floats, NDArray[np.bool_]]:
+    def tokens(self, which: str, target: str = "") -> Tokens:
+        """The passage tokens as a reader saw them: of the initial passages, or of those that the
+        retriever of a target finds."""
+        return Tokens.load(self.opened("tokens", which, target))
+
+    def closeness(
+        self, which: str, goal: Goal, space: str, target: str = ""
+    ) -> tuple[Floats, NDArray[np.bool_]]:
         """Closeness of a reader's tokens to the goal `[tokens]` in one of `measures.SPACES` or
         CONTROLS, and which are the goal's own. NounsError, DataError where there is none."""
         if goal == "nouns":
             self.lab.noun_spans(self.set_name, "test")  # says why, where there are none
-        folder = self.lab.open("closeness", self.set_name, which)
-        return measures.load_closeness(folder, goal, space)
+        return measures.load_closeness(self.opened("closeness", which, target), goal, space)
 
-    def indicator(self, which: str, goal: Goal, space: str | None = None) -> pd.DataFrame:
+    def indicator(
+        self, which: str, goal: Goal, space: str | None = None, target: str = ""
+    ) -> pd.DataFrame:
         """A reader's indicator, a row a question (`measures.indicator`); in the profile's space."""
-        settings, tokens = self.lab.profile.indicators, self.tokens(which)
-        close, exact = self.closeness(which, goal, space or settings.space)
+        settings, tokens = self.lab.profile.indicators, self.tokens(which, target)
+        close, exact = self.closeness(which, goal, space or settings.space, target)
         attention = tokens.attention(self.lab.profile.attention)
         return measures.indicator(attention, close, tokens.question, exact, settings.share)
 
@@ -83,7 +93,7 @@ class Analysis:
 
     def hit_gains(self, target: str) -> Floats:
         """Gain in HR@5 of each test question by a target `[seeds, questions]`."""
-        seeds = self.lab.profile.distill.seeds
+        seeds = self.lab.graph.seeds(target)
         rankings = [self.lab.distilled(self.set_name, target, seed)[0] for seed in seeds]
         return np.stack([self.hits(ranking) for ranking in rankings]) - self.hits()
 

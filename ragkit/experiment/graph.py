@@ -15,30 +15,51 @@ from typing import Any
 from ragkit.data.corpus import passage_settings
 from ragkit.data.files import contents
 from ragkit.data.worlds import SPEC, relations
-from ragkit.distillation.targets import READERS, TARGETS, UNTAUGHT, teacher_of
+from ragkit.distillation.targets import (
+    BY_ATTENTION,
+    CLOZES,
+    ENCODER_DECODER,
+    LOOKS,
+    READERS,
+    UNTAUGHT,
+    attention_of,
+    target_names,
+    teacher_of,
+)
 from ragkit.experiment.provenance import finder_state, model_files
 from ragkit.experiment.store import KINDS, Stage
 from ragkit.profile import Profile, varied
 from ragkit.settings import QuestionSet, WorldSet
 
 CEILING = "both sides"  # the variation under which the oracle shows how far Step 2 can go
+# The systems of the paper's figure: a reader, and the target of the retriever that finds for it.
+SYSTEMS = {
+    "off-the-shelf checkpoint": (READERS[0], ""),
+    "off-the-shelf distillation": (READERS[0], f"{READERS[0]} attention"),
+    "fine-tuned Step 1": (READERS[1], ""),
+    "fine-tuned Step 2": (READERS[1], f"{READERS[1]} attention"),
+    "encoder-decoder distillation": (ENCODER_DECODER, f"{ENCODER_DECODER} attention"),
+}
 TAUGHT_BY = ("attention", "perplexity")  # the signals that every reader teaches by
 BESIDE = ("LOOP", "EMDR2")  # and those that only the two regimes' readers do
 POOL, ROW, ROW_GZ = 50, 650, 220  # about: passages of a question's pool; bytes of one in a TSV
 PROBED = 32  # questions of dev on which a probe measures the indicators
-UNLEARNT = {"closed book": "candidates", "initial": "candidates", "BM25": "bm25"}  # their rankings
+# The rankings of systems without Step 2; of no system, the initial one's.
+UNLEARNT = dict.fromkeys(("", "closed book", "initial"), "candidates") | {"BM25": "bm25"}
 # Of the reader's section, what matters where it only reads; the rest is Step 1's.
-READING = ("model", "revision", "context", "dtype", "at_once", "answer_tokens", "order")
+READING = ("model", "revision", "context", "dtype", "at_once", "answer_tokens", "layout")
 
 
 @dataclass(frozen=True)
 class Of:
-    """What one stage is of: a set, and where its kind asks for it a reader, a target, a seed.
+    """What one stage is of: a set, and where its kind asks for it a reader, the order in which it
+    reads the passages (of `targets.ROLES`), a target, a seed.
     `start` is the stage whose retriever Step 2 goes on from after an index refresh (None: the
     initial one); `epochs` and `keep` belong to a part of Step 2."""
 
     set_name: str
     which: str = ""
+    order: str = ""
     target: str = ""
     seed: int = 0
     start: Stage | None = None
@@ -69,8 +90,10 @@ class Graph:
         self.sets = {one.name: one for one in profile.sets}
         self.has_clozes = all(isinstance(one, WorldSet) for one in profile.sets)
         self.trains_retriever = profile.retriever.model == "embedded"
-        untaught = () if self.has_clozes else UNTAUGHT[1:]  # which are asked by clozes
-        self.targets = {t: what for t, what in TARGETS.items() if not t.startswith(untaught)}
+        without: tuple[str, ...] = () if self.has_clozes else CLOZES
+        without += () if profile.encoder_decoder else (ENCODER_DECODER,)
+        names = target_names().items()
+        self.targets = {target: told for target, told in names if not target.startswith(without)}
         weights, share = model_files(profile.reader.model), profile.indicators.share
         self.common = profile.model_dump(mode="json") | {"weights": weights, "share": share}
         self.common |= {"state": finder_state(profile.nouns)}
@@ -88,9 +111,24 @@ class Graph:
         return Graph(changed, f" (Step 1 seed {seed})")
 
     def readers(self) -> list[str]:
-        """Every reader that is looked at: before Step 1, on the way, and after it."""
+        """Every decoder that is looked at: before Step 1, on the way, and after it."""
         steps = [f"step {step}" for step in self.profile.reader.kept_steps]
-        return [*UNTAUGHT[: 1 + self.has_clozes], *steps, "fine-tuned"]
+        before, after = self.asked()[::2], self.asked()[1::2]
+        return [*before, *steps, *after]
+
+    def asked(self) -> list[str]:
+        """Both regimes' readers in every way that they are asked."""
+        return [*READERS, *(CLOZES if self.has_clozes else ())]
+
+    def seeds(self, target: str) -> tuple[int, ...]:
+        """Those of Step 2 for a target: all in the main table, one for readers on the way."""
+        return self.profile.distill.seeds[: None if target in self.targets else 1]
+
+    def system(self, set_name: str, which: str, target: str = "") -> Of:
+        """A reader with the passages that the retriever of a target finds (the first seed's), or
+        without a target the initial one."""
+        seed = self.profile.distill.seeds[0] if target else 0
+        return Of(set_name, which, target=target, seed=seed)
 
     def has_nouns(self, set_name: str) -> bool:
         """Whether a noun finder is at hand for a set; the embedded one knows worlds only."""
@@ -99,16 +137,16 @@ class Graph:
 
     def stage(self, kind: str, of: Of) -> Stage:
         """The stage of a kind; asking for it makes nothing."""
-        seed = f"seed {of.seed}" if kind in ("step2", "answers") else ""
+        seed = f"seed {of.seed}" if of.target or kind == "answers" else ""
         part = f"first {of.epochs}" if of.keep else ""
-        what = ", ".join(filter(None, (of.target, of.which, seed, part)))
+        what = ", ".join(filter(None, (of.target, of.which, of.order, seed, part)))
         if of.start is not None:
             what = f"{what} after {of.start.name.split('/')[2].removesuffix(self.note)}".strip()
         name = "/".join(filter(None, (kind, of.set_name, what))) + self.note
         maker, settings = f"ragkit.{KINDS[kind]['module']}:make_{kind}", self.settings(kind, of)
-        by = "style" if of.which in UNTAUGHT else "step1"
-        roles = KINDS[kind].get("inputs", "").replace("by", by).split()
+        roles = KINDS[kind].get("inputs", "").split()
         inputs = {role: one for role in roles if (one := self.input(role, kind, of)) is not None}
+        inputs |= self.looks(of) if kind == "step2" else {}
         machine = {"device": self.profile.device, "threads": self.profile.threads}
         units = {KINDS[kind]["unit"]: self.units(kind, of)}
         return Stage(kind, name, maker, settings, inputs, machine, units)
@@ -119,8 +157,10 @@ class Graph:
         match role:
             case "nouns" if not self.has_nouns(of.set_name):
                 return None
-            case "look":
-                return self.look(of)
+            case "step1" if of.which in UNTAUGHT:
+                return None
+            case "step1" if of.which == ENCODER_DECODER:
+                after = replace(after, which=of.which)
             case "ranking" if of.target not in UNLEARNT:
                 return self.step2(of.set_name, of.target, of.seed)
             case "ranking":
@@ -132,21 +172,33 @@ class Graph:
                 if role == "candidates" or kind == "index" or self.profile.distill.side == "both":
                     after = replace(after, start=of.start)
             case "tokens":
-                after = replace(after, which=of.which)
+                after = replace(of, epochs=0, keep=False)
+            case "contextual":
+                after = replace(of, which="")
         return self.stage(role, after)
 
-    def look(self, of: Of) -> Stage | None:
-        """A reader's look that a target is made of; None for a control."""
+    def looks(self, of: Of) -> dict[str, Stage]:
+        """A reader's looks that a target is made of, by role (`targets.ROLES`); controls: none."""
         which, signal = teacher_of(of.target) or ("", "")
-        kind = "loop" if signal == "LOOP" else "teacher"
-        return self.stage(kind, Of(of.set_name, which, start=of.start)) if which else None
+        seen = Of(of.set_name, which, start=of.start)
+        if signal not in BY_ATTENTION:
+            kinds = {"LOOP": "loop", "perplexity": "alone", "EMDR2": "alone"}
+            return {kinds[signal]: self.stage(kinds[signal], seen)} if which else {}
+        settings = attention_of(of.target, self.profile.attention)
+        looks = {o: self.stage("teacher", replace(seen, order=o)) for o in LOOKS[settings.order]}
+        if settings.heads == "chosen":  # on the first candidates, whatever was refreshed since
+            looks["heads"] = self.stage("heads", Of(of.set_name, which, "rank"))
+        return looks
 
     def settings(self, kind: str, of: Of) -> dict[str, Any]:
         """A kind's settings as JSON values."""
         one, number = self.sets[of.set_name], self.number(kind, of)
         known = vars(of) | self.common | {"set": one.model_dump(mode="json")}
         known |= {"world": getattr(one, "world", None), "closed_book": of.target == "closed book"}
-        known |= {"questions": number, "answered": number}
+        known |= {"questions": number, "answered": number, "part": KINDS[kind].get("part")}
+        known["base"] = {key: known["reader"][key] for key in READING}
+        if of.which == ENCODER_DECODER:
+            known |= {"which": READERS[1], "reader": known["encoder_decoder"]}
         match kind:
             case "passages":
                 known |= passage_settings(one)
@@ -159,6 +211,7 @@ class Graph:
                 known["index"] = {key: known["index"][key] for key in ("dtype", "shard")}
             case "step1":
                 known["seed"] = self.profile.step1_seeds[0]
+                known["weights"] = model_files(known["reader"]["model"])
             case "step2":
                 own = {key: one for key, one in known["distill"].items() if key != "seeds"}
                 known |= {"distill": own | {"epochs": of.epochs}, "seed": of.seed}
@@ -172,8 +225,8 @@ class Graph:
         if not (part := KINDS[kind].get("part")):
             return one.distill + one.dev + one.test
         most = {"distill": profile.distill.questions, "test": profile.indicators.questions}
-        answers = KINDS[kind]["unit"] == "answers"
-        limit = profile.evaluate.answered if answers else most.get(part, PROBED)
+        most |= {"dev": PROBED if kind == "probe" else one.dev}
+        limit = profile.evaluate.answered if KINDS[kind]["unit"] == "answers" else most[part]
         return min(limit, getattr(one, part))
 
     def units(self, kind: str, of: Of) -> int:
@@ -184,8 +237,9 @@ class Graph:
             case "crop steps":
                 return self.profile.retriever.crop_steps if self.trains_retriever else 0
             case "prompts":
-                return self.profile.reader.steps * self.profile.reader.batch
-        times = {"style": 1 + self.has_clozes, "premises": 4, "step2": of.epochs}
+                one = self.profile.encoder_decoder if of.which == ENCODER_DECODER else None
+                return (one or self.profile.reader).steps * (one or self.profile.reader).batch
+        times = {"premises": 4, "step2": of.epochs}
         return self.number(kind, of) * times.get(kind, 1)
 
     def step2(self, set_name: str, target: str, seed: int) -> Stage:
@@ -201,50 +255,57 @@ class Graph:
 
 def answered(graph: Graph, targets: Iterable[str] | None = None) -> Iterator[tuple[str, str, int]]:
     """System, reader and seed of all answers in the main table, or for some targets only. Each
-    regime's reader answers for its own retrievers, the fine-tuned one for those of controls."""
+    reader answers for the retrievers that it taught, the fine-tuned one for those of controls; over
+    all seeds the two regimes' do."""
     for which in READERS:
         yield "closed book", which, 0
     if graph.profile.evaluate.bm25:
-        yield "BM25", "fine-tuned", 0
-    for which in READERS:
+        yield "BM25", READERS[1], 0
+    chosen = graph.targets if targets is None else targets
+    teachers = {target: (teacher_of(target) or READERS[1:])[0] for target in chosen}
+    for which in dict.fromkeys([*READERS, *teachers.values()]):
         yield "initial", which, 0
-    for target, seed in product(targets or graph.targets, graph.profile.distill.seeds):
-        yield target, READERS[0] if target.startswith(UNTAUGHT) else READERS[1], seed
+    for target, which in teachers.items():
+        repeated = which in READERS and target.endswith(" attention")
+        for seed in graph.seeds(target)[: None if repeated else 1]:
+            yield target, which, seed
 
 
 def of_set(graph: Graph, name: str) -> Iterator[Stage]:
     """What the notebooks ask of one set, under the first seed of Step 1."""
-    profile, seeds = graph.profile, graph.profile.distill.seeds
-    for kind in ("style", "step1", *(["bm25"] if profile.evaluate.bm25 else [])):
+    profile, first = graph.profile, graph.profile.distill.seeds[0]
+    for kind in ("step1", *(["bm25"] if profile.evaluate.bm25 else [])):
         yield graph.stage(kind, Of(name))
-    looks = [*product(graph.readers(), ("teacher", "closeness", "probe"))]
-    for which, kind in [*looks, *product(READERS, ("loop", "premises"))]:
-        yield graph.stage(kind, Of(name, which))
-    taught = [f"{which} {signal}" for signal in TAUGHT_BY for which in graph.readers()]
-    taught += [f"{which} {signal}" for signal in BESIDE for which in READERS]
-    for target, seed in product(dict.fromkeys([*graph.targets, *taught]), seeds):
-        yield graph.step2(name, target, seed)
-    for system, which, seed in answered(graph):
-        yield graph.stage("answers", Of(name, which, system, seed))
+    for which in graph.readers():
+        yield graph.stage("heads", Of(name, which, "rank"))
+        yield graph.stage("probe", Of(name, which))
+    taught = [f"{which} {signal}" for signal in BESIDE for which in READERS]
+    yield from of_run(graph, name, [*graph.targets, *taught])
+    for order, which in product(("shuffled", "empty"), READERS):  # notebook 03
+        yield graph.stage("teacher", Of(name, which, order))
     if isinstance(graph.sets[name], WorldSet) and profile.distill.side == "query":
-        yield graph.varied(CEILING).step2(name, "oracle", seeds[0])
+        yield graph.varied(CEILING).step2(name, "oracle", first)
     for variation, which in product(profile.variations, READERS):
-        yield graph.varied(variation).step2(name, f"{which} attention", seeds[0])
+        yield graph.varied(variation).step2(name, f"{which} attention", first)
     for seed in profile.step1_seeds[1:]:
-        yield from of_further_run(graph.again(seed), name)
+        yield from of_run(graph.again(seed), name, [f"{which} attention" for which in READERS])
 
 
-def of_further_run(graph: Graph, name: str) -> Iterator[Stage]:
-    """What another seed of Step 1 makes anew for the claims."""
-    with_nouns = graph.has_nouns(name)  # without nouns no claim asks for readers on the way
-    for which in graph.readers() if with_nouns else READERS:
+def of_run(graph: Graph, name: str, targets: Iterable[str]) -> Iterator[Stage]:
+    """What the claims ask of one run of Step 1, and these targets."""
+    for which in graph.readers():
         yield graph.stage("closeness", Of(name, which))
-        for signal in TAUGHT_BY if with_nouns else TAUGHT_BY[:1]:
-            for seed in graph.profile.distill.seeds:
-                yield graph.step2(name, f"{which} {signal}", seed)
-    for system, which, seed in answered(graph, ["fine-tuned attention"]):
-        if which == "fine-tuned":
-            yield graph.stage("answers", Of(name, which, system, seed))
+    for which in graph.asked():
+        yield graph.stage("premises", Of(name, which))
+    along = [f"{which} {signal}" for signal in TAUGHT_BY for which in graph.readers()]
+    for target in dict.fromkeys([*targets, *along]):
+        for seed in graph.seeds(target):
+            yield graph.step2(name, target, seed)
+    for which, target in SYSTEMS.values():
+        if target in ("", *graph.targets):
+            yield graph.stage("closeness", graph.system(name, which, target))
+    for system, which, seed in answered(graph, [t for t in targets if t in graph.targets]):
+        yield graph.stage("answers", Of(name, which, target=system, seed=seed))
 
 
 @cache

@@ -119,9 +119,12 @@ class Lab:
             )
         return read_json(self.open("nouns", set_name) / "spans.json")[part]
 
-    def teacher(self, set_name: str, which: str) -> dict[str, NDArray[np.float32]]:
-        """All scores of one reader on the questions for distillation."""
-        return load_file(self.open("teacher", set_name, which) / "scores.safetensors")
+    def look(self, set_name: str, which: str, order: str = "rank") -> dict[str, NDArray[Any]]:
+        """A reader's look at the questions for distillation in one of `targets.ROLES`' orders, or
+        at those of dev (`heads`): the arrays of `teacher.look`."""
+        kind, shown = ("heads", "rank") if order == "heads" else ("teacher", order)
+        stage = self.graph.stage(kind, Of(set_name, which, shown))
+        return load_file(self.open_stage(stage) / "scores.safetensors")
 
     def asked(self, set_name: str) -> tuple[list[Question], Places]:
         """The questions for distillation and their candidates `[questions, k]`."""
@@ -131,15 +134,15 @@ class Lab:
 
     def scores(self, set_name: str, target: str) -> NDArray[np.float64]:
         """What a target is made of `[questions, k]`: a reader's scores, or a control's."""
-        look = self.graph.look(Of(set_name, target=target))
-        stored = load_file(self.open_stage(look) / "scores.safetensors") if look else None
+        looks = self.graph.looks(Of(set_name, target=target))
+        folders = {role: self.open_stage(stage) for role, stage in looks.items()}
         asked = Asked(self.corpus(set_name), *self.asked(set_name))
-        return targets.scores_of(target, stored, asked, self.profile.attention)
+        return targets.scores_of(target, targets.read_looks(folders), asked, self.profile.attention)
 
     def target(self, set_name: str, target: str) -> NDArray[np.float64]:
         """A target's distributions over the candidates `[questions, k]`."""
-        entropy, seed = self.profile.distill.entropy, self.profile.seed
-        return targets.target_of(target, self.scores(set_name, target), entropy, seed)
+        distill, seed = self.profile.distill, self.profile.seed
+        return targets.target_of(target, self.scores(set_name, target), distill, seed)
 
     def distilled(self, set_name: str, target: str, seed: int) -> tuple[Places, Curve]:
         """Step 2: the test ranking `[questions, 20]`, and the curve over epochs (of the last part,

@@ -11,7 +11,7 @@ from ragkit.models.retriever import Retriever
 
 def reader(lab: Lab, set_name: str, which: str) -> Reader:
     """One of `lab.readers()`, as the stages open it that look through it."""
-    stage = lab.graph.stage("teacher", Of(set_name, which))
+    stage = lab.graph.stage("alone", Of(set_name, which))
     inputs = {role: lab.open_stage(one) for role, one in stage.inputs.items()}
     device.start(lab.profile.device, lab.profile.threads)
     return open_reader(inputs, stage.settings)

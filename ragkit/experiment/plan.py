@@ -68,9 +68,9 @@ def needs(stage: Stage, profile: Profile) -> dict[str, Any]:
     answer, asked = read + 2 * weights * ANSWER, 2 * encoder * QUESTION
     operations = {
         **{"tokens": read, "contextual": read, "probe": read, "loop": (profile.k - 1) * read},
-        **{"style": answer, "premises": answer, "answers": answer},
+        **{"premises": answer, "answers": answer, "alone": read},
         "step1": (4 if lean else 3) * read,
-        "teacher": 2 * read,  # the prompt, and each passage alone
+        **{"teacher": read, "heads": read},
         **{"vectors": 2 * encoder * PASSAGE, "candidates": asked, "step2": 3 * asked},
     }
     index = 0 if profile.index.factory == "Flat" else 80

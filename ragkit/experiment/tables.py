@@ -37,7 +37,7 @@ def answer_rows(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -
     columns set, system, reader, seed, question, EM, F1."""
     rows, questions = [], lab.corpus(set_name).questions["test"]
     for system, which, seed in answered(lab.graph, targets):
-        stage = lab.graph.stage("answers", Of(set_name, which, system, seed))
+        stage = lab.graph.stage("answers", Of(set_name, which, target=system, seed=seed))
         answers = read_json(lab.open_stage(stage) / "answers.json")
         for number, (question, answer) in enumerate(zip(questions, answers, strict=False)):
             scores = [score(answer, question.answers) for score in (exact_match, f1)]

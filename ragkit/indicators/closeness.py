@@ -43,7 +43,7 @@ def look_at_tokens(reader: Reader, questions: Sequence[Question], found: Found) 
     """One pass over every question's prompt with its answer."""
 
     def look(batch: list[Prompt]) -> Iterator[tuple[Array, Array]]:
-        every = token_contributions(reader, batch).cpu().float()
+        every = token_contributions(reader, batch).mean(4).cpu().float()  # over heads
         for place, prompt in enumerate(batch):
             # [tokens, rows, norm (off, on), layers]
             own = every[..., place, : len(prompt)].permute(3, 2, 0, 1).numpy()
@@ -174,8 +174,8 @@ def opened(
     if "nouns" in inputs:
         spans = json.loads((inputs["nouns"] / "spans.json").read_text("utf8"))
         nouns = spans[part][: len(asked.questions)]
-    reading = ReaderSettings(**settings["reader"])
-    return asked, nouns, load_reader(reading.model, reading)
+    base = ReaderSettings(**settings["base"])
+    return asked, nouns, load_reader(base.model, base)
 
 
 def make_tokens(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Answers of readers as stages: how an untaught one is asked best, test questions, premises."""
+"""Answers of readers as stages: to the test questions, and those that show what a reader can."""
 
 import random
 from collections import defaultdict
@@ -21,20 +21,6 @@ def answered(reader: Reader, pairs: Sequence[Pair]) -> tuple[list[str], float]:
     answers = reader.answer([reader.prompt(question, found) for question, found in pairs])
     golds = [question.answers for question, _ in pairs]
     return answers, float(np.mean(list(map(exact_match, answers, golds))))
-
-
-def make_style(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """How the off-the-shelf reader is asked, by question or (where there are any) cloze: as it
-    answers better on dev; the weaker prompt as it answers worse."""
-    pairs = Asked.open(inputs, "dev", settings["answered"], settings["k"]).pairs
-    reader, exact = open_reader(inputs, settings), dict[str, float]()
-    for style in ("question", "cloze") if settings["clozes"] else ("question",):
-        reader.style = style
-        exact[style] = answered(reader, pairs)[1]
-    best_first = sorted(exact, key=lambda style: -exact[style])  # of a tie, the question
-    styles = {"off-the-shelf": best_first[0], "weaker prompt": best_first[-1], "EM": exact}
-    if device.is_main():
-        write_json(folder / "style.json", styles)
 
 
 def make_answers(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:

@@ -4,7 +4,6 @@ Each passage is encoded with the question, the decoder attends to all; passage s
 cross-attention. Source: Izacard and Grave, 'Leveraging Passage Retrieval with Generative Models for
 Open Domain Question Answering'."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from ragkit.attention.record import observe_cross
 from ragkit.data.corpus import Corpus, Passage, Question
 from ragkit.data.text import readable
 from ragkit.models import device
-from ragkit.models.reader import EMBEDDED, PART, Prompt, Reader
+from ragkit.models.reader import CLOZE, EMBEDDED, PART, Prompt, Reader
 from ragkit.settings import ReaderSettings
 
 
@@ -117,14 +116,12 @@ def open_reader(
     inputs: Mapping[str, Path], settings: Mapping[str, Any], to_train: bool = False
 ) -> Reader:
     """The reader `settings["which"]` of a stage: kept by `step1`, if that is among the inputs, else
-    untaught and asked as `style` says. Answers are as long as those for distillation."""
-    chosen, style = ReaderSettings(**settings["reader"]), "question"
-    name: str | Path = chosen.model
-    if "step1" in inputs:
-        name = inputs["step1"] / settings["which"].replace(" ", "-")
-    elif "style" in inputs:
-        style = json.loads((inputs["style"] / "style.json").read_text("utf8"))[settings["which"]]
-    reader = load_reader(name, chosen, to_train)
-    reader.style = style
+    untaught; asked by clozes where its name ends so. Answers are as long as those for distillation.
+    """
+    chosen, which = ReaderSettings(**settings["reader"]), settings.get("which", "")
+    trained = which.removesuffix(CLOZE)
+    kept = inputs["step1"] / trained.replace(" ", "-") if "step1" in inputs else chosen.model
+    reader = load_reader(kept, chosen, to_train)
+    reader.style = "question" if which == trained else "cloze"
     reader.fit(Corpus.load("", inputs["passages"], inputs["questions"]).questions["distill"])
     return reader

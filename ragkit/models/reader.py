@@ -21,6 +21,7 @@ from ragkit.models import device
 from ragkit.settings import ASSETS, ReaderSettings
 
 EMBEDDED = ASSETS / "reader"  # the one that ships; the keys of stages hold its hash
+CLOZE = " cloze"  # ends the names of readers that are asked by clozes
 ANSWER_TOKENS = 32  # where neither the settings nor the questions say it
 PART = {"other": -1, "question": -2, "answer": -3, "title": -4}  # owners that are no passage
 Piece = tuple[str, int]  # a text of a prompt, and its owner
@@ -81,7 +82,7 @@ class Reader:
 
     def pieces(self, question: Question, passages: Sequence[Passage]) -> list[Piece]:
         """The prompt as texts with their owners; its end is what the answer goes on from."""
-        other, first = PART["other"], self.settings.order == "question first"
+        other, first = PART["other"], self.settings.layout == "question first"
         parts: list[Piece] = []
         for number, passage in enumerate(passages):
             parts.append((block(passage.title, ""), PART["title"]))
@@ -195,9 +196,9 @@ class Reader:
         return self.token_losses(prompts).nanmean(1)
 
     def attention(self, prompts: Sequence[Prompt], rows: Tensor, uses: Tensor) -> Tensor:
-        """Token contributions `[norm (off, on), layers, groups, prompts, tokens]`, right-padded.
-        `rows` `[prompts, rows]` are places in the prompts, `uses` `[groups, prompts, rows]` says
-        which rows make a group. Raises ReaderError if the reader's attention cannot be recorded."""
+        """Token contributions `[norm (off, on), layers, groups, prompts, heads, tokens]`, padded on
+        the right. `rows` `[prompts, rows]` are places in the prompts, `uses` `[groups, prompts,
+        rows]` says which rows make a group. Raises ReaderError if it cannot be recorded."""
         try:
             tokens = pooled(self.watched(prompts, rows), uses)
         except AttentionError as error:

@@ -40,6 +40,12 @@ def sample(n: int, numbers: int) -> NDArray[np.int64]:
     return np.concatenate([first, np.setdiff1d(spread, first)])
 
 
+def of_layers(look: targets.Scores) -> NDArray[Any]:
+    """A reader's scores, the mean of all heads, as the page holds them."""
+    sums, tokens = look["attention"].mean(4), np.maximum(look["tokens"], 1)
+    return np.stack([sums, sums / tokens[:, None, None, None]], axis=4)
+
+
 def set_data(lab: Lab, name: str) -> dict[str, Any]:
     """What the page needs of one question set; indicators only where notebook 08 made them."""
     import torch  # only who writes the page waits for it and what follows
@@ -51,7 +57,7 @@ def set_data(lab: Lab, name: str) -> dict[str, Any]:
     device.start(lab.profile.device, lab.profile.threads)
     retriever = Retriever.load(lab.open("retriever", name) / "model", lab.profile.retriever)
     vectors = Index.open(lab.open("vectors", name))
-    scores = {which: lab.teacher(name, which)["attention"] for which in lab.readers()}
+    scores = {which: of_layers(lab.look(name, which)) for which in lab.readers()}
     asked, candidates = lab.asked(name)
     chosen = sample(len(asked), max(one[0].size for one in scores.values()))
     corpus, questions, found = lab.corpus(name), [asked[i] for i in chosen], candidates[chosen]
