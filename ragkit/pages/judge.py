@@ -20,6 +20,7 @@ from ragkit.data.corpus import Passage, Question, same_question, text_and_answer
 from ragkit.data.files import read_jsonl, write_whole
 from ragkit.data.text import holds_answer, words
 from ragkit.errors import DataError, NounsError, ReaderError, StoreError
+from ragkit.experiment.rules import LINE
 from ragkit.indicators import measures
 from ragkit.indicators.closeness import Spans, look_at_tokens, space, wanted_ids
 from ragkit.indicators.measures import Embed, Floats, Interval, Tokens, Wanted, interval
