@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from scipy import special
 from scipy.optimize import brentq
 
-from ragkit.data.corpus import Asked
+from ragkit.data.corpus import Asked, Passage, Question
 from ragkit.data.text import holds_answer
 from ragkit.errors import DataError
 from ragkit.settings import ROWS, AttentionSettings, DistillSettings
@@ -32,6 +32,14 @@ TOLD = {
     READERS[1]: "the reader after Step 1 (the paper's second regime)",
     CLOZES[1]: "the same reader, asked by clozes",
     ENCODER_DECODER: "an encoder-decoder reader after Step 1",
+}
+# The systems of the paper's figure: a reader, and the target of the retriever that finds for it.
+SYSTEMS = {
+    "off-the-shelf checkpoint": (READERS[0], ""),
+    "off-the-shelf distillation": (READERS[0], f"{READERS[0]} attention"),
+    "fine-tuned Step 1": (READERS[1], ""),
+    "fine-tuned Step 2": (READERS[1], f"{READERS[1]} attention"),
+    "encoder-decoder distillation": (ENCODER_DECODER, f"{ENCODER_DECODER} attention"),
 }
 # The ways to teach by attention, and what each changes in a profile's settings.
 BY_ATTENTION: dict[str, dict[str, str]] = {
@@ -223,7 +231,7 @@ def scores_of(target: str, looks: Looks, asked: Asked, attention: AttentionSetti
         golds = asked.corpus.golds(asked.questions, asked.candidates)
         return oracle_scores(asked.candidates.tolist(), golds)
     if target == "answer string":
-        return holding(asked).astype(np.float64)
+        return holding(asked.questions, asked.passages).astype(np.float64)
     _, signal = teacher_of(target) or ("", "")
     if not looks or not signal:
         raise DataError(f"There is no target {target!r}, or its reader's scores are missing.")
@@ -232,9 +240,9 @@ def scores_of(target: str, looks: Looks, asked: Asked, attention: AttentionSetti
     return looks["loop"]["loop"].astype(float) if signal == "LOOP" else likelihood(looks["alone"])
 
 
-def holding(asked: Asked) -> Bools:
-    """Which candidates hold an answer as text `[questions, k]`."""
-    pairs = zip(asked.passages, asked.questions, strict=True)
+def holding(questions: Sequence[Question], found: Sequence[Sequence[Passage]]) -> Bools:
+    """Which passages hold an answer to their question as text `[questions, k]`."""
+    pairs = zip(found, questions, strict=True)
     return np.array([[holds_answer(p.text, q.answers) for p in row] for row, q in pairs])
 
 

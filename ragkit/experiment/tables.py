@@ -53,11 +53,25 @@ def exact_by_case(lab: Lab, set_name: str, which: str) -> dict[str, NDArray[np.f
     return {case: np.array(values, dtype=np.float64) for case, values in stored.items()}
 
 
+def initial(lab: Lab, set_name: str) -> float:
+    """The initial retriever's HR@k on dev."""
+    corpus, ranking = lab.corpus(set_name), lab.candidates(set_name)["dev"]
+    golds = corpus.golds(corpus.questions["dev"], ranking)
+    return float(hits(ranking.tolist(), golds, lab.profile.k).mean())
+
+
+def draws(lab: Lab, set_name: str) -> pd.DataFrame:
+    """The draws of a world up to the one that is measured: columns set, draw, seed, HR@k on dev."""
+    rows = []
+    for graph in (*lab.graph.passed_over(set_name), lab.graph):
+        one, hr = graph.sets[set_name], initial(lab.with_graph(graph), set_name)
+        rows.append((set_name, getattr(one, "draw", 0), one.seed, hr))
+    return pd.DataFrame(rows, columns=["set", "draw", "seed", f"HR@{lab.profile.k} on dev"])
+
+
 def premises(lab: Lab, set_name: str) -> pd.DataFrame:
     """Can the readers read, and can the retriever improve, on dev? Columns premise, value, set."""
-    corpus, ranking, k = lab.corpus(set_name), lab.candidates(set_name)["dev"], lab.profile.k
-    initial = hits(ranking.tolist(), corpus.golds(corpus.questions["dev"], ranking), k)
-    rows = [(f"initial HR@{k}", float(initial.mean()))]
+    rows = [(f"initial HR@{lab.profile.k}", initial(lab, set_name))]
     for which in lab.graph.asked():
         exact = exact_by_case(lab, set_name, which)
         rows += [(f"{which}: EM, {case}", float(np.nanmean(em))) for case, em in exact.items()]
