@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ragkit.data.corpus import CUTS, hits, reciprocal_ranks
 from ragkit.data.text import exact_match, f1
-from ragkit.distillation.targets import READERS, oracle_scores
+from ragkit.distillation.targets import oracle_scores
 from ragkit.experiment.graph import CEILING, Of, answered
 from ragkit.experiment.lab import Lab, read_json
 from ragkit.settings import WorldSet
@@ -46,6 +46,13 @@ def answer_rows(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -
     return pd.DataFrame(rows, columns=columns)
 
 
+def exact_by_case(lab: Lab, set_name: str, which: str) -> dict[str, NDArray[np.float64]]:
+    """A reader's exact match on dev by case of `answers.premise_cases` `[questions]`, NaN for a
+    question that the case leaves out."""
+    stored = read_json(lab.open("premises", set_name, which) / "exact.json")
+    return {case: np.array(values, dtype=np.float64) for case, values in stored.items()}
+
+
 def initial(lab: Lab, set_name: str) -> float:
     """The initial retriever's HR@k on dev."""
     corpus, ranking = lab.corpus(set_name), lab.candidates(set_name)["dev"]
@@ -65,9 +72,9 @@ def draws(lab: Lab, set_name: str) -> pd.DataFrame:
 def premises(lab: Lab, set_name: str) -> pd.DataFrame:
     """Can the readers read, and can the retriever improve, on dev? Columns premise, value, set."""
     rows = [(f"initial HR@{lab.profile.k}", initial(lab, set_name))]
-    for which in READERS:
-        exact = read_json(lab.open("premises", set_name, which) / "exact.json")
-        rows += [(f"{which}: EM, {case}", value) for case, value in exact.items()]
+    for which in lab.graph.asked():
+        exact = exact_by_case(lab, set_name, which)
+        rows += [(f"{which}: EM, {case}", float(np.nanmean(em))) for case, em in exact.items()]
     return pd.DataFrame(rows, columns=["premise", "value"]).assign(set=set_name)
 
 

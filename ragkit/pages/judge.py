@@ -20,9 +20,10 @@ from ragkit.data.corpus import Passage, Question, same_question, text_and_answer
 from ragkit.data.files import read_jsonl, write_whole
 from ragkit.data.text import holds_answer, words
 from ragkit.errors import DataError, NounsError, ReaderError, StoreError
+from ragkit.experiment.rules import LINE
 from ragkit.indicators import measures
 from ragkit.indicators.closeness import Spans, look_at_tokens, space, wanted_ids
-from ragkit.indicators.measures import LINE, Embed, Floats, Interval, Tokens, Wanted, interval
+from ragkit.indicators.measures import Embed, Floats, Interval, Tokens, Wanted, interval
 from ragkit.indicators.nouns import find_nouns, load_nouns
 from ragkit.models import device
 from ragkit.models.fid import load_reader
@@ -239,7 +240,7 @@ def judge(
         unsure = [Check(SPEARMAN, UNSURE, f"Not computed. {error}")]
         log.warning("Indicator 2 is not computed. %s", error)
     log.info("reading  %d prompts, one pass over each", len(asked))
-    tokens = look_at_tokens(reader, texts, [passages for _, passages in asked])
+    tokens = look_at_tokens(reader, texts, [passages for _, passages in asked]).texts
     embed, attention = space(reader, model), tokens.attention(READ)
     ids, occur = np.unique(tokens.ids, return_counts=True)
     counts["vectors"] = int(occur[np.isnan(embed(ids)).any(1)].sum())
