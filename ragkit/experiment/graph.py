@@ -57,7 +57,7 @@ class Graph:
         self.trains_retriever = profile.retriever.model == "embedded"
         lacking: tuple[str, ...] = () if self.has_clozes else CLOZES
         lacking += () if profile.encoder_decoder else (ENCODER_DECODER,)
-        names = targets.target_names().items()
+        names = targets.TARGETS.items()
         self.targets = {name: told for name, told in names if not name.startswith(lacking)}
         own = {"weights": model_files(profile.reader.model), "share": profile.indicators.share}
         own |= {"state": finder_state(profile.nouns), "shuffle_seed": profile.seed}

@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 
 import ragkit
-from ragkit.distillation.targets import SYSTEMS
-from ragkit.experiment.graph import READING, Graph, Of, answered
+from ragkit.experiment.graph import READING, SYSTEMS, Graph, Of, answered
 from ragkit.experiment.graph import stages as stages_of
 from ragkit.experiment.lab import Lab, changed_profile
 from ragkit.experiment.run import Notebooks
@@ -128,7 +127,7 @@ def reasons(old, new):
 @pytest.mark.parametrize(
     ("file", "old", "new", "kinds", "notebooks"),
     [
-        ("assets/claims.yaml", "line: 0.3", "line: 0.4", set(), JUDGED),
+        ("assets/claims.yaml", "line: 0.3 ", "line: 0.4 ", set(), JUDGED),
         ("assets/paper_values.yaml", "\n{}", "\nC1: {value: +3.1, page: 5}", set(), JUDGED),
         ("assets/worlds.yaml", "names:\n", "# data\nnames:\n", {"passages"}, NOTEBOOKS),
         ("models/reader.py", '"title": -4', '"title": -5', READERS, COMPUTE),

@@ -40,7 +40,7 @@ def read(path):
 
 def test_answers_come_from_the_first_k_passages_or_none(stages, tmp_path):
     inputs = {**stages[0], "ranking": stages[0]["candidates"]}
-    settings = {**SETTINGS, "which": "off-the-shelf"}
+    settings = {**SETTINGS, "which": "off-the-shelf cloze"}
     made = {}
     for name, changes in {"k": {}, "one": {"k": 1}, "none": {"closed_book": True}}.items():
         (tmp_path / name).mkdir()
@@ -85,11 +85,30 @@ def test_a_ranking_of_step_2_is_taken_before_candidates(stages, tmp_path):
 
 
 def test_premises_show_gold_passages_and_none(stages, tmp_path):
-    settings = {**SETTINGS, "which": "off-the-shelf"}
-    make_premises(tmp_path, stages[0], settings)
-    exact = read(tmp_path / "exact.json")
-    assert exact["gold among the passages"] > exact["no passages"]
+    make_premises(tmp_path, stages[0], {**SETTINGS, "which": "off-the-shelf cloze"})
+    exact = {case: np.array(values) for case, values in read(tmp_path / "exact.json").items()}
+    assert exact["gold among the passages"].mean() > exact["no passages"].mean()
+    assert {case: one.shape for case, one in exact.items()} == dict.fromkeys(exact, (6,))
     assert len(exact) == 4
+
+
+def test_premises_are_kept_question_by_question(stages, tmp_path, monkeypatch):
+    """Real text: a question whose gold passage is not known keeps its place."""
+    known = Asked.open(stages[0], "dev", 6)
+    asked = [replace(q, gold=(), relation="") for q in known.questions]
+    asked[1] = replace(asked[1], answers=("no such words",))
+    real = replace(known, questions=asked)
+    monkeypatch.setattr(answers.Asked, "open", lambda *_: real)
+    monkeypatch.setattr(answers, "open_reader", lambda *_: None)
+    monkeypatch.setattr(
+        answers,
+        "answered",
+        lambda _, pairs: [q.answers[0] if i else "" for i, (q, _) in enumerate(pairs)],
+    )
+    make_premises(tmp_path, {}, {**SETTINGS, "which": "fine-tuned"})
+    exact = read(tmp_path / "exact.json")
+    assert exact["gold among the passages"] == [0, None, 1, 1, 1, 1]
+    assert exact["no passages"] == [0, 1, 1, 1, 1, 1]
 
 
 def test_cases_hold_what_their_names_say(stages):
