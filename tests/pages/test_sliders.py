@@ -1,7 +1,6 @@
 """The sliders' page holds ragkit's own numbers, its formulas give ragkit's, no text breaks out."""
 
 import html
-import itertools
 import json
 import re
 import shutil
@@ -11,7 +10,6 @@ from types import SimpleNamespace
 from urllib.parse import urlencode
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -146,33 +144,6 @@ def test_the_pages_formulas_give_what_ragkit_gives(lab, choice):
     retr = targets.softmax(np.array(held["sets"][0]["retr"]), held["theta"])
     assert np.allclose(seen["retr"], retr, atol=1e-6)
     assert seen["kl"] == pytest.approx(float((p * np.log(p / retr)).sum(1).mean()), rel=1e-2)
-
-
-@needs_node
-def test_the_indicators_of_every_choice(lab, tmp_path):
-    assert sliders.data(lab)["sets"][0]["indicators"] == []
-    goals, layers = ("Indicator 1", "Indicator 2"), (*range(1, LAYERS + 1), "mean")
-    names = ["set", "reader", "goal", "rows", "norm", "layer"]
-    sets = ("set", "another")
-    rows = itertools.product(sets, ["fine-tuned"], goals, ROWS, ("off", "on"), layers)
-    table = pd.DataFrame(rows, columns=names)
-    table["attention"], table["Spearman"] = table.index / 7, -table.index / 11
-    table.loc[table["rows"] == "consuming", "Spearman"] = np.nan
-    shuffled = table.sample(frac=1, random_state=0)  # the order of its lines means nothing
-    shuffled.to_csv(tmp_path / "08_by_layer.csv", index=False)
-    lab = SimpleNamespace(**vars(lab) | {"figures": tmp_path})
-    for row, norm, layer in [(2, 1, "mean"), (0, 0, 0), (1, 1, 2)]:
-        choice = json.dumps({"rows": row, "norm": norm, "layer": layer})
-        call = f"d.sets[0].readers.map((r) => indicated(d, d.sets[0], r, {choice}))"
-        untold, found = said_by_the_page(lab, call)
-        assert untold == []
-        assert len(found) == 4
-        for one in found:
-            shown = layer if layer == "mean" else layer + 1
-            key = ["set", "fine-tuned", one["goal"], ROWS[row], ("off", "on")[norm], shown]
-            wanted = table.set_index(names).loc[tuple(key), one["measure"]].item()
-            value = pytest.approx(wanted, abs=1e-4) if np.isfinite(wanted) else None
-            assert one["value"] == value
 
 
 def opened(lab, folder, address=""):
