@@ -1,13 +1,13 @@
 """A page on which one turns every choice behind p_ATTN and sees what the reader would teach.
 
-It works offline: it holds the scores of a sample of the questions for distillation as JSON:
+It works offline: it holds the scores of some of the questions for distillation as JSON:
 
     {"entropy", "theta", "choices": {axis: [names]}, "start": {axis: index}, "sets": [{
         "name", "of", "examples": [{"question", "answers", "passages": [[title, text]]}],
         "gold": [question][passage], "retr": [question][passage],
         "readers": [{"name", "attention": [question][rows][norm][layer][pooling][passage]}]}]}
 
-`examples` belong to the first of the questions; `of` says from how many the sample was taken.
+`examples` belong to the first of the questions; `of` says how many there are in all.
 """
 
 import json
@@ -29,15 +29,6 @@ def rounded(values: NDArray[Any]) -> list[Any]:
     return np.vectorize(lambda value: float(f"{value:.5g}"))(values).tolist()
 
 
-def sample(n: int, numbers: int) -> NDArray[np.int64]:
-    """Which of n questions, each of so many numbers a reader, go to the page: evenly spread over
-    all, and so are the examples, which come first."""
-    size = min(n, QUESTIONS, max(EXAMPLES, NUMBERS // numbers))
-    spread = np.linspace(0, n - 1, size).astype(np.int64)
-    first = spread[np.linspace(0, size - 1, min(size, EXAMPLES)).astype(np.int64)]
-    return np.concatenate([first, np.setdiff1d(spread, first)])
-
-
 def of_layers(look: targets.Scores) -> NDArray[Any]:
     """A reader's scores, the mean of all heads, as the page holds them."""
     sums, tokens = look["attention"].mean(4), np.maximum(look["tokens"], 1)
@@ -45,7 +36,8 @@ def of_layers(look: targets.Scores) -> NDArray[Any]:
 
 
 def set_data(lab: Lab, name: str) -> dict[str, Any]:
-    """What the page needs of one question set."""
+    """What the page needs of one question set. Questions stand in random order: the first are a
+    sample of all."""
     import torch  # only who writes the page waits for it and for the models
 
     from ragkit.experiment import models
@@ -53,8 +45,8 @@ def set_data(lab: Lab, name: str) -> dict[str, Any]:
     retriever, vectors = models.retriever(lab, name), models.vectors(lab, name)
     scores = {which: of_layers(lab.look(name, which)) for which in lab.readers()}
     asked, candidates = lab.asked(name)
-    chosen = sample(len(asked), max(one[0].size for one in scores.values()))
-    corpus, questions, found = lab.corpus(name), [asked[i] for i in chosen], candidates[chosen]
+    n = min(QUESTIONS, max(EXAMPLES, NUMBERS // max(one[0].size for one in scores.values())))
+    corpus, questions, found = lab.corpus(name), asked[:n], candidates[:n]
     with torch.no_grad():  # not by `encode`, which all processes of a run share: one writes pages
         queries = retriever([q.text for q in questions]).float().cpu().numpy()
     examples = []
@@ -67,7 +59,7 @@ def set_data(lab: Lab, name: str) -> dict[str, Any]:
         "examples": examples,
         "gold": targets.oracle_scores(found.tolist(), corpus.golds(questions, found)).tolist(),
         "retr": rounded(np.einsum("qd,qkd->qk", queries, vectors.take(found))),
-        "readers": [{"name": w, "attention": rounded(one[chosen])} for w, one in scores.items()],
+        "readers": [{"name": w, "attention": rounded(one[:n])} for w, one in scores.items()],
     }
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 import ragkit
-from ragkit.experiment.graph import READING, SYSTEMS, Graph, Of, answered
+from ragkit.distillation.targets import SYSTEMS
+from ragkit.experiment.graph import READING, Graph, Of, answered
 from ragkit.experiment.graph import stages as stages_of
 from ragkit.experiment.lab import Lab, changed_profile
 from ragkit.experiment.run import Notebooks
