@@ -71,7 +71,7 @@ def lab(tmp_path_factory):
 
 def expected(lab, reader, rows, norm, layer, pooling, temperature):
     """What ragkit gives for a choice: p_ATTN, its temperature, how often its top is gold."""
-    stored = lab.look("set", reader)
+    stored = dict(lab.look("set", reader))
     if layer != "mean":
         stored["attention"] = stored["attention"][:, :, :, layer - 1 : layer]
     settings = AttentionSettings(rows=rows, norm=norm == "on", pooling=pooling)
