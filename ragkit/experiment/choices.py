@@ -7,7 +7,7 @@ import pandas as pd
 import yaml
 
 from ragkit.distillation.targets import READERS
-from ragkit.experiment.analysis import COMPARED, Analysis, Goal
+from ragkit.experiment.analysis import Analysis, Goal
 from ragkit.experiment.tables import top_is_gold
 from ragkit.indicators import measures
 from ragkit.indicators.measures import SPACES, Floats
@@ -54,22 +54,6 @@ def specifications(analysis: Analysis, goal: Goal) -> pd.DataFrame:
     table["low"], table["high"] = np.nanquantile(drawn, [0.025, 0.975], axis=0)
     table["fine-tuned"], table["off-the-shelf"] = (np.nanmean(one, axis=1) for one in (good, poor))
     return table
-
-
-def by_layer(analysis: Analysis, goal: Goal) -> pd.DataFrame:
-    """Both regimes' indicator in every layer, means over questions: columns reader, rows, norm
-    (`off`, `on`), layer (from 1, or `mean`), attention, Spearman."""
-    settings, made = analysis.lab.profile.indicators, []
-    for which in READERS:
-        tokens = analysis.tokens(which)
-        close, exact = analysis.closeness(which, goal, settings.space)
-        for (row, rows), (on, norm) in product(enumerate(ROWS), enumerate(("off", "on"))):
-            layers = tokens.contribution[:, row, on].astype(np.float64)
-            for layer, weights in [*enumerate(layers.T, 1), ("mean", layers.mean(1))]:
-                given = weights, close, tokens.question, exact, settings.share
-                means = measures.indicator(*given)[list(COMPARED)].mean()
-                made.append({"reader": which, "rows": rows, "norm": norm, "layer": layer, **means})
-    return pd.DataFrame(made)
 
 
 def hinges(table: pd.DataFrame, choices: tuple[str, ...]) -> pd.DataFrame:

@@ -67,7 +67,7 @@ def needs(stage: Stage, profile: Profile) -> dict[str, Any]:
     read = 2 * weights * tokens  # a prompt: two operations for each weight and token
     answer, asked = read + 2 * weights * ANSWER, 2 * encoder * QUESTION
     operations = {
-        **{"tokens": read, "contextual": read, "probe": read, "loop": (profile.k - 1) * read},
+        **{"tokens": read, "contextual": read, "loop": (profile.k - 1) * read},
         **{"premises": answer, "answers": answer, "alone": read},
         "step1": (4 if lean else 3) * read,
         **{"teacher": read, "heads": read},

@@ -25,9 +25,6 @@ from ragkit.settings import asset
 
 GAINS, LEDGER, MAIN = "04_gains.csv", "09_ledger.csv", "04_main_table.csv"
 DEVIATIONS = "08_deviations.csv"
-BLOCK = r"(?<=<!-- {0} -->).*?(?=<!-- /{0} -->)"  # of the README
-BOTH = {"suffixes": ("", " there")}  # endings of columns: of this run, of the reference
-JOINED: dict[str, Any] = {GAINS: BOTH | {"on": ["set", "system"]}, LEDGER: BOTH | {"on": "claim"}}
 ENDS = (".svg", ".png", ".csv", ".txt")  # of a figure's files
 GAIN = (
     "{set}, {system}: gain in HR@5 {mean:+.3f} [{low:+.3f}, {high:+.3f}] here, "
@@ -40,9 +37,8 @@ SHOWN_ROWS = 12  # of a figure's table
 def prose(markdown: str, escape: bool = False) -> Markup:
     """Markdown as HTML, its tables in boxes that scroll; `escape` shows HTML in it as text."""
     made = html.clean(MarkdownWithMath(renderer=IPythonRenderer(escape=escape)).render(markdown))
-    parts = re.split(r"(<table>.*?</table>)", made, flags=re.DOTALL)  # every other one is a table
-    parts[1::2] = [html.fill("wide", table=Markup(table)) for table in parts[1::2]]
-    return Markup("".join(parts))
+    wide = html.fill("wide", table=Markup(r"\1"))
+    return Markup(re.sub(r"(<table>.*?</table>)", wide, made, flags=re.DOTALL))
 
 
 def output_html(output: nbformat.NotebookNode, drawn: Iterable[str] = ()) -> Markup:
@@ -85,8 +81,6 @@ def flat(profile: dict[str, Any]) -> dict[str, Any]:
 
 def measured_by(manifest: dict[str, Any]) -> str:
     """The profile of a run and the commits that made its stages and notebooks."""
-    if "git" in manifest:  # until 0.2.0 a manifest named one commit for all, that of its last call
-        return f"profile {manifest['profile']['name']}, commit {manifest['git'][:7]}"
     made = [one["made"] for part in ("stages", "notebooks") for one in manifest[part].values()]
     commits = dict.fromkeys(str(one["commit"])[:7] for one in made)
     held = ", with changes that no commit holds" if any(one.get("dirty") for one in made) else ""
@@ -104,8 +98,10 @@ def compare(run: Path, figures: Path) -> list[str]:
         theirs, named = manifest["profile"], measured_by(manifest)
         here, there = flat(own), flat(theirs)
         gains, verdicts = (
-            pd.read_csv(run / "figures" / file).merge(pd.read_csv(figures / file), **both)
-            for file, both in JOINED.items()
+            pd.read_csv(run / "figures" / file).merge(
+                pd.read_csv(figures / file), on=key, suffixes=("", " there")
+            )
+            for file, key in ((GAINS, ["set", "system"]), (LEDGER, "claim"))
         )
         apart = (gains["low"] > gains["high there"]) | (gains["high"] < gains["low there"])
         other = verdicts["verdict"] != verdicts["verdict there"]
@@ -137,9 +133,9 @@ def write(lab: Lab, figures: Path) -> tuple[Path, list[str]]:
     settings, drawn, gallery = flat(manifest["profile"]), set(), {}
     for path in sorted(lab.figures.glob("*.svg")):
         drawn.add(html.figure(path))
-        table, told = pd.read_csv(path.with_suffix(".csv")), {"name": path.stem, "most": SHOWN_ROWS}
-        shown = html.table(table.head(SHOWN_ROWS))
-        numbers = html.fill("numbers", table=shown, rows=len(table), **told)
+        table = pd.read_csv(path.with_suffix(".csv"))
+        shown = {"name": path.stem, "rows": len(table), "most": SHOWN_ROWS}
+        numbers = html.fill("numbers", table=html.table(table.head(SHOWN_ROWS)), **shown)
         gallery[path.stem] = html.figure(path, numbers)
         for end in (".csv", ".svg", ".png"):
             shutil.copy(path.with_suffix(end), folder / "figures")
@@ -166,9 +162,9 @@ def write(lab: Lab, figures: Path) -> tuple[Path, list[str]]:
     return folder / "index.html", compared
 
 
-def block(name: str) -> re.Pattern[str]:
-    """Where a table stands in the README: between `<!-- ledger -->` and `<!-- /ledger -->`."""
-    return re.compile(BLOCK.format(Path(name).stem[3:]), re.DOTALL)
+def block(mark: str) -> re.Pattern[str]:
+    """Where a table stands in the README: between `<!-- mark -->` and `<!-- /mark -->`."""
+    return re.compile(f"(?<=<!-- {mark} -->).*?(?=<!-- /{mark} -->)", re.DOTALL)
 
 
 def make_reference(lab: Lab, figures: Path, readme: Path) -> None:
@@ -184,20 +180,19 @@ def make_reference(lab: Lab, figures: Path, readme: Path) -> None:
     empty = [one for one in sorted(files) if not (one.is_file() and one.stat().st_size)]
     lacking += [f"{one} is missing or empty" for one in empty]
     text = readme.read_text("utf8") if readme.is_file() else ""
-    for name in (LEDGER, DEVIATIONS):
-        if not block(name).search(text):
-            mark = Path(name).stem[3:]
+    for mark in ("ledger", "deviations"):
+        if not block(mark).search(text):
             lacking.append(f"{readme} must hold <!-- {mark} --> and after it <!-- /{mark} -->")
     if lacking:
         advice = f"Run `make reproduce PROFILE={lab.profile.name}` first."
         raise StoreError(f"Nothing was published: {'; '.join(lacking)}. {advice}")
     ledger = pd.read_csv(lab.figures / LEDGER)[["claim", "statement", "verdict", "why", "paper"]]
-    tables = {LEDGER: ledger, DEVIATIONS: pd.read_csv(lab.figures / DEVIATIONS)}
-    for name, table in tables.items():
+    tables = {"ledger": ledger, "deviations": pd.read_csv(lab.figures / DEVIATIONS)}
+    for mark, table in tables.items():
         told = ["", f"| {' | '.join(table)} |", "|---" * table.shape[1] + "|"]
         told += [f"| {' | '.join(row)} |" for row in table.fillna("").astype(str).to_numpy()]
         told += ["", f"Measured with {measured_by(manifest)}.", ""]
-        text = block(name).sub("\n".join(told).replace("\\", r"\\"), text, count=1)
+        text = block(mark).sub("\n".join(told).replace("\\", r"\\"), text, count=1)
     with replaced(figures) as aside:
         for path in (*files, record):
             shutil.copy(path, aside)
