@@ -281,7 +281,7 @@ def of_set(graph: Graph, name: str) -> Iterator[Stage]:
         yield graph.stage("probe", Of(name, which))
     taught = [f"{which} {signal}" for signal in BESIDE for which in READERS]
     yield from of_run(graph, name, [*graph.targets, *taught])
-    for order, which in product(("shuffled", "empty"), READERS):  # notebook 03
+    for order, which in product(("shuffled", "empty"), graph.asked()):  # notebook 03
         yield graph.stage("teacher", Of(name, which, order))
     if isinstance(graph.sets[name], WorldSet) and profile.distill.side == "query":
         yield graph.varied(CEILING).step2(name, "oracle", first)
