@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from ragkit.data.corpus import Asked, Passage, Question
+from ragkit.data.corpus import Asked, Passage, Question, block
 from ragkit.data.files import write_arrays, write_json
 from ragkit.distillation.teacher import Array, token_contributions
 from ragkit.indicators import measures
-from ragkit.indicators.measures import Embed, Floats, Ints, Tokens
+from ragkit.indicators.measures import Bools, Embed, Floats, Ints, Tokens
 from ragkit.models import device
 from ragkit.models.fid import load_reader, open_reader
 from ragkit.models.reader import PART, Prompt, Reader
@@ -27,6 +27,16 @@ Words = Sequence[tuple[int, int]]  # where they stand in a text, by their charac
 Spans = Sequence[Words]  # the nouns of each question
 Found = Sequence[Sequence[Passage]]  # the passages of each question
 Arrays = dict[str, NDArray[Any]]
+
+
+def passage_tokens(prompt: Prompt) -> tuple[Ints, Ints, Bools]:
+    """The places in a prompt of its passages' tokens, titles included, the passage of each, and
+    whether it is one of the title's."""
+    owner = np.array(prompt.owner)
+    title = owner == PART["title"]
+    number = np.cumsum(title & ~np.r_[False, title[:-1]]) - 1  # the first title opens the first
+    places = np.flatnonzero(title | (owner >= 0))
+    return places, np.where(title, number, owner)[places], title[places]
 
 
 def look_at_tokens(reader: Reader, questions: Sequence[Question], found: Found) -> Tokens:
@@ -42,30 +52,37 @@ def look_at_tokens(reader: Reader, questions: Sequence[Question], found: Found) 
             parts = np.stack([owner >= 0, *(owner == PART[name] for name in beside)])
             parts[:, 0] = False  # the first token is a place of its own
             sums = np.stack([plain[part].sum(0) for part in parts] + [plain[0]], axis=1)
-            yield own[owner >= 0], (sums / plain.sum(0)[:, None]).astype(np.float32)[None]
+            shares = (sums / plain.sum(0)[:, None]).astype(np.float32)
+            yield own[passage_tokens(prompt)[0]], shares[None]
 
     pairs = list(zip(questions, found, strict=True))
     prompts = [reader.prompt(q, list(passages), q.answers[0]) for q, passages in pairs]
     seen = device.spread(prompts, reader.settings.at_once, look, "tokens")
     parts = []
     for number, (prompt, passages, one) in enumerate(zip(prompts, found, seen, strict=True)):
-        owner = np.array(prompt.owner)
-        places = np.flatnonzero(owner >= 0)
-        ids, own = np.array(prompt.ids)[places], owner[places]
-        ends = [last_characters(reader, p.text, ids[own == i]) for i, p in enumerate(passages)]
+        places, own, title = passage_tokens(prompt)
+        ids, ends = np.array(prompt.ids)[places], np.full(len(places), -1)
+        for i, passage in enumerate(passages):
+            for text, is_title in ((block(passage.title, ""), True), (passage.text, False)):
+                there = (own == i) & (title == is_title)
+                ends[there] = last_characters(reader, text, ids[there])
         mine, from_end = np.full(len(ids), number), prompt.answer_start - places
-        parts.append((ids, own, mine, from_end, np.concatenate(ends), *one))
+        parts.append((ids, own, title, mine, from_end, ends, *one))
     return Tokens(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def last_characters(reader: Reader, text: str, ids: Ints) -> Ints:
-    """The place in a passage's text of the last character of each of its first tokens `[tokens]`,
-    which are given as they stand in a prompt; all -1 where the text alone has other tokens."""
-    encoded = reader.tokenizer(" " + text, add_special_tokens=False, return_offsets_mapping=True)
-    if encoded["input_ids"][: len(ids)] != ids.tolist():
-        return np.full(len(ids), -1)
-    ends = [end for _, end in encoded["offset_mapping"][: len(ids)]]
-    return np.array(ends, dtype=np.int64) - 2  # one for the space put before the text
+    """The place in a text of the last character of each of its first tokens `[tokens]`, which are
+    given as they stand in a prompt; all -1 where the text alone has other tokens."""
+    for before in (" ", "\n", ""):  # as behind a title, behind a passage, at a prompt's beginning
+        encoded = reader.tokenizer(
+            before + text, add_special_tokens=False, return_offsets_mapping=True
+        )
+        pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+        own = [(token, end) for token, (_, end) in pairs if end > len(before)][: len(ids)]
+        if [token for token, _ in own] == ids.tolist():
+            return np.array([end for _, end in own], dtype=np.int64) - 1 - len(before)
+    return np.full(len(ids), -1)
 
 
 def within_spans(
@@ -126,8 +143,8 @@ def space(reader: Reader, model: Reader | Retriever) -> Embed:
 def contextual_closeness(
     reader: Reader, questions: Sequence[Question], found: Found, nouns: Spans | None
 ) -> Arrays:
-    """Closeness of each passage token to the `answer` and to the `nouns`, and its id (`ids`)
-    `[tokens]`, as in `Tokens`: in a decoder's last hidden states of the prompt with its answer."""
+    """Closeness of each token of `Tokens` to the `answer` and to the `nouns`, and its id (`ids`)
+    `[tokens]`: in a decoder's last hidden states of the prompt with its answer."""
 
     def look(batch: Iterable[Any]) -> Iterator[Arrays]:
         for question, passages, spans in batch:
@@ -140,8 +157,9 @@ def contextual_closeness(
                 words = within_spans(reader, question, spans, passages)
                 inside = np.array([is_noun for _, is_noun in words], dtype=bool)
                 goals["nouns"] = states[owner == PART["question"]][inside]
-            own = {name: measures.closeness(states[owner >= 0], to) for name, to in goals.items()}
-            yield own | {"ids": np.array(prompt.ids)[owner >= 0]}
+            here = passage_tokens(prompt)[0]
+            own = {name: measures.closeness(states[here], to) for name, to in goals.items()}
+            yield own | {"ids": np.array(prompt.ids)[here]}
 
     asked = list(zip(questions, found, nouns or [[]] * len(questions), strict=True))
     parts = device.spread(asked, 1, look, "contextual")
@@ -222,7 +240,8 @@ def make_probe(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
     embeddings."""
     asked, nouns, base = opened(inputs, settings, "dev")
     reader = open_reader(inputs, settings)
-    tokens, embed = look_at_tokens(reader, asked.questions, asked.passages), space(reader, base)
+    seen, embed = look_at_tokens(reader, asked.questions, asked.passages), space(reader, base)
+    tokens = seen.texts
     attention = tokens.attention(AttentionSettings(**settings["attention"]))
     measured: dict[str, float] = {}
     for goal, goals in wanted_ids(reader, asked.questions, nouns).items():

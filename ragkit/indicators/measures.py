@@ -3,20 +3,20 @@
 A token's attention is its lift: its contribution over the mean of the question's passage tokens.
 Its closeness is the cosine to the nearest wanted token in one frozen space. All is measured per
 question, for tokens of one prompt are no independent sample; they come question after question, and
-`question` `[tokens]` numbers them. What is undefined is NaN. At the end: means with intervals."""
+`question` `[tokens]` numbers them. What is undefined is NaN. At the end: means with intervals, for
+which questions about one entity are no independent sample either: whole groups are resampled."""
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
-from scipy import stats
 
 from ragkit.distillation.targets import over_layers
 from ragkit.errors import DataError
@@ -32,20 +32,21 @@ MEASURES = ("attention", "Spearman", "Spearman closest")
 SPACES = ("input", "own", "retriever", "contextual")  # where closeness is measured
 # the input space, its vectors dealt anew for each question; 1 for wanted tokens, 0 for others
 CONTROLS = ("permuted", "overlap")
-LINE = 0.3  # the paper's threshold for Indicator 2, Spearman
 UNDEFINED = np.errstate(invalid="ignore", divide="ignore")  # what it is becomes NaN
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """The passage tokens of some questions' prompts, in order, as one reader saw them.
-    `[tokens]`: `ids`, `owner` (place of its passage), `question`, `from_end` (tokens to the
-    prompt's end), `ends` (place of its last character in its passage's text, -1 if unknown).
+    """The tokens of passages and their titles in some questions' prompts, as one reader saw them.
+    `[tokens]`: `ids`, `owner` (place of its passage), `title` (whether it is one of the title's),
+    `question`, `from_end` (tokens to the prompt's end), `ends` (place of its last character in its
+    passage's text or title, -1 if unknown).
     `contribution` `[tokens, rows, norm (off, on), layers]`, rows as in `settings.ROWS`; `mass`
     `[questions, rows, places]`: share of plain attention, mean of all layers, on each of PLACES."""
 
     ids: Ints
     owner: Ints
+    title: Bools
     question: Ints
     from_end: Ints
     ends: Ints
@@ -56,6 +57,12 @@ class Tokens:
         """Contributions `[tokens]` under one choice of rows, norm and layers."""
         chosen = self.contribution[:, ROWS.index(settings.rows), int(settings.norm)]
         return over_layers(chosen, settings.layers)
+
+    @property
+    def texts(self) -> "Tokens":
+        """Those of the passages' own texts alone."""
+        of_tokens = {name: of[~self.title] for name, of in vars(self).items() if name != "mass"}
+        return Tokens(**of_tokens, mass=self.mass)
 
     @classmethod
     def load(cls, folder: Path) -> "Tokens":
@@ -178,48 +185,88 @@ def indicator(
     return table
 
 
-def deciles(attention: Floats, close: Floats, question: Ints) -> Floats:
-    """Mean lift of each tenth of a question's tokens by closeness `[questions, 10]`, farthest
-    first; ties share the tenth of their mean rank."""
+def deciles(attention: Floats, close: Floats, question: Ints, parts: int = 10) -> Floats:
+    """Mean lift of each tenth (or so many `parts`) of a question's tokens by closeness
+    `[questions, parts]`, farthest first; ties share the part of their mean rank. Tokens without a
+    closeness are left out."""
     lifts, n = lift(attention, question), len(np.bincount(question))
     known = np.isfinite(close) & np.isfinite(lifts)
     lifts, close, question = lifts[known], close[known], question[known]
     places = (ranks(close, question) - 0.5) / np.bincount(question)[question]
-    cells = 10 * question + np.minimum(places * 10, 9.999).astype(int)
-    return means(lifts, cells, 10 * n).reshape(n, 10)
+    cells = parts * question + np.minimum(places * parts, parts - 1e-3).astype(int)
+    return means(lifts, cells, parts * n).reshape(n, parts)
+
+
+def matched_lead(lifts: Floats, near: Bools, cells: NDArray[Any], question: Ints) -> Floats:
+    """Mean lead in lift of each question's `near` tokens over the others of the same cell (of
+    `[kinds, tokens]`, such as place and part of speech) `[questions]`; NaN lifts take no part."""
+    _, cell = np.unique(np.vstack([question, cells]), axis=1, return_inverse=True)
+    n, known = len(np.bincount(question)), np.isfinite(lifts)
+    others = means(lifts[known & ~near], cell[known & ~near], cell.max() + 1)
+    leads = lifts - others[cell]
+    mine = near & np.isfinite(leads)
+    return means(leads[mine], question[mine], n)
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % bootstrap interval, and the number of units behind it."""
+    """A mean with its 95 % bootstrap interval, the number of groups behind it, and the means of the
+    resamples `[resamples]`, none where the bounds are NaN."""
 
     mean: float
     low: float
     high: float
     n: int
+    draws: Floats = field(default_factory=lambda: np.empty(0), repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
-def interval(values: Floats, resamples: int = 2000) -> Interval:
-    """Mean of `values` `[n]` with a percentile interval (SciPy); of fewer than two, NaN bounds."""
-    n, mean = len(values), float(np.mean(values)) if len(values) else math.nan
-    low = high = mean if n > 1 else math.nan
-    if n > 1 and np.ptp(values) > 0:
-        resampling = {"n_resamples": resamples, "method": "percentile", "rng": 0}
-        low, high = stats.bootstrap((values,), np.mean, **resampling).confidence_interval
-    return Interval(mean, float(low), float(high), n)
-
-
-def paired_gain(after: Floats, before: Floats, resamples: int = 2000) -> Interval:
-    """Mean gain of `after` over `before` `[questions]`, bootstrapped over questions, and over seeds
-    where `after` is `[seeds, questions]`: the interval then holds both sources of chance."""
-    gains, rng = np.atleast_2d(after) - before[None, :], np.random.default_rng(0)
-    # how often each seed and each question is drawn: a resample's mean is weighted by these
-    by_seed, by_question = (
-        rng.multinomial(size, np.full(size, 1 / size), size=resamples) for size in gains.shape
+@UNDEFINED
+def draws(values: Floats, groups: NDArray[Any], resamples: int, seed: int = 0) -> Floats:
+    """Bootstrap means `[resamples, ...]` of `values` `[..., n]`, NaN left out. Whole groups (labels
+    `[n]`) are drawn, the same ones for all rows. Rounded to 12 digits: what lies at a line does so
+    on every machine."""
+    rows, label = values.reshape(-1, len(groups)), np.unique(groups, return_inverse=True)[1]
+    n, there = label.max() + 1, np.isfinite(rows)
+    sums, sizes = (  # [groups, rows]
+        np.stack([np.bincount(label, row, minlength=n) for row in given], axis=1)
+        for given in (np.where(there, rows, 0), there)
     )
-    draws = ((by_seed @ gains) * by_question).sum(1) / gains.size
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return Interval(float(gains.mean()), float(low), float(high), gains.shape[1])
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    return ((drawn @ sums) / (drawn @ sizes)).reshape(resamples, *values.shape[:-1]).round(12)
+
+
+def percentiles(cloud: Floats, mean: float, n: int) -> Interval:
+    """The percentile interval of resampled means `[resamples]`, NaN left out."""
+    known = cloud[np.isfinite(cloud)]
+    low, high = np.quantile(known, [0.025, 0.975]) if len(known) else (math.nan, math.nan)
+    return Interval(mean, float(low), float(high), n, known)
+
+
+def interval(values: Floats, groups: NDArray[Any] | None = None, resamples: int = 2000) -> Interval:
+    """Mean of `values` `[n]` or `[seeds, n]`, NaN left out, resampled by groups (labels `[n]`; by
+    default each value is its own) and over seeds: both sources of chance. Of fewer than two groups
+    there are no bounds."""
+    rows = np.atleast_2d(values)
+    seeds, size = rows.shape
+    known, labels = np.isfinite(rows).any(0), np.arange(size) if groups is None else groups
+    rows, labels = rows[:, known], labels[known]
+    n, mean = len(np.unique(labels)), float(np.nanmean(rows)) if known.any() else math.nan
+    if n < 2:
+        return percentiles(np.empty(0), mean, n)
+    by_seed = np.random.default_rng(1).multinomial(seeds, np.full(seeds, 1 / seeds), resamples)
+    return percentiles((draws(rows, labels, resamples) * by_seed).sum(1) / seeds, mean, n)
+
+
+@UNDEFINED
+def design_effect(values: Floats, groups: NDArray[Any]) -> float:
+    """How many times the variance of a mean of `values` (`[n]`, or the mean of `[seeds, n]`) by
+    groups is that of as many independent values; NaN where they do not vary."""
+    each = np.atleast_2d(values).mean(0)
+    known = np.isfinite(each)
+    off = each[known] - each[known].mean()
+    by_group = np.bincount(np.unique(groups[known], return_inverse=True)[1], off)
+    grouped, alone = (one @ one * len(one) / (len(one) - 1) for one in (by_group, off))
+    return float(grouped / alone)
