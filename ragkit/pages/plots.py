@@ -55,7 +55,7 @@ def panels(
     plt.setp([axis.get_legend() for axis in axes], visible=False)
     handles, names = axes[0].get_legend_handles_labels()
     if len(names) > 1:
-        names = [fill(name, 58 // ncols) for name in names]
+        names = [fill(name, 56 // ncols) for name in names]
         figure.legend(handles, names, loc="outside upper center", ncols=ncols, frameon=False)
     return figure
 
@@ -161,7 +161,8 @@ def dots(table: pd.DataFrame, row: str, label: str, line: float) -> tuple[Figure
     look: Look = {**WITHIN, "x": "value", "y": "row", "order": drawn["row"].unique(), "ls": "none"}
     look |= {"hue": "reader", "hue_order": readers, "palette": colours, "markers": MARKERS * 2}
     look |= {"dodge": not alone and 0.14 * (len(readers) - 1), "ms": 6, "err_kws": {"lw": 2}}
-    height, ncols = 0.44 * drawn["row"].nunique() + 0.6, 3 if len(readers) in (3, 5, 6) else 2
+    three = len(readers) in (3, 5, 6) and max(map(len, readers)) < 15  # else too wide for a phone
+    height, ncols = 0.44 * drawn["row"].nunique() + 0.6, 3 if three else 2
     figure = panels(sns.pointplot, bounds(drawn), height, ncols, (label, ""), **look)
     for axis in figure.axes:
         axis.axvline(line, **RULE)
