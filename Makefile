@@ -65,9 +65,10 @@ course: $(READY)     ## student and solution notebooks and a lesson plan, tried 
 tidy: $(READY)       ## remove what the run of PROFILE does not need any more
 	$(RUN) -m ragkit tidy --profile '$(PROFILE)'
 
-pretrain: $(READY)   ## train the embedded reader again (hours); a killed run goes on
+pretrain: $(READY)   ## train the embedded readers again (hours); a killed run goes on
 	mkdir -p runs
 	$(RUN) -m papermill notebooks/appendix/pretraining.ipynb runs/pretraining.ipynb -p OUT ragkit/assets/reader
+	$(RUN) -m papermill notebooks/appendix/pretraining_fid.ipynb runs/pretraining_fid.ipynb -p OUT ragkit/assets/encoder_decoder
 
 clean:           ## remove runs and the environment
 	rm -rf runs .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .import_linter_cache

@@ -45,6 +45,7 @@ def make(*arguments, **environment):
         ("course", "python -m ragkit course --profile 'tiny'"),
         ("tidy", "python -m ragkit tidy --profile 'tiny'"),
         ("pretrain", "papermill notebooks/appendix/pretraining.ipynb"),
+        ("pretrain", "papermill notebooks/appendix/pretraining_fid.ipynb"),
     ],
 )
 def test_each_command_sets_itself_up_first(target, words):
