@@ -113,10 +113,10 @@ class Lab:
         """Start and end, in characters, of the nouns of each question of a part. NounsError says
         why where no noun finder is at hand for this set."""
         if not self.graph.has_nouns(set_name):
-            model = f"{self.profile.nouns!r} is not here, or knows the embedded worlds only"
-            advice = "Name a spaCy pipeline (python -m spacy download en_core_web_sm) or its folder"
             raise NounsError(
-                f"No noun finder for the questions of {set_name}: {model}. {advice} under nouns."
+                f"No noun finder for the questions of {set_name}: {self.profile.nouns!r} is not "
+                "here, or knows the embedded worlds only. Name a spaCy pipeline (python -m spacy "
+                "download en_core_web_sm) or its folder under nouns."
             )
         return read_json(self.open("nouns", set_name) / "spans.json")[part]
 

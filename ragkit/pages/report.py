@@ -116,11 +116,8 @@ def compare(run: Path, figures: Path) -> list[str]:
     told += [VERDICT.format(**row) for row in verdicts[other].to_dict("records")]
     counts = f"of {len(gains)} gains and {len(verdicts)} verdicts, {len(told) or 'none'} differ"
     summary = f"Compared with the reference ({named}): {counts} (gains by their intervals)."
-    settings = [
-        f"{name} {here[name]} here, {there[name]} there"
-        for name in sorted(here.keys() & there.keys() - {"name"})
-        if here[name] != there[name]
-    ]
+    names = sorted(here.keys() & there.keys() - {"name"})
+    settings = [f"{n} {here[n]} here, {there[n]} there" for n in names if here[n] != there[n]]
     return [summary, *told, f"Settings that differ: {'; '.join(settings) or 'none'}."]
 
 
