@@ -50,8 +50,10 @@ lint: $(READY)       ## ruff, mypy, and the order of the rooms
 	$(RUN) -m mypy
 	$(RUN) -c 'from importlinter.cli import lint_imports_command as lint; lint()'
 
-lab: $(READY)        ## JupyterLab on working copies of the notebooks
-	$(RUN) -m jupyter lab $$($(RUN) -m ragkit lab)
+lab: $(READY)        ## JupyterLab on working copies of the notebooks; those in lab/ are kept
+	mkdir -p lab
+	for one in notebooks/*.ipynb; do [ -e lab/$${one##*/} ] || cp $$one lab/; done
+	$(RUN) -m jupyter lab lab
 
 report: $(READY)     ## write the report of PROFILE again
 	$(RUN) -m ragkit report --profile '$(PROFILE)'

@@ -21,7 +21,7 @@ from ragkit.experiment.graph import Graph, Of, stages
 from ragkit.experiment.store import Stage, Store, fingerprint
 from ragkit.profile import Profile, load_profile
 
-TAKEN = ("course", "lab", "bench")  # folders below `runs/` that are no runs
+TAKEN = ("course", "bench")  # folders below `runs/` that are no runs
 OPENED = "RAGKIT_OPENED"  # names a file that takes down which stages a notebook opens
 FIGURES = "RAGKIT_FIGURES"  # names the folder that a notebook's figures go to
 Places = NDArray[np.int64]  # of passages
