@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from scipy import special
 from scipy.optimize import brentq
 
-from ragkit.data.corpus import Asked
+from ragkit.data.corpus import Asked, Passage, Question
 from ragkit.data.text import holds_answer
 from ragkit.errors import DataError
 from ragkit.settings import ROWS, AttentionSettings, DistillSettings
@@ -223,7 +223,7 @@ def scores_of(target: str, looks: Looks, asked: Asked, attention: AttentionSetti
         golds = asked.corpus.golds(asked.questions, asked.candidates)
         return oracle_scores(asked.candidates.tolist(), golds)
     if target == "answer string":
-        return holding(asked).astype(np.float64)
+        return holding(asked.questions, asked.passages).astype(np.float64)
     _, signal = teacher_of(target) or ("", "")
     if not looks or not signal:
         raise DataError(f"There is no target {target!r}, or its reader's scores are missing.")
@@ -232,9 +232,9 @@ def scores_of(target: str, looks: Looks, asked: Asked, attention: AttentionSetti
     return looks["loop"]["loop"].astype(float) if signal == "LOOP" else likelihood(looks["alone"])
 
 
-def holding(asked: Asked) -> Bools:
-    """Which candidates hold an answer as text `[questions, k]`."""
-    pairs = zip(asked.passages, asked.questions, strict=True)
+def holding(questions: Sequence[Question], found: Sequence[Sequence[Passage]]) -> Bools:
+    """Which passages hold an answer to their question as text `[questions, k]`."""
+    pairs = zip(found, questions, strict=True)
     return np.array([[holds_answer(p.text, q.answers) for p in row] for row, q in pairs])
 
 

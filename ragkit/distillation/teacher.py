@@ -1,7 +1,7 @@
 """The teacher's look: one reader reads every question's passages; all targets come from such."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ragkit.attention.record import passage_scores
-from ragkit.data.corpus import Asked
+from ragkit.data.corpus import Asked, Passage, Question
 from ragkit.data.files import write_arrays, write_json
 from ragkit.distillation.targets import Scores, holding
 from ragkit.models import device
@@ -21,6 +21,7 @@ from ragkit.models.fid import open_reader
 from ragkit.models.reader import Prompt, Reader
 
 Array = NDArray[np.float32]
+Found = Sequence[list[Passage]]  # the passages of each question
 
 
 def token_contributions(reader: Reader, prompts: list[Prompt]) -> Tensor:
@@ -46,8 +47,10 @@ def places_of(order: str, n: int, k: int, seed: int) -> NDArray[np.int64]:
     return ranks[:, ::-1].copy() if order == "reversed" else ranks
 
 
-def look(reader: Reader, asked: Asked, order: str = "rank", seed: int = 0) -> Scores:
-    """Scores of every question's passages, which stand in the prompt in an order: `rank`,
+def look(
+    reader: Reader, questions: Sequence[Question], found: Found, order: str = "rank", seed: int = 0
+) -> Scores:
+    """Scores of every question's passages, best first in `found`, which stand in the prompt in an order: `rank`,
     `reversed`, `shuffled` by a seed, or `empty`, which is `rank` under a question without a word.
 
     `attention` `[questions, ROWS, norm (off, on), layers, heads, k]`, summed over a passage's
@@ -56,10 +59,10 @@ def look(reader: Reader, asked: Asked, order: str = "rank", seed: int = 0) -> Sc
     `[questions, k]`: whether a passage holds an answer as text, and its place in the prompt;
     `trimmed` `[questions]`: tokens cut off a prompt too long.
     """
-    (n, k), questions = asked.candidates.shape, asked.questions
+    holds, k = holding(questions, found).astype(np.uint8), len(found[0])
     if order == "empty":
         questions = [replace(q, text="", cloze="", answers=("",)) for q in questions]
-    places = places_of(order, n, k, seed)
+    places = places_of(order, len(found), k, seed)
 
     def seen(batch: list[Prompt]) -> list[tuple[Array, Array, NDArray[np.int64]]]:
         tokens, result = token_contributions(reader, batch).cpu().float(), []
@@ -73,7 +76,7 @@ def look(reader: Reader, asked: Asked, order: str = "rank", seed: int = 0) -> Sc
         return result
 
     prompts = []
-    for question, passages, row in zip(questions, asked.passages, places, strict=True):
+    for question, passages, row in zip(questions, found, places, strict=True):
         shown = [passages[i] for i in row.argsort()]
         prompts.append(reader.prompt(question, shown, question.answers[0]))
     rows = device.spread(prompts, reader.settings.at_once, seen, "attention")
@@ -82,7 +85,7 @@ def look(reader: Reader, asked: Asked, order: str = "rank", seed: int = 0) -> Sc
         "attention": np.take_along_axis(attention, places[:, None, None, None, None], -1),
         "tokens": np.take_along_axis(counts, places, 1),
         "outside": outside,
-        "holds": holding(asked).astype(np.uint8),
+        "holds": holds,
         "places": places,
         "trimmed": np.array([p.trimmed for p in prompts]),
     }
@@ -99,29 +102,31 @@ def answer_losses(reader: Reader, prompts: list[Prompt], at_once: int) -> Array:
     return pad_sequence(rows, batch_first=True, padding_value=math.nan).numpy()
 
 
-def alone(reader: Reader, asked: Asked) -> Array:
+def alone(reader: Reader, questions: Sequence[Question], found: Found) -> Array:
     """Log-probability of each answer token given one passage alone `[questions, k, answer tokens]`,
     NaN behind an answer's end."""
-    prompts = [reader.prompt(q, [p], q.answers[0]) for q, found in asked.pairs for p in found]
+    pairs = zip(questions, found, strict=True)
+    prompts = [reader.prompt(q, [p], q.answers[0]) for q, passages in pairs for p in passages]
     logs = -answer_losses(reader, prompts, 4 * reader.settings.at_once)
-    return logs.reshape(*asked.candidates.shape, -1)
+    return logs.reshape(len(questions), len(found[0]), -1)
 
 
-def left_out_losses(reader: Reader, asked: Asked) -> Array:
+def left_out_losses(reader: Reader, questions: Sequence[Question], found: Found) -> Array:
     """LOOP's scores `[questions, k]` (ATLAS): the answer's mean loss without that passage."""
     prompts = []
-    for question, passages in asked.pairs:
+    for question, passages in zip(questions, found, strict=True):
         for place in range(len(passages)):
             others = passages[:place] + passages[place + 1 :]
             prompts.append(reader.prompt(question, others, question.answers[0]))
     losses = answer_losses(reader, prompts, reader.settings.at_once)
-    return np.nanmean(losses, axis=1).reshape(asked.candidates.shape)
+    return np.nanmean(losses, axis=1).reshape(len(questions), -1)
 
 
 def make_teacher(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """A reader's look at the questions of a part: `scores.safetensors`, `trimmed.json`."""
     asked = Asked.open(inputs, settings["part"], settings["questions"], settings["k"])
-    scores = look(open_reader(inputs, settings), asked, settings["order"], settings["seed"])
+    reader, shown = open_reader(inputs, settings), (settings["order"], settings["seed"])
+    scores = look(reader, asked.questions, asked.passages, *shown)
     if device.is_main():
         write_arrays(folder / "scores.safetensors", scores)
         counts = {"trimmed": int((scores["trimmed"] > 0).sum()), "prompts": len(asked.questions)}
@@ -134,7 +139,7 @@ make_heads = make_teacher  # of dev: the look by which heads are chosen
 def make_alone(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """What each passage alone says for the answer: `scores.safetensors` with `answer_logs`."""
     asked = Asked.open(inputs, "distill", settings["questions"], settings["k"])
-    logs = alone(open_reader(inputs, settings), asked)
+    logs = alone(open_reader(inputs, settings), asked.questions, asked.passages)
     if device.is_main():
         write_arrays(folder / "scores.safetensors", {"answer_logs": logs})
 
@@ -142,6 +147,6 @@ def make_alone(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
 def make_loop(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """The same reader without one passage at a time: `scores.safetensors` with `loop`."""
     asked = Asked.open(inputs, "distill", settings["questions"], settings["k"])
-    losses = left_out_losses(open_reader(inputs, settings), asked)
+    losses = left_out_losses(open_reader(inputs, settings), asked.questions, asked.passages)
     if device.is_main():
         write_arrays(folder / "scores.safetensors", {"loop": losses})

@@ -4,16 +4,18 @@ from itertools import product
 
 import numpy as np
 import pandas as pd
+import yaml
 
 from ragkit.distillation.targets import READERS
 from ragkit.experiment.analysis import COMPARED, Analysis, Goal, resampled
 from ragkit.experiment.tables import top_is_gold
 from ragkit.indicators import measures
 from ragkit.indicators.measures import SPACES, Floats
-from ragkit.settings import LAYERS, ROWS, AttentionSettings
+from ragkit.settings import LAYERS, ROWS, AttentionSettings, asset
 
 SHARES = (0.05, 0.1, 0.2)
-MEASURES = ("Spearman", *(f"attention, closest {share:.0%}" for share in SHARES))
+NUMBERS = ("attention", "Spearman")  # within the closest share
+MEASURES = ("Spearman, all", *(f"{number}, closest {s:.0%}" for s in SHARES for number in NUMBERS))
 SCORING = ("rows", "norm", "layers", "space", "exact")  # choices that need no new training
 VARIANTS = list(product(ROWS, ("no norm", "norm"), LAYERS))
 KEYS = list(product(MEASURES, VARIANTS, SPACES, ("with exact", "no exact")))
@@ -33,7 +35,9 @@ def per_question(analysis: Analysis, which: str, goal: Goal) -> Floats:
             near = [measures.closest(close[kept], question, share) for share in SHARES]
             for lift in (one[kept] for one in lifts):
                 found.append(measures.spearman(lift, close[kept], question, n))
-                found += [measures.means(lift[one], question[one], n) for one in near]
+                for one in near:
+                    found.append(measures.means(lift[one], question[one], n))
+                    found.append(measures.spearman(lift[one], close[kept][one], question[one], n))
     shape = (len(SPACES), 2, len(VARIANTS), len(MEASURES), n)
     return np.reshape(found, shape).transpose(3, 2, 0, 1, 4).reshape(len(KEYS), n)
 
@@ -92,3 +96,22 @@ def trained(analysis: Analysis) -> pd.DataFrame:
         rows.append((variation, which, gain.mean, gain.low, gain.high, right))
     columns = ["variation", "reader", "mean", "low", "high", "top is gold"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def deviations(trained: pd.DataFrame) -> pd.DataFrame:
+    """What is known of the paper's choices, what is taken here, and how far the gains in HR@5 of
+    both regimes move under the choice's variations (`trained` of every set): columns choice, paper,
+    here, moves."""
+    rows = yaml.safe_load(asset("deviations.yaml").read_text("utf8"))
+    wide = trained.pivot(index="variation", columns=["set", "reader"], values="mean")
+    moved = wide - wide.loc["as it is"]
+    for row in rows:
+        names, told = row.pop("varied", []), []
+        for name in (name for name in names if name in moved.index):
+            by_reader = moved.loc[name].groupby("reader", sort=False)
+            ranges = [
+                f"{which} {part.min():+.3f} to {part.max():+.3f}" for which, part in by_reader
+            ]
+            told.append(f"{name}: {', '.join(ranges)}")
+        row["moves"] = "; ".join(told) or ("not run here" if names else "not varied")
+    return pd.DataFrame(rows)
