@@ -2,6 +2,7 @@
 
 import pytest
 
+from ragkit import settings
 from ragkit.errors import ProfileError
 from ragkit.profile import SHIPPED, load_profile, save_profile
 
@@ -59,6 +60,41 @@ def test_two_sets_of_one_name_are_refused(tmp_path):
     text = GOOD.replace("}]", "}, {source: world, name: a, world: trivia, seed: 1}]")
     with pytest.raises(ProfileError, match="sets: 'a' stands there twice"):
         load_profile(write(tmp_path, text))
+
+
+def test_a_seed_follows_from_the_rules_the_world_and_the_draw(tmp_path, monkeypatch):
+    given = GOOD.replace("seed: 1", "seed: rules")
+    path = write(tmp_path, given)
+    rules = (settings.ASSETS / "claims.yaml").read_text("utf8")
+    monkeypatch.setattr(settings, "ASSETS", tmp_path)
+
+    def seed(text, *changes):
+        (tmp_path / "claims.yaml").write_text(text, "utf8")
+        return load_profile(path, changes).sets[0].seed
+
+    first = seed(rules)
+    assert first == settings.derived_seed("almanac", 0)
+    assert seed(f"# reworded\n{rules}") == first
+    others = [seed(rules, "sets.0.draw=1"), seed(rules, "sets.0.world=trivia")]
+    others.append(seed(f"{rules}\nC9: {{claim: a, rule: b}}\n"))
+    assert len({first, *others}) == 4
+    seed(rules)
+    saved = tmp_path / "saved.yaml"
+    save_profile(load_profile(path, ["sets.0.draw=2"]), saved)
+    was = settings.derived_seed("almanac", 2)
+    seed("C1: {claim: another}")  # a saved profile keeps its number, and it no longer agrees
+    (kept,) = load_profile(str(saved)).sets
+    assert (kept.seed, kept.draw) == (was, 2)
+    assert kept.seed != settings.derived_seed("almanac", 2)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [("rule", "sets.0.world.seed"), ("rules, draw: -1", "sets.0.world.draw: Input should be gre")],
+)
+def test_another_word_is_no_seed(tmp_path, given, words):
+    with pytest.raises(ProfileError, match=words):
+        load_profile(write(tmp_path, GOOD.replace("seed: 1", f"seed: {given}")))
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "just words\n"])

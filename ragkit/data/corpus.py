@@ -2,7 +2,6 @@
 no memory), questions in three parts, and what their stages are made of."""
 
 import ast
-import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -21,12 +20,13 @@ from safetensors.numpy import load_file
 from ragkit.data.files import contents, read_jsonl
 from ragkit.data.text import holds_answer, normalise
 from ragkit.errors import DataError
-from ragkit.settings import HubSet, QuestionSet, WorldSet
+from ragkit.settings import FileSet, HubSet, QuestionSet, WorldSet
 
 PARTS = ("distill", "dev", "test")
 PASSAGES = "passages.arrow"
 SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "title", "text")])
 CUTS = (1, 5, 20)
+POOL, ROW, ROW_GZ = 50, 650, 220  # about: passages of a question's pool; bytes of one in a TSV
 Places = Sequence[Sequence[int]]  # of passages, a row a question
 
 
@@ -206,16 +206,14 @@ def same_question(text: str) -> str:
     return normalise(text) or text
 
 
-def drawn(
-    items: Sequence[Any], settings: QuestionSet, parts: Sequence[str], rng: random.Random
-) -> dict[str, list[Any]]:
-    """Disjoint random parts of the set's sizes. Raises DataError if there are too few items."""
+def drawn(items: list[Any], settings: QuestionSet, parts: Sequence[str]) -> dict[str, list[Any]]:
+    """Parts of the set's sizes, one after the other. DataError if there are too few items."""
     sizes = {part: getattr(settings, part) for part in parts}
     if (n := sum(sizes.values())) > len(items):
         there = f"{n} questions asked for, {len(items)} different there. Lower distill, dev or test"
         raise DataError(f"set {settings.name}: {there} (or raise a world's entities).")
-    rest = iter(rng.sample(items, len(items)))
-    return {part: [next(rest) for _ in range(size)] for part, size in sizes.items()}
+    rest = iter(items)
+    return {part: list(islice(rest, size)) for part, size in sizes.items()}
 
 
 def passage_settings(settings: QuestionSet) -> dict[str, Any]:
@@ -228,3 +226,14 @@ def passage_settings(settings: QuestionSet) -> dict[str, Any]:
         kept, source = set(HubSet.model_fields) - {"name"}, settings.questions
     chosen = settings.model_dump(mode="json", include=kept)
     return {"set": chosen, "contents": contents(source)}
+
+
+def passage_count(settings: FileSet | HubSet) -> int:
+    """About how many passages a set has, before it is read; 0 if nobody can tell."""
+    if isinstance(settings.passages, str):
+        file = Path(settings.passages)
+        size = file.stat().st_size if file.is_file() else 0
+        return size // (ROW_GZ if file.suffix == ".gz" else ROW)
+    if settings.passages is None:
+        return POOL * (settings.distill + settings.dev + settings.test)
+    return settings.passages.rows.get(settings.passage_split, 0)

@@ -65,7 +65,8 @@ def make_questions(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
         read = read_questions(Path(one.questions), Passages(inputs["passages"] / PASSAGES))
         questions = without_repeats(read)
         left_out["repeated"] = len(read) - len(questions)
-        parts = drawn(questions, one, PARTS, random.Random(f"split {one.seed}"))
+        shuffled = random.Random(f"split {one.seed}").sample(questions, len(questions))
+        parts = drawn(shuffled, one, PARTS)
     else:
         _, parts, left_out = from_hub(one)
     for part, asked in parts.items():
@@ -175,7 +176,8 @@ def hub_rows(settings: HubSet, columns: Sequence[str]) -> tuple[list[Row], Count
             left_out["in another split"] += int(shared.sum())
             kept = kept[~shared]
         own = [p for p in PARTS if name == (heldout if p == "test" else settings.train)]
-        for part, places in drawn(kept.index.tolist(), settings, own, rng).items():
+        shuffled = rng.sample(kept.index.tolist(), len(kept))
+        for part, places in drawn(shuffled, settings, own).items():
             pairs = zip(places, table.select(places), strict=True)
             rows += [(part, f"{name}:{place}", row) for place, row in pairs]
     return rows, left_out

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import zip_longest
 from typing import Any
 
 import yaml
@@ -209,10 +210,18 @@ def open_prose(world: str, n: int, rng: random.Random) -> list[str]:
     return pieces
 
 
+def size(settings: WorldSet) -> int:
+    """How many passages a world has."""
+    kinds = [*SPEC["worlds"][settings.world]["entities"]] * settings.entities
+    facts = [kind for kind, _ in relations(settings.world)]  # the kinds take turns
+    return settings.wordings_per_fact * sum(map(facts.count, kinds[: settings.entities]))
+
+
 def build_world(settings: WorldSet, reserved: bool = True) -> Corpus:
     """A question set of a world, of reserved names (the measured sets) or of the others (training).
-    Two thirds of the entities serve distillation, a sixth each dev and test. The sizes of the parts
-    change no passage. Raises DataError if there are too few questions."""
+    Each test question has an entity of its own until half of all are taken, each of dev until a
+    sixth are; the others serve distillation. The sizes of the parts change no passage. Raises
+    DataError if there are too few questions."""
     rng = random.Random(f"world {settings.world} {settings.seed}")
     entities = make_entities(settings.world, settings.entities, rng, reserved)
     entities = rng.sample(entities, len(entities))
@@ -227,24 +236,25 @@ def build_world(settings: WorldSet, reserved: bool = True) -> Corpus:
     for place, (name, relation, text) in enumerate(rng.sample(told, len(told))):
         passages.append(Passage(str(place), name, text))
         gold[name, relation] += (place,)
-    sixth, questions = len(entities) // 6, dict[str, list[Question]]()
-    shares = (entities[2 * sixth :], entities[:sixth], entities[sixth : 2 * sixth])
+    dev = min(settings.dev, len(entities) // 6)
+    last, questions = dev + min(settings.test, len(entities) // 2), dict[str, list[Question]]()
+    shares = (entities[last:], entities[:dev], entities[dev:last])
     for part, own in zip(PARTS, shares, strict=True):
-        asked = _questions(settings.name, own, gold, part == "distill", rng)
-        questions |= drawn(asked, settings, [part], rng)
+        asked = (_questions(settings.name, one, gold, part == "distill", rng) for one in own)
+        by_turns = [q for turn in zip_longest(*asked) for q in turn if q]  # entities take turns
+        questions |= drawn(by_turns, settings, [part])
     return Corpus(settings.name, passages, questions)
 
 
 def _questions(
-    name: str, entities: list[Entity], gold: dict[Any, Any], is_training: bool, rng: random.Random
+    name: str, entity: Entity, gold: dict[Any, Any], is_training: bool, rng: random.Random
 ) -> list[Question]:
-    """All questions on these entities; the last wording of each is not asked in training."""
+    """All questions on an entity in random order; the last wording is not asked in training."""
     asked = []
-    for entity in entities:
-        for relation, answers in entity.facts.items():
-            for wording in range(len(entity.told[relation]["questions"]) - is_training):
-                own = f"{name}-{entity.name}-{relation}-{wording}".replace(" ", "_")
-                text, places = ask(entity, relation, wording, rng), gold[entity.name, relation]
-                about = (state(entity, relation, 0)[0].rstrip(), relation, wording, entity.name)
-                asked.append(Question(own, text, answers, places, *about))
-    return asked
+    for relation, answers in entity.facts.items():
+        for wording in range(len(entity.told[relation]["questions"]) - is_training):
+            own = f"{name}-{entity.name}-{relation}-{wording}".replace(" ", "_")
+            text, places = ask(entity, relation, wording, rng), gold[entity.name, relation]
+            about = (state(entity, relation, 0)[0].rstrip(), relation, wording, entity.name)
+            asked.append(Question(own, text, answers, places, *about))
+    return rng.sample(asked, len(asked))

@@ -33,6 +33,14 @@ TOLD = {
     CLOZES[1]: "the same reader, asked by clozes",
     ENCODER_DECODER: "an encoder-decoder reader after Step 1",
 }
+# The systems of the paper's figure: a reader, and the target of the retriever that finds for it.
+SYSTEMS = {
+    "off-the-shelf checkpoint": (READERS[0], ""),
+    "off-the-shelf distillation": (READERS[0], f"{READERS[0]} attention"),
+    "fine-tuned Step 1": (READERS[1], ""),
+    "fine-tuned Step 2": (READERS[1], f"{READERS[1]} attention"),
+    "encoder-decoder distillation": (ENCODER_DECODER, f"{ENCODER_DECODER} attention"),
+}
 # The ways to teach by attention, and what each changes in a profile's settings.
 BY_ATTENTION: dict[str, dict[str, str]] = {
     "attention": {},

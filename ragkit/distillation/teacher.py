@@ -50,8 +50,8 @@ def places_of(order: str, n: int, k: int, seed: int) -> NDArray[np.int64]:
 def look(
     reader: Reader, questions: Sequence[Question], found: Found, order: str = "rank", seed: int = 0
 ) -> Scores:
-    """Scores of every question's passages, best first in `found`, which stand in the prompt in an order: `rank`,
-    `reversed`, `shuffled` by a seed, or `empty`, which is `rank` under a question without a word.
+    """Scores of every question's passages, best first in `found`, which stand in the prompt in an
+    order: `rank`, `reversed`, `shuffled` by a seed, or `empty`: `rank`, and no word is asked.
 
     `attention` `[questions, ROWS, norm (off, on), layers, heads, k]`, summed over a passage's
     tokens, whose number is in `tokens` `[questions, k]`; `outside` `[questions, ROWS]`: share of

@@ -12,16 +12,17 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ragkit.data.corpus import hits
-from ragkit.data.speech import Tagged
-from ragkit.distillation.targets import READERS
+from ragkit.data.corpus import block, hits
+from ragkit.data.speech import Tagged, parts_of_speech
+from ragkit.distillation.targets import READERS, UNTAUGHT
 from ragkit.errors import NounsError
 from ragkit.experiment.graph import TAUGHT_BY
 from ragkit.experiment.lab import Lab
 from ragkit.indicators import measures
-from ragkit.indicators.measures import Floats, Interval, Tokens
+from ragkit.indicators.measures import Bools, Floats, Interval, Tokens
+from ragkit.settings import WorldSet
 
-COMPARED = ("attention", "Spearman")  # the two numbers of an indicator, as the paper names them
+COMPARED = ("attention", "Spearman closest")  # the two numbers of an indicator, as in the figure
 DIFFERENCE = " minus ".join(TAUGHT_BY)
 Goal = Literal["answer", "nouns"]  # what closeness is measured to: Indicator 1, Indicator 2
 
@@ -33,7 +34,7 @@ class Analysis:
         self.lab, self.set_name = lab, set_name
         self.questions = lab.corpus(set_name).questions["test"][: lab.profile.indicators.questions]
         self.found = lab.found(set_name, "test")[: len(self.questions)]
-        for name in ("runs", "tokens", "closeness", "indicator", "hit_gains"):
+        for name in ("runs", "tokens", "closeness", "indicator", "hit_gains", "groups"):
             setattr(self, name, cache(getattr(self, name)))  # each is computed once
 
     def runs(self) -> dict[int, "Analysis"]:
@@ -47,19 +48,22 @@ class Analysis:
         of = self.lab.graph.system(self.set_name, which, target)
         return self.lab.open_stage(self.lab.graph.stage(kind, of))
 
-    def tokens(self, which: str, target: str = "") -> Tokens:
-        """The passage tokens as a reader saw them: of the initial passages, or of those that the
-        retriever of a target finds."""
-        return Tokens.load(self.opened("tokens", which, target))
+    def tokens(self, which: str, target: str = "", titles: bool = False) -> Tokens:
+        """The passage tokens as a reader saw them, with those of the `titles` or without: of the
+        initial passages, or of those that the retriever of a target finds."""
+        tokens = Tokens.load(self.opened("tokens", which, target))
+        return tokens if titles else tokens.texts
 
     def closeness(
-        self, which: str, goal: Goal, space: str, target: str = ""
-    ) -> tuple[Floats, NDArray[np.bool_]]:
-        """Closeness of a reader's tokens to the goal `[tokens]` in one of `measures.SPACES` or
+        self, which: str, goal: Goal, space: str, target: str = "", titles: bool = False
+    ) -> tuple[Floats, Bools]:
+        """Closeness of a reader's `tokens` to the goal `[tokens]` in one of `measures.SPACES` or
         CONTROLS, and which are the goal's own. NounsError, DataError where there is none."""
         if goal == "nouns":
             self.lab.noun_spans(self.set_name, "test")  # says why, where there are none
-        return measures.load_closeness(self.opened("closeness", which, target), goal, space)
+        found = measures.load_closeness(self.opened("closeness", which, target), goal, space)
+        kept = titles | ~self.tokens(which, target, True).title
+        return found[0][kept], found[1][kept]
 
     def indicator(
         self, which: str, goal: Goal, space: str | None = None, target: str = ""
@@ -70,16 +74,32 @@ class Analysis:
         attention = tokens.attention(self.lab.profile.attention)
         return measures.indicator(attention, close, tokens.question, exact, settings.share)
 
-    def by_word(self, which: str, cut: Callable[[str], list[Tagged]]) -> list[str]:
-        """The label of the word that each passage token ends in, or 'unknown' `[tokens]`; `cut`
-        gives start, end and label of every word of a passage's text, in order."""
-        tokens, labels = self.tokens(which), []
-        words = [[cut(passage.text) for passage in passages] for passages in self.found]
-        for place, owner, end in zip(tokens.question, tokens.owner, tokens.ends, strict=True):
-            there = words[place][owner]
+    def by_word(
+        self, which: str, cut: Callable[[str], list[Tagged]], titles: bool = False
+    ) -> list[str]:
+        """The label of the word that each token of `tokens` ends in, or 'unknown' `[tokens]`; `cut`
+        gives start, end and label of every word of a text, in order."""
+        tokens, labels = self.tokens(which, titles=titles), []
+        words = [
+            [(cut(one.text), cut(block(one.title, "")) if titles else []) for one in passages]
+            for passages in self.found
+        ]
+        places = (tokens.question, tokens.owner, tokens.title.astype(int), tokens.ends)
+        for question, owner, title, end in zip(*places, strict=True):
+            there = words[question][owner][title]
             number = bisect_right(there, end, key=itemgetter(1))
             labels.append(there[number][2] if end >= 0 else "unknown")
         return labels
+
+    def speech(self) -> Callable[[str], list[Tagged]]:
+        """What cuts this set's texts into words with their parts of speech: the worlds' own, or the
+        profile's spaCy pipeline; NounsError where there is none."""
+        if isinstance(self.lab.sets[self.set_name], WorldSet):
+            return parts_of_speech
+        from ragkit.indicators.nouns import load_nouns  # it loads spaCy and torch, for real text
+
+        pipeline = load_nouns(self.lab.profile.nouns)
+        return lambda text: [(w.idx, w.idx + len(w), w.pos_) for w in pipeline(text)]
 
     def hits(self, ranking: NDArray[np.int64] | None = None, k: int = 5) -> Floats:
         """HR@k of each test question by a ranking `[questions]`; default: the initial one."""
@@ -87,7 +107,7 @@ class Analysis:
         corpus = self.lab.corpus(self.set_name)
         return hits(rows.tolist(), corpus.golds(corpus.questions["test"], rows), k)
 
-    def gold_found(self) -> NDArray[np.bool_]:
+    def gold_found(self) -> Bools:
         """Whether the k passages of each question looked at hold a gold one `[questions]`."""
         return self.hits(k=self.lab.profile.k)[: len(self.questions)] > 0
 
@@ -97,54 +117,65 @@ class Analysis:
         rankings = [self.lab.distilled(self.set_name, target, seed)[0] for seed in seeds]
         return np.stack([self.hits(ranking) for ranking in rankings]) - self.hits()
 
-    def mean_of(self, values: Floats) -> Interval:
-        """Mean of the values that are numbers, with an interval over questions."""
-        resamples = self.lab.profile.evaluate.bootstrap
-        return measures.interval(values[np.isfinite(values)], resamples=resamples)
+    def groups(self, part: str = "test") -> NDArray[np.str_]:
+        """What each question of a part is resampled with: those about one entity of a world are no
+        independent sample, so its name; on real text its own id."""
+        return np.array([q.entity or q.id for q in self.lab.corpus(self.set_name).questions[part]])
 
-    def mean_gain(self, gains: Floats) -> Interval:
-        """Mean of gains `[seeds, questions]` or `[questions]`, with an interval over both."""
-        resamples = self.lab.profile.evaluate.bootstrap
-        return measures.paired_gain(gains, np.zeros(gains.shape[-1]), resamples=resamples)
+    def mean_of(self, values: Floats, part: str = "test") -> Interval:
+        """Mean of values of the first questions of a part (`[questions]`, or of several seeds
+        `[seeds, questions]`), NaN left out, with an interval over their groups and the seeds."""
+        groups = self.groups(part)[: values.shape[-1]]
+        return measures.interval(values, groups, self.lab.profile.evaluate.bootstrap)
 
-    def differences(self, goal: Goal, space: str | None = None) -> dict[str, Interval]:
-        """Fine-tuned minus off-the-shelf, paired by question: both numbers of an indicator."""
-        poor, good = (self.indicator(which, goal, space) for which in READERS)
-        return {name: self.mean_of((good[name] - poor[name]).to_numpy()) for name in COMPARED}
+    def differences(
+        self, goal: Goal, space: str | None = None, ending: str = ""
+    ) -> dict[str, Interval]:
+        """What C5 asks of an indicator of the two regimes' readers, question by question, by what
+        is compared: one with the other after distillation, each with itself before it. `ending`
+        names the prompt, as the readers' names end."""
+        poor, good = (f"{which}{ending}" for which in READERS)
+        now = {w: self.indicator(w, goal, space, f"{w} attention") for w in (poor, good)}
+        before = {w: self.indicator(w, goal, space) for w in (poor, good)}
+        pairs = {f"{name}, {good} minus {poor}": (name, now[good], now[poor]) for name in COMPARED}
+        name = COMPARED[1]
+        pairs[f"{name}, {good} after minus before"] = (name, now[good], before[good])
+        pairs[f"{name}, {poor} before minus after"] = (name, before[poor], now[poor])
+        return {
+            told: self.mean_of((more[name] - less[name]).to_numpy())
+            for told, (name, more, less) in pairs.items()
+        }
 
     def followings(self, goal: Goal) -> pd.DataFrame:
-        """How well an indicator orders the readers by the gain that each teaches (questions of both
-        resampled independently): columns measure (COMPARED), signal (TAUGHT_BY, DIFFERENCE),
-        correlation (of ranks), low, high, readers."""
-        readers, resamples = self.lab.readers(), self.lab.profile.evaluate.bootstrap
-        draw, rows = np.repeat(np.arange(1 + resamples), len(readers)), []
-
-        def means(values: list[Floats], seed: int) -> Floats:  # the means, then the resampled ones
-            given = np.array(values)
-            found = np.vstack([np.nanmean(given, axis=1), resampled(given, resamples, seed)])
-            return found.round(12).ravel()  # rounding errors, which hang on threads, break no ties
-
+        """How well an indicator orders the readers of all runs of Step 1 by the gain that each
+        teaches: columns measure (COMPARED), signal (TAUGHT_BY, DIFFERENCE), readers, trainings,
+        correlation (of ranks), low, high, value (its Interval). Resampled by training: readers of
+        one are no independent sample. The untaught readers are one more to draw, but no training.
+        """
+        seen, rows = dict[tuple[str, str], Analysis](), []
+        for seed, run in self.runs().items():
+            for which in self.lab.readers():
+                seen.setdefault((which, "" if which in UNTAUGHT else str(seed)), run)
+        names, training = np.unique([of for _, of in seen], return_inverse=True)
+        n, resamples = len(names), self.lab.profile.evaluate.bootstrap
+        drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=resamples)
+        times = np.vstack([np.ones(len(seen), int), drawn[:, training]])  # first all as they are
+        places = np.indices(times.shape).reshape(2, -1)
+        draw, reader = (np.repeat(one, times.ravel()) for one in places)
         for measure in COMPARED:
-            values = means([self.indicator(w, goal)[measure].to_numpy() for w in readers], 0)
-            found = {}
+            means = [run.indicator(w, goal)[measure].mean() for (w, _), run in seen.items()]
+            values, found = np.round(means, 12), {}  # rounding errors break no tie
             for signal in TAUGHT_BY:
-                gains = means([self.hit_gains(f"{w} {signal}").mean(0) for w in readers], 1)
-                found[signal] = measures.spearman(values, gains, draw, 1 + resamples)
+                gains = [run.hit_gains(f"{w} {signal}").mean() for (w, _), run in seen.items()]
+                given = values[reader], np.round(gains, 12)[reader], draw
+                found[signal] = measures.spearman(*given, len(times))
             found[DIFFERENCE] = found[TAUGHT_BY[0]] - found[TAUGHT_BY[1]]
-            for signal, (value, *cloud) in found.items():
-                low, high = pd.Series(cloud).quantile([0.025, 0.975])  # of those that are numbers
-                rows.append((measure, signal, value, low, high, len(readers)))
-        columns = ["measure", "signal", "correlation", "low", "high", "readers"]
-        return pd.DataFrame(rows, columns=columns)
-
-
-def resampled(values: Floats, resamples: int, seed: int) -> Floats:
-    """Bootstrap means `[resamples, rows]` of `values` `[rows, questions]`, NaN left out; the same
-    questions are drawn for all rows."""
-    n, there = values.shape[1], np.isfinite(values)
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-    with np.errstate(invalid="ignore"):
-        return (drawn @ np.where(there, values, 0).T) / (drawn @ there.T)
+            for signal, (mean, *cloud) in found.items():
+                value = measures.percentiles(np.array(cloud), float(mean), len(seen))
+                row = {"measure": measure, "signal": signal, "readers": len(seen)}
+                row |= {"trainings": n - ("" in names), "correlation": value.mean}
+                rows.append(row | {"low": value.low, "high": value.high, "value": value})
+        return pd.DataFrame(rows)
 
 
 def computed(sets: Mapping[str, Analysis]) -> dict[Goal, str]:

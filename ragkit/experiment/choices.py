@@ -7,7 +7,7 @@ import pandas as pd
 import yaml
 
 from ragkit.distillation.targets import READERS
-from ragkit.experiment.analysis import COMPARED, Analysis, Goal, resampled
+from ragkit.experiment.analysis import COMPARED, Analysis, Goal
 from ragkit.experiment.tables import top_is_gold
 from ragkit.indicators import measures
 from ragkit.indicators.measures import SPACES, Floats
@@ -46,7 +46,8 @@ def specifications(analysis: Analysis, goal: Goal) -> pd.DataFrame:
     """Fine-tuned minus off-the-shelf under every combination of choices: columns measure, SCORING,
     mean, low, high, and each reader's own mean over questions."""
     good, poor = (per_question(analysis, which, goal) for which in READERS[::-1])
-    drawn = resampled(good - poor, analysis.lab.profile.evaluate.bootstrap, 0)
+    groups = analysis.groups()[: good.shape[1]]
+    drawn = measures.draws(good - poor, groups, analysis.lab.profile.evaluate.bootstrap)
     names = [(measure, *variant, *others) for measure, variant, *others in KEYS]
     table = pd.DataFrame(names, columns=["measure", *SCORING])
     table["mean"] = np.nanmean(good - poor, axis=1)
@@ -91,7 +92,7 @@ def trained(analysis: Analysis) -> pd.DataFrame:
     for (variation, other), which in product(labs.items(), READERS):
         target, seed = f"{which} attention", lab.profile.distill.seeds[0]
         gains = analysis.hits(other.distilled(name, target, seed)[0]) - analysis.hits()
-        gain = analysis.mean_gain(gains)
+        gain = analysis.mean_of(gains)
         right = top_is_gold(lab, name, other.scores(name, target))
         rows.append((variation, which, gain.mean, gain.low, gain.high, right))
     columns = ["variation", "reader", "mean", "low", "high", "top is gold"]

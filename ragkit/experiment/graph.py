@@ -1,48 +1,28 @@
 """The experiment, declared once: what the stages of a profile are made of, kind by kind.
 
-The kinds stand in `assets/kinds.yaml`. Running, planning, the manifest, the report and the
-notebooks all walk these stages. A choice taken otherwise (`Graph.varied`), another seed of Step 1
-(`Graph.again`) and an index refresh are further stages; what they do not touch is the same stage.
+The kinds stand in `assets/kinds.yaml`; whoever runs, plans or reports walks these stages. A choice
+taken otherwise, another seed of Step 1 and an index refresh are further stages.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product, zip_longest
-from pathlib import Path
 from typing import Any
 
-from ragkit.data.corpus import passage_settings
+from ragkit.data.corpus import passage_count, passage_settings
 from ragkit.data.files import contents
-from ragkit.data.worlds import SPEC, relations
-from ragkit.distillation.targets import (
-    BY_ATTENTION,
-    CLOZES,
-    ENCODER_DECODER,
-    LOOKS,
-    READERS,
-    UNTAUGHT,
-    attention_of,
-    target_names,
-    teacher_of,
-)
+from ragkit.data.worlds import size
+from ragkit.distillation import targets
+from ragkit.distillation.targets import CLOZES, ENCODER_DECODER, READERS, UNTAUGHT, teacher_of
 from ragkit.experiment.provenance import finder_state, model_files
 from ragkit.experiment.store import KINDS, Stage
 from ragkit.profile import Profile, varied
-from ragkit.settings import QuestionSet, WorldSet
+from ragkit.settings import WorldSet, derived_seed
 
-CEILING = "both sides"  # the variation under which the oracle shows how far Step 2 can go
-# The systems of the paper's figure: a reader, and the target of the retriever that finds for it.
-SYSTEMS = {
-    "off-the-shelf checkpoint": (READERS[0], ""),
-    "off-the-shelf distillation": (READERS[0], f"{READERS[0]} attention"),
-    "fine-tuned Step 1": (READERS[1], ""),
-    "fine-tuned Step 2": (READERS[1], f"{READERS[1]} attention"),
-    "encoder-decoder distillation": (ENCODER_DECODER, f"{ENCODER_DECODER} attention"),
-}
+CEILING = "both sides"  # the variation by which the oracle shows how far Step 2 can go
 TAUGHT_BY = ("attention", "perplexity")  # the signals that every reader teaches by
 BESIDE = ("LOOP", "EMDR2")  # and those that only the two regimes' readers do
-POOL, ROW, ROW_GZ = 50, 650, 220  # about: passages of a question's pool; bytes of one in a TSV
 PROBED = 32  # questions of dev on which a probe measures the indicators
 # The rankings of systems without Step 2; of no system, the initial one's.
 UNLEARNT = dict.fromkeys(("", "closed book", "initial"), "candidates") | {"BM25": "bm25"}
@@ -67,21 +47,6 @@ class Of:
     keep: bool = False
 
 
-def passage_count(settings: QuestionSet) -> int:
-    """How many passages a set has, or about how many, before it is read."""
-    if isinstance(settings, WorldSet):
-        kinds = [*SPEC["worlds"][settings.world]["entities"]] * settings.entities
-        facts = [kind for kind, _ in relations(settings.world)]  # the kinds take turns
-        return settings.wordings_per_fact * sum(map(facts.count, kinds[: settings.entities]))
-    if isinstance(settings.passages, str):
-        file = Path(settings.passages)
-        size = file.stat().st_size if file.is_file() else 0
-        return size // (ROW_GZ if file.suffix == ".gz" else ROW)
-    if settings.passages is None:
-        return POOL * (settings.distill + settings.dev + settings.test)
-    return settings.passages.rows.get(settings.passage_split, 0)
-
-
 class Graph:
     """All stages of one profile; `sets` by name, `targets` of the main table with what they are."""
 
@@ -90,14 +55,13 @@ class Graph:
         self.sets = {one.name: one for one in profile.sets}
         self.has_clozes = all(isinstance(one, WorldSet) for one in profile.sets)
         self.trains_retriever = profile.retriever.model == "embedded"
-        without: tuple[str, ...] = () if self.has_clozes else CLOZES
-        without += () if profile.encoder_decoder else (ENCODER_DECODER,)
-        names = target_names().items()
-        self.targets = {target: told for target, told in names if not target.startswith(without)}
-        weights, share = model_files(profile.reader.model), profile.indicators.share
-        self.common = profile.model_dump(mode="json") | {"weights": weights, "share": share}
-        self.common |= {"state": finder_state(profile.nouns)}
-        self.common |= {"clozes": self.has_clozes, "shuffle_seed": profile.seed}
+        lacking: tuple[str, ...] = () if self.has_clozes else CLOZES
+        lacking += () if profile.encoder_decoder else (ENCODER_DECODER,)
+        names = targets.target_names().items()
+        self.targets = {name: told for name, told in names if not name.startswith(lacking)}
+        own = {"weights": model_files(profile.reader.model), "share": profile.indicators.share}
+        own |= {"state": finder_state(profile.nouns), "shuffle_seed": profile.seed}
+        self.common = profile.model_dump(mode="json") | own
         for name in ("stage", "varied", "again"):
             setattr(self, name, cache(getattr(self, name)))  # each is made once
 
@@ -110,11 +74,19 @@ class Graph:
         changed = self.profile.model_copy(update={"step1_seeds": (seed,)})
         return Graph(changed, f" (Step 1 seed {seed})")
 
+    def passed_over(self, set_name: str) -> Iterator["Graph"]:
+        """The graphs of a world's earlier draws, where its seed follows from today's rules."""
+        one = self.sets[set_name]
+        if isinstance(one, WorldSet) and one.seed == derived_seed(one.world, one.draw):
+            for draw in range(one.draw):
+                earlier = WorldSet(**dict(one) | {"seed": "rules", "draw": draw})
+                changed = self.profile.model_copy(update={"sets": (earlier,)})
+                yield Graph(changed, f" (draw {draw})")
+
     def readers(self) -> list[str]:
         """Every decoder that is looked at: before Step 1, on the way, and after it."""
         steps = [f"step {step}" for step in self.profile.reader.kept_steps]
-        before, after = self.asked()[::2], self.asked()[1::2]
-        return [*before, *steps, *after]
+        return [*self.asked()[::2], *steps, *self.asked()[1::2]]
 
     def asked(self) -> list[str]:
         """Both regimes' readers in every way that they are asked."""
@@ -125,8 +97,7 @@ class Graph:
         return self.profile.distill.seeds[: None if target in self.targets else 1]
 
     def system(self, set_name: str, which: str, target: str = "") -> Of:
-        """A reader with the passages that the retriever of a target finds (the first seed's), or
-        without a target the initial one."""
+        """A reader with the passages that a target's first retriever finds, or the initial one."""
         seed = self.profile.distill.seeds[0] if target else 0
         return Of(set_name, which, target=target, seed=seed)
 
@@ -159,8 +130,8 @@ class Graph:
                 return None
             case "step1" if of.which in UNTAUGHT:
                 return None
-            case "step1" if of.which == ENCODER_DECODER:
-                after = replace(after, which=of.which)
+            case "step1":
+                after = replace(after, which=of.which if of.which == ENCODER_DECODER else "")
             case "ranking" if of.target not in UNLEARNT:
                 return self.step2(of.set_name, of.target, of.seed)
             case "ranking":
@@ -181,11 +152,13 @@ class Graph:
         """A reader's looks that a target is made of, by role (`targets.ROLES`); controls: none."""
         which, signal = teacher_of(of.target) or ("", "")
         seen = Of(of.set_name, which, start=of.start)
-        if signal not in BY_ATTENTION:
+        if signal not in targets.BY_ATTENTION:
             kinds = {"LOOP": "loop", "perplexity": "alone", "EMDR2": "alone"}
             return {kinds[signal]: self.stage(kinds[signal], seen)} if which else {}
-        settings = attention_of(of.target, self.profile.attention)
-        looks = {o: self.stage("teacher", replace(seen, order=o)) for o in LOOKS[settings.order]}
+        settings = targets.attention_of(of.target, self.profile.attention)
+        looks = {
+            o: self.stage("teacher", replace(seen, order=o)) for o in targets.LOOKS[settings.order]
+        }
         if settings.heads == "chosen":  # on the first candidates, whatever was refreshed since
             looks["heads"] = self.stage("heads", Of(of.set_name, which, "rank"))
         return looks
@@ -233,12 +206,13 @@ class Graph:
         """A stage's units of work."""
         match KINDS[kind]["unit"]:
             case "passages":
-                return passage_count(self.sets[of.set_name])
+                one = self.sets[of.set_name]
+                return size(one) if isinstance(one, WorldSet) else passage_count(one)
             case "crop steps":
                 return self.profile.retriever.crop_steps if self.trains_retriever else 0
             case "prompts":
-                one = self.profile.encoder_decoder if of.which == ENCODER_DECODER else None
-                return (one or self.profile.reader).steps * (one or self.profile.reader).batch
+                reader = self.settings(kind, of)["reader"]
+                return int(reader["steps"] * reader["batch"])
         times = {"premises": 4, "step2": of.epochs}
         return self.number(kind, of) * times.get(kind, 1)
 
@@ -253,16 +227,14 @@ class Graph:
         return self.stage("step2", of)
 
 
-def answered(graph: Graph, targets: Iterable[str] | None = None) -> Iterator[tuple[str, str, int]]:
-    """System, reader and seed of all answers in the main table, or for some targets only. Each
-    reader answers for the retrievers that it taught, the fine-tuned one for those of controls; over
-    all seeds the two regimes' do."""
+def answered(graph: Graph, chosen: Iterable[str] | None = None) -> Iterator[tuple[str, str, int]]:
+    """System, reader and seed of all answers in the main table, or for some targets: each reader's
+    for retrievers that it taught (both regimes': all seeds), the fine-tuned one's for controls."""
     for which in READERS:
         yield "closed book", which, 0
     if graph.profile.evaluate.bm25:
         yield "BM25", READERS[1], 0
-    chosen = graph.targets if targets is None else targets
-    teachers = {target: (teacher_of(target) or READERS[1:])[0] for target in chosen}
+    teachers = {t: (teacher_of(t) or READERS[1:])[0] for t in chosen or graph.targets}
     for which in dict.fromkeys([*READERS, *teachers.values()]):
         yield "initial", which, 0
     for target, which in teachers.items():
@@ -281,8 +253,9 @@ def of_set(graph: Graph, name: str) -> Iterator[Stage]:
         yield graph.stage("probe", Of(name, which))
     taught = [f"{which} {signal}" for signal in BESIDE for which in READERS]
     yield from of_run(graph, name, [*graph.targets, *taught])
-    for order, which in product(("shuffled", "empty"), READERS):  # notebook 03
+    for order, which in product(("shuffled", "empty"), graph.asked()):  # notebook 03
         yield graph.stage("teacher", Of(name, which, order))
+    yield from (earlier.stage("candidates", Of(name)) for earlier in graph.passed_over(name))
     if isinstance(graph.sets[name], WorldSet) and profile.distill.side == "query":
         yield graph.varied(CEILING).step2(name, "oracle", first)
     for variation, which in product(profile.variations, READERS):
@@ -291,20 +264,21 @@ def of_set(graph: Graph, name: str) -> Iterator[Stage]:
         yield from of_run(graph.again(seed), name, [f"{which} attention" for which in READERS])
 
 
-def of_run(graph: Graph, name: str, targets: Iterable[str]) -> Iterator[Stage]:
+def of_run(graph: Graph, name: str, chosen: Iterable[str]) -> Iterator[Stage]:
     """What the claims ask of one run of Step 1, and these targets."""
     for which in graph.readers():
         yield graph.stage("closeness", Of(name, which))
     for which in graph.asked():
         yield graph.stage("premises", Of(name, which))
     along = [f"{which} {signal}" for signal in TAUGHT_BY for which in graph.readers()]
-    for target in dict.fromkeys([*targets, *along]):
+    for target in dict.fromkeys([*chosen, *along]):
         for seed in graph.seeds(target):
             yield graph.step2(name, target, seed)
-    for which, target in SYSTEMS.values():
+    systems = [*targets.SYSTEMS.values(), *((which, f"{which} attention") for which in CLOZES)]
+    for which, target in systems:
         if target in ("", *graph.targets):
             yield graph.stage("closeness", graph.system(name, which, target))
-    for system, which, seed in answered(graph, [t for t in targets if t in graph.targets]):
+    for system, which, seed in answered(graph, [t for t in chosen if t in graph.targets]):
         yield graph.stage("answers", Of(name, which, target=system, seed=seed))
 
 

@@ -84,10 +84,11 @@ class Lab:
 
     def corpus(self, set_name: str) -> Corpus:
         """Passages and questions of a set."""
-        if set_name not in self.corpora:
+        key = self.graph.stage("questions", Of(set_name)).key  # `with_graph` may be of another draw
+        if key not in self.corpora:
             places = (self.open(kind, set_name) for kind in ("passages", "questions"))
-            self.corpora[set_name] = Corpus.load(set_name, *places)
-        return self.corpora[set_name]
+            self.corpora[key] = Corpus.load(set_name, *places)
+        return self.corpora[key]
 
     def candidates(self, set_name: str, by: str = "candidates") -> dict[str, Places]:
         """By part, each question's first 20 passages `[n, 20]`: the initial retriever's, or BM25's

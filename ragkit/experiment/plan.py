@@ -25,7 +25,7 @@ from ragkit.experiment.lab import Lab
 from ragkit.experiment.run import workers_of
 from ragkit.experiment.store import KINDS, Stage, read_record
 from ragkit.profile import Profile
-from ragkit.settings import ASSETS, HubSet, HubTable, WorldSet, asset
+from ragkit.settings import EMBEDDED, HubSet, HubTable, WorldSet, asset
 
 BASE = 0.8e9  # bytes of a process that has loaded torch and transformers
 PASSAGE, QUESTION, ANSWER = 150, 20, 16  # tokens of 100 words of Wikipedia; asked; written
@@ -43,7 +43,7 @@ def shape_of(model: str) -> tuple[float, int, int]:
     from accelerate import init_empty_weights  # only who plans waits for torch
     from transformers import AutoConfig, AutoModel
 
-    folder = ASSETS / "reader" if model == "embedded" else Path(model)
+    folder = Path(EMBEDDED.get(model, model))
     if folder.is_dir():
         config = AutoConfig.from_pretrained(folder)
     elif model in HUB["models"]:
@@ -104,7 +104,7 @@ def downloads(profile: Profile) -> dict[str, float]:
                 whole = known.get(table.dataset, {"gb": {}})
                 gb = known.get(f"{table.dataset}: {table.config}", whole)["gb"]
                 found[table.dataset] = gb.get("all", sum(gb.get(one, math.nan) for one in splits))
-    here = {what for what in found if what == "embedded" or Path(what).exists()}
+    here = {what for what in found if what in EMBEDDED or Path(what).exists()}
     return {what: gb for what, gb in found.items() if what not in here}
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from ragkit.data.files import contents, file_hash
-from ragkit.settings import ASSETS
+from ragkit.settings import ASSETS, EMBEDDED
 
 PACKAGE = Path(__file__).parent.parent
 LIBRARIES = (
@@ -93,8 +93,8 @@ def versions(also: tuple[str, ...] = ()) -> dict[str, str]:
 
 def model_files(name: str) -> dict[str, str]:
     """The files that make a local model what it is, by hash, no model card; empty for a hub name.
-    The embedded reader's not by `asset()`: every stage that loads it has these in its settings."""
-    found = contents(str(ASSETS / "reader") if name == "embedded" else name)
+    An embedded reader's not by `asset()`: every stage that loads it has these in its settings."""
+    found = contents(str(EMBEDDED.get(name, name)))
     kinds = (".safetensors", ".json", ".gguf")
     return {Path(file).name: code for file, code in found.items() if file.endswith(kinds)}
 
@@ -116,15 +116,29 @@ def peak_memory() -> int | None:
     return int(told[1]) // 1024 if told else None
 
 
+def git(*command: str) -> str:
+    """What git says of the checkout; nothing where there is no git, or no checkout."""
+    with suppress(OSError):
+        said = subprocess.run(["git", *command], cwd=PACKAGE.parent, capture_output=True, text=True)
+        return said.stdout
+    return ""
+
+
 @cache
 def commit() -> dict[str, Any]:
     """The checkout's commit, and whether package or notebooks differ from it."""
-    command = ["git", "status", "--porcelain=v2", "--branch", "--", PACKAGE.name, "notebooks"]
-    with suppress(OSError):  # no git here
-        told = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True).stdout
-        if found := re.match(r"# branch\.oid (\w+)", told):
-            return {"commit": found[1], "dirty": bool(re.search("^[^#]", told, re.MULTILINE))}
+    told = git("status", "--porcelain=v2", "--branch", "--", PACKAGE.name, "notebooks")
+    if found := re.match(r"# branch\.oid (\w+)", told):
+        return {"commit": found[1], "dirty": bool(re.search("^[^#]", told, re.MULTILINE))}
     return {"commit": "not a git checkout"}
+
+
+def changed_at(path: Path) -> str:
+    """The commit at which a file was last changed, its date, and whether the file differs from it
+    now; `unknown` where git does not know the file."""
+    found = git("log", "-1", "--format=%h, %cs", "--", str(path)).strip()
+    differs = ", and changed since" if git("status", "--porcelain", "--", str(path)) else ""
+    return f"{found}{differs}" if found else "unknown"
 
 
 def provenance() -> dict[str, Any]:

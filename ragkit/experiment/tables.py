@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ragkit.data.corpus import CUTS, hits, reciprocal_ranks
 from ragkit.data.text import exact_match, f1
-from ragkit.distillation.targets import READERS, oracle_scores
+from ragkit.distillation.targets import oracle_scores
 from ragkit.experiment.graph import CEILING, Of, answered
 from ragkit.experiment.lab import Lab, read_json
 from ragkit.settings import WorldSet
@@ -46,14 +46,35 @@ def answer_rows(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -
     return pd.DataFrame(rows, columns=columns)
 
 
+def exact_by_case(lab: Lab, set_name: str, which: str) -> dict[str, NDArray[np.float64]]:
+    """A reader's exact match on dev by case of `answers.premise_cases` `[questions]`, NaN for a
+    question that the case leaves out."""
+    stored = read_json(lab.open("premises", set_name, which) / "exact.json")
+    return {case: np.array(values, dtype=np.float64) for case, values in stored.items()}
+
+
+def initial(lab: Lab, set_name: str) -> float:
+    """The initial retriever's HR@k on dev."""
+    corpus, ranking = lab.corpus(set_name), lab.candidates(set_name)["dev"]
+    golds = corpus.golds(corpus.questions["dev"], ranking)
+    return float(hits(ranking.tolist(), golds, lab.profile.k).mean())
+
+
+def draws(lab: Lab, set_name: str) -> pd.DataFrame:
+    """The draws of a world up to the one that is measured: columns set, draw, seed, HR@k on dev."""
+    rows = []
+    for graph in (*lab.graph.passed_over(set_name), lab.graph):
+        one, hr = graph.sets[set_name], initial(lab.with_graph(graph), set_name)
+        rows.append((set_name, getattr(one, "draw", 0), one.seed, hr))
+    return pd.DataFrame(rows, columns=["set", "draw", "seed", f"HR@{lab.profile.k} on dev"])
+
+
 def premises(lab: Lab, set_name: str) -> pd.DataFrame:
     """Can the readers read, and can the retriever improve, on dev? Columns premise, value, set."""
-    corpus, ranking, k = lab.corpus(set_name), lab.candidates(set_name)["dev"], lab.profile.k
-    initial = hits(ranking.tolist(), corpus.golds(corpus.questions["dev"], ranking), k)
-    rows = [(f"initial HR@{k}", float(initial.mean()))]
-    for which in READERS:
-        exact = read_json(lab.open("premises", set_name, which) / "exact.json")
-        rows += [(f"{which}: EM, {case}", value) for case, value in exact.items()]
+    rows = [(f"initial HR@{lab.profile.k}", initial(lab, set_name))]
+    for which in lab.graph.asked():
+        exact = exact_by_case(lab, set_name, which)
+        rows += [(f"{which}: EM, {case}", float(np.nanmean(em))) for case, em in exact.items()]
     return pd.DataFrame(rows, columns=["premise", "value"]).assign(set=set_name)
 
 

@@ -52,7 +52,8 @@ def look_at_tokens(reader: Reader, questions: Sequence[Question], found: Found) 
             parts = np.stack([owner >= 0, *(owner == PART[name] for name in beside)])
             parts[:, 0] = False  # the first token is a place of its own
             sums = np.stack([plain[part].sum(0) for part in parts] + [plain[0]], axis=1)
-            yield own[passage_tokens(prompt)[0]], (sums / plain.sum(0)[:, None]).astype(np.float32)[None]
+            shares = (sums / plain.sum(0)[:, None]).astype(np.float32)
+            yield own[passage_tokens(prompt)[0]], shares[None]
 
     pairs = list(zip(questions, found, strict=True))
     prompts = [reader.prompt(q, list(passages), q.answers[0]) for q, passages in pairs]
@@ -142,8 +143,8 @@ def space(reader: Reader, model: Reader | Retriever) -> Embed:
 def contextual_closeness(
     reader: Reader, questions: Sequence[Question], found: Found, nouns: Spans | None
 ) -> Arrays:
-    """Closeness of each passage's or title's token to the `answer` and to the `nouns`, and its id (`ids`)
-    `[tokens]`, as in `Tokens`: in a decoder's last hidden states of the prompt with its answer."""
+    """Closeness of each token of `Tokens` to the `answer` and to the `nouns`, and its id (`ids`)
+    `[tokens]`: in a decoder's last hidden states of the prompt with its answer."""
 
     def look(batch: Iterable[Any]) -> Iterator[Arrays]:
         for question, passages, spans in batch:

@@ -40,7 +40,8 @@ class Tokens:
     """The tokens of passages and their titles in some questions' prompts, as one reader saw them.
     `[tokens]`: `ids`, `owner` (place of its passage), `title` (whether it is one of the title's),
     `question`, `from_end` (tokens to the prompt's end), `ends` (place of its last character in its
-    passage's text or title, -1 if unknown). `contribution` `[tokens, rows, norm (off, on), layers]`, rows as in `settings.ROWS`; `mass`
+    passage's text or title, -1 if unknown).
+    `contribution` `[tokens, rows, norm (off, on), layers]`, rows as in `settings.ROWS`; `mass`
     `[questions, rows, places]`: share of plain attention, mean of all layers, on each of PLACES."""
 
     ids: Ints
@@ -221,10 +222,6 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
-    def over(self, line: float) -> float:
-        """The share of resamples above a line; NaN where there are none."""
-        return float((self.draws > line).mean()) if len(self.draws) else math.nan
-
 
 @UNDEFINED
 def draws(values: Floats, groups: NDArray[Any], resamples: int, seed: int = 0) -> Floats:
@@ -248,28 +245,19 @@ def percentiles(cloud: Floats, mean: float, n: int) -> Interval:
     return Interval(mean, float(low), float(high), n, known)
 
 
-def interval(
-    values: Floats, groups: NDArray[Any] | None = None, resamples: int = 2000
-) -> Interval:
+def interval(values: Floats, groups: NDArray[Any] | None = None, resamples: int = 2000) -> Interval:
     """Mean of `values` `[n]` or `[seeds, n]`, NaN left out, resampled by groups (labels `[n]`; by
     default each value is its own) and over seeds: both sources of chance. Of fewer than two groups
     there are no bounds."""
     rows = np.atleast_2d(values)
-    known, seeds = np.isfinite(rows).any(0), len(rows)
-    rows, labels = rows[:, known], (np.arange(len(known)) if groups is None else groups)[known]
+    seeds, size = rows.shape
+    known, labels = np.isfinite(rows).any(0), np.arange(size) if groups is None else groups
+    rows, labels = rows[:, known], labels[known]
     n, mean = len(np.unique(labels)), float(np.nanmean(rows)) if known.any() else math.nan
     if n < 2:
         return percentiles(np.empty(0), mean, n)
     by_seed = np.random.default_rng(1).multinomial(seeds, np.full(seeds, 1 / seeds), resamples)
     return percentiles((draws(rows, labels, resamples) * by_seed).sum(1) / seeds, mean, n)
-
-
-def paired_gain(
-    after: Floats, before: Floats, groups: NDArray[Any] | None = None, resamples: int = 2000
-) -> Interval:
-    """Mean gain of `after` (`[questions]`, or of several seeds `[seeds, questions]`) over `before`
-    `[questions]`, question by question: see `interval`."""
-    return interval(np.atleast_2d(after) - before, groups, resamples)
 
 
 @UNDEFINED

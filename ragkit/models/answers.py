@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ragkit.data.corpus import Asked, Pair
 from ragkit.data.files import write_json
 from ragkit.data.text import exact_match
@@ -16,18 +14,16 @@ from ragkit.models.fid import open_reader
 from ragkit.models.reader import Reader
 
 
-def answered(reader: Reader, pairs: Sequence[Pair]) -> tuple[list[str], float]:
-    """The reader's answers and their mean exact match."""
-    answers = reader.answer([reader.prompt(question, found) for question, found in pairs])
-    golds = [question.answers for question, _ in pairs]
-    return answers, float(np.mean(list(map(exact_match, answers, golds))))
+def answered(reader: Reader, pairs: Sequence[Pair]) -> list[str]:
+    """The reader's answers to questions with their passages."""
+    return reader.answer([reader.prompt(question, found) for question, found in pairs])
 
 
 def make_answers(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """Answers to the first test questions, with the k best passages of a ranking or with none."""
     k = 0 if settings["closed_book"] else settings["k"]
     pairs = Asked.open(inputs, "test", settings["answered"], k).pairs
-    answers, _ = answered(open_reader(inputs, settings), pairs)
+    answers = answered(open_reader(inputs, settings), pairs)
     if device.is_main():
         write_json(folder / "answers.json", answers)
 
@@ -56,10 +52,13 @@ def premise_cases(asked: Asked, k: int, seed: int) -> dict[str, list[Pair]]:
 
 
 def make_premises(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """A reader's exact match in every one of `premise_cases`."""
+    """`exact.json`: a reader's exact match in every one of `premise_cases`, question by question;
+    null for those of dev that a case leaves out."""
     asked = Asked.open(inputs, "dev", settings["answered"])
-    cases = premise_cases(asked, settings["k"], settings["seed"])
-    reader = open_reader(inputs, settings)
-    exact = {name: answered(reader, pairs)[1] for name, pairs in cases.items()}
+    reader, exact = open_reader(inputs, settings), dict[str, list[float | None]]()
+    for name, pairs in premise_cases(asked, settings["k"], settings["seed"]).items():
+        told = zip(pairs, answered(reader, pairs), strict=True)
+        known = {q.id: exact_match(answer, q.answers) for (q, _), answer in told}
+        exact[name] = [known.get(q.id) for q in asked.questions]
     if device.is_main():
         write_json(folder / "exact.json", exact)

@@ -19,8 +19,8 @@ from ragkit.attention.record import observe_cross
 from ragkit.data.corpus import Corpus, Passage, Question
 from ragkit.data.text import readable
 from ragkit.models import device
-from ragkit.models.reader import CLOZE, EMBEDDED, PART, Prompt, Reader
-from ragkit.settings import ReaderSettings
+from ragkit.models.reader import CLOZE, PART, Prompt, Reader
+from ragkit.settings import EMBEDDED, ReaderSettings
 
 
 class FidReader(Reader):
@@ -90,10 +90,10 @@ class FidReader(Reader):
 
 
 def load_reader(name: str | Path, settings: ReaderSettings, to_train: bool = False) -> Reader:
-    """A reader from a folder or hub name (`embedded`: the one that ships), on the run's device and
-    its fused attention path if it has one. In `settings.dtype`; with float32 weights if it is
-    `to_train`. Raises RagkitError if it cannot be loaded."""
-    path = str(EMBEDDED if name == "embedded" else name)
+    """A reader from a folder or hub name, or one of EMBEDDED, on the run's device and its fused
+    attention path if it has one. In `settings.dtype`; with float32 weights if it is `to_train`.
+    Raises RagkitError if it cannot be loaded."""
+    path = str(EMBEDDED.get(str(name), name))
     given: dict[str, Any] = {"trust_remote_code": False}
     given |= {} if Path(path).is_dir() else {"revision": settings.revision}
     dtype = torch.float32 if to_train else getattr(torch, settings.dtype)

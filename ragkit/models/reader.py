@@ -18,9 +18,8 @@ from ragkit.data.corpus import Passage, Question, block
 from ragkit.data.text import readable
 from ragkit.errors import ReaderError
 from ragkit.models import device
-from ragkit.settings import ASSETS, ReaderSettings
+from ragkit.settings import ReaderSettings
 
-EMBEDDED = ASSETS / "reader"  # the one that ships; the keys of stages hold its hash
 CLOZE = " cloze"  # ends the names of readers that are asked by clozes
 ANSWER_TOKENS = 32  # where neither the settings nor the questions say it
 PART = {"other": -1, "question": -2, "answer": -3, "title": -4}  # owners that are no passage

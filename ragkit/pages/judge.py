@@ -20,15 +20,16 @@ from ragkit.data.corpus import Passage, Question, same_question, text_and_answer
 from ragkit.data.files import read_jsonl, write_whole
 from ragkit.data.text import holds_answer, words
 from ragkit.errors import DataError, NounsError, ReaderError, StoreError
+from ragkit.experiment.rules import LINE
 from ragkit.indicators import measures
 from ragkit.indicators.closeness import Spans, look_at_tokens, space, wanted_ids
 from ragkit.indicators.measures import Embed, Floats, Interval, Tokens, Wanted, interval
 from ragkit.indicators.nouns import find_nouns, load_nouns
 from ragkit.models import device
 from ragkit.models.fid import load_reader
-from ragkit.models.reader import EMBEDDED, Reader
+from ragkit.models.reader import Reader
 from ragkit.pages import html
-from ragkit.settings import ROWS, AttentionSettings, IndicatorSettings, ReaderSettings
+from ragkit.settings import EMBEDDED, ROWS, AttentionSettings, IndicatorSettings, ReaderSettings
 
 log = logging.getLogger(__name__)
 FEWEST, MOST = 2, 20  # passages of a question
@@ -136,7 +137,7 @@ def usable(reader: Reader, asked: list[Asked], counts: Counter[str]) -> list[Ask
 
 def load(name: str) -> Reader:
     """A reader with as long a context as its positions allow."""
-    path = str(EMBEDDED if name == "embedded" else name)
+    path = str(EMBEDDED.get(name, name))
     log.info("loading  reader %s", name)
     with device.loading(path):
         config = AutoConfig.from_pretrained(path).get_text_config()
@@ -217,7 +218,7 @@ def verdict_of(checks: list[Check]) -> str:
 def judge(
     name: str, questions: str, nouns: str = "en_core_web_sm", other: str | None = None
 ) -> Judgement:
-    """Judges a reader (a folder, a hub name, or `embedded`) on the questions of a file.
+    """Judges a reader (a folder, a hub name, or one of EMBEDDED) on the questions of a file.
 
     `nouns` is a spaCy pipeline, by name or folder; without one Indicator 2 is not computed.
     Closeness is measured in the input embeddings of the reader `other`, by default its own: readers

@@ -24,7 +24,8 @@ from ragkit.pages import html, sliders
 from ragkit.settings import asset
 
 GAINS, LEDGER, MAIN = "04_gains.csv", "09_ledger.csv", "04_main_table.csv"
-MARKED = re.compile("(?<=<!-- ledger -->).*?(?=<!-- /ledger -->)", re.DOTALL)  # of the README
+DEVIATIONS = "08_deviations.csv"
+BLOCK = r"(?<=<!-- {0} -->).*?(?=<!-- /{0} -->)"  # of the README
 BOTH = {"suffixes": ("", " there")}  # endings of columns: of this run, of the reference
 JOINED: dict[str, Any] = {GAINS: BOTH | {"on": ["set", "system"]}, LEDGER: BOTH | {"on": "claim"}}
 ENDS = (".svg", ".png", ".csv", ".txt")  # of a figure's files
@@ -149,6 +150,7 @@ def write(lab: Lab, figures: Path) -> tuple[Path, list[str]]:
         "gains": gallery.get(Path(GAINS).stem, ""),
         "ledger": html.ledger(claims, {path.stem[:2]: f"{path.stem}.html" for path in notebooks}),
         "lessons": {path.stem: lesson(path) for path in notebooks},
+        "deviations": html.table(pd.read_csv(lab.figures / DEVIATIONS)),
     }
     bodies = {("Overview", "index.html"): html.fill("overview", **overview)}
     for path in notebooks:
@@ -164,30 +166,41 @@ def write(lab: Lab, figures: Path) -> tuple[Path, list[str]]:
     return folder / "index.html", compared
 
 
+def block(name: str) -> re.Pattern[str]:
+    """Where a table stands in the README: between `<!-- ledger -->` and `<!-- /ledger -->`."""
+    return re.compile(BLOCK.format(Path(name).stem[3:]), re.DOTALL)
+
+
 def make_reference(lab: Lab, figures: Path, readme: Path) -> None:
-    """Makes a finished run the reference: figures, tables, manifest, and the README's ledger. All
-    is checked before anything is touched (StoreError, which says all that is lacking), and written
-    aside first. Folders in `figures` (the references of other profiles) stay."""
+    """Makes a finished run the reference: figures, tables, manifest, and two tables of the README.
+    All is checked before anything is touched (StoreError, which says all that is lacking), and
+    written aside first. Folders in `figures` (the references of other profiles) stay."""
     record, lacking = lab.folder / "manifest.json", []
     if (manifest := read_json(record))["profile"] != lab.profile.model_dump(mode="json"):
         lacking.append(f"{record} has other settings than profile {lab.profile.name} has now")
     files = {one for one in lab.figures.glob("*") if one.suffix in ENDS}
-    files |= {lab.figures / name for name in (GAINS, LEDGER, MAIN)}
+    files |= {lab.figures / name for name in (GAINS, LEDGER, MAIN, DEVIATIONS)}
     files |= {one.with_suffix(end) for one in lab.figures.glob("*.svg") for end in ENDS}
     empty = [one for one in sorted(files) if not (one.is_file() and one.stat().st_size)]
     lacking += [f"{one} is missing or empty" for one in empty]
-    if not (readme.is_file() and MARKED.search(readme.read_text("utf8"))):
-        lacking.append(f"{readme} must hold <!-- ledger --> and after it <!-- /ledger -->")
+    text = readme.read_text("utf8") if readme.is_file() else ""
+    for name in (LEDGER, DEVIATIONS):
+        if not block(name).search(text):
+            mark = Path(name).stem[3:]
+            lacking.append(f"{readme} must hold <!-- {mark} --> and after it <!-- /{mark} -->")
     if lacking:
         advice = f"Run `make reproduce PROFILE={lab.profile.name}` first."
         raise StoreError(f"Nothing was published: {'; '.join(lacking)}. {advice}")
-    told = ["", "| | claim | verdict | set by set |", "|---|---|---|---|"]
-    for row in pd.read_csv(lab.figures / LEDGER).fillna("").itertuples():
-        told.append(f"| {row.claim} | {row.statement} | **{row.verdict}** | {row.why} |")
-    told += ["", f"Measured with {measured_by(manifest)}.", ""]
+    ledger = pd.read_csv(lab.figures / LEDGER)[["claim", "statement", "verdict", "why", "paper"]]
+    tables = {LEDGER: ledger, DEVIATIONS: pd.read_csv(lab.figures / DEVIATIONS)}
+    for name, table in tables.items():
+        told = ["", f"| {' | '.join(table)} |", "|---" * table.shape[1] + "|"]
+        told += [f"| {' | '.join(row)} |" for row in table.fillna("").astype(str).to_numpy()]
+        told += ["", f"Measured with {measured_by(manifest)}.", ""]
+        text = block(name).sub("\n".join(told).replace("\\", r"\\"), text, count=1)
     with replaced(figures) as aside:
         for path in (*files, record):
             shutil.copy(path, aside)
         for inner in filter(Path.is_dir, figures.glob("*")):
             shutil.copytree(inner, aside / inner.name)
-    write_whole(readme, MARKED.sub(lambda _: "\n".join(told), readme.read_text("utf8"), count=1))
+    write_whole(readme, text)

@@ -1,6 +1,7 @@
 """The embedded worlds: reproducible, sound, and without leaks."""
 
 import random
+from collections import Counter
 
 import pytest
 
@@ -9,6 +10,8 @@ from ragkit.data.corpus import PARTS, Corpus, passage_settings
 from ragkit.data.text import holds_answer
 from ragkit.errors import DataError
 from ragkit.models.retriever import build_tokenizer
+from ragkit.models.step1 import WORLD
+from ragkit.profile import load_profile
 from ragkit.settings import WorldSet
 
 WORLDS = ("almanac", "trivia")
@@ -42,6 +45,32 @@ def test_sizes_of_the_parts_change_no_passage():
     assert passage_settings(few) == passage_settings(many)
     with pytest.raises(DataError, match="Lower distill, dev or test"):
         world.build_world(many.model_copy(update={"distill": 9000}))
+
+
+@pytest.mark.parametrize(
+    ("profile", "wanted"),
+    [("tiny", {"distill": 140, "dev": 70, "test": 210}), ("smoke", {"distill": 14, "dev": 6})],
+)
+def test_entities_take_turns_and_half_of_them_are_for_test(profile, wanted):
+    """No entity is asked about again before all of its part were."""
+    for settings in load_profile(profile).sets:
+        owners = {}
+        for part, asked in world.build_world(settings).questions.items():
+            assert len(asked) == getattr(settings, part)
+            entities = [question.entity for question in asked]
+            owners[part] = set(entities)
+            for n in range(1, len(asked) + 1):
+                turns = set(Counter(entities[:n]).values())
+                assert max(turns) <= -(-n // len(owners[part]))
+            assert len(owners[part]) == wanted.get(part, 20)
+        assert sum(map(len, owners.values())) == len(set.union(*owners.values()))
+
+
+def test_few_test_questions_leave_the_other_entities_to_distillation():
+    """As the worlds of Step 1, which test nobody."""
+    chosen = {"source": "world", "name": "a", "world": "almanac", "seed": 1}
+    asked = world.build_world(WorldSet(**chosen | WORLD), reserved=False).questions
+    assert [len({q.entity for q in asked[part]}) for part in PARTS] == [46, 1, 1]
 
 
 def test_held_out_wordings_are_not_in_the_distillation_part():

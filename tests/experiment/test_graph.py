@@ -197,6 +197,18 @@ def test_two_profiles_share_what_they_have_in_common():
     assert {n for n in one if one[n] == two.get(n)} == {n for n in one if "/almanac" in n}
 
 
+def test_the_draws_passed_over_are_searched_and_no_more():
+    rules = ["sets.0.seed=rules", "sets.1.seed=rules"]
+    one, three = keys(*rules), keys(*rules, "sets.0.draw=2")
+    search = ("passages", "questions", "retriever", "vectors", "candidates")
+    added = {f"{kind}/almanac (draw {draw})" for kind in search for draw in (0, 1)}
+    assert three.keys() - one.keys() == added
+    assert all(three[f"{kind}/almanac (draw 0)"] == one[f"{kind}/almanac"] for kind in search[:1])
+    assert len(set(three.values())) == len(three)
+    old = keys("sets.0.draw=2")  # a seed that does not follow from today's rules has no others
+    assert old.keys() == one.keys()
+
+
 @pytest.mark.parametrize("profile", ["smoke", "tiny", "full", "small", "paper"])
 def test_inputs_come_first_names_are_unique_and_makers_exist(profile):
     stages = stages_of(Graph(load_profile(profile)))

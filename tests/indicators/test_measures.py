@@ -24,7 +24,8 @@ questions = arrays(np.int64, 12, elements=st.integers(0, 3)).map(np.sort)
 def some_tokens(ids, question):
     n = len(ids)
     rng = np.random.default_rng(0)
-    given = [np.array(ids), np.zeros(n, int), np.array(question), np.arange(n), np.arange(n)]
+    given = [np.array(ids), np.zeros(n, int), np.arange(n) % 2 == 1, np.array(question)]
+    given += [np.arange(n), np.arange(n)]
     contribution = rng.random((n, len(ROWS), 2, 3)).astype(np.float32)
     return Tokens(*given, contribution, np.zeros((2, len(ROWS), 6), np.float32))
 
@@ -166,6 +167,9 @@ def test_tokens_come_back_from_their_folder(tmp_path):
         assert np.array_equal(getattr(again, name), value)
     chosen = AttentionSettings(rows="consuming", norm=False, layers="middle")
     assert np.array_equal(again.attention(chosen), tokens.contribution[:, 2, 0, 1])
+    assert again.texts.ids.tolist() == [4, 6]  # without the title's
+    assert np.array_equal(again.texts.contribution, tokens.contribution[::2])
+    assert np.array_equal(again.texts.mass, tokens.mass)
 
 
 def test_a_closeness_that_is_not_there_is_named(tmp_path):
@@ -207,3 +211,23 @@ def test_a_control_that_cannot_differ_is_seen():
         for one in given[:2]
     ]
     assert (tops[0] == tops[1]).tolist() == [True, True, False, False]
+
+
+def test_a_lead_is_over_tokens_of_the_same_question_and_cell():
+    lifts = np.array([4.0, 1, 3, 9, 2, 5, np.nan, 8, 7])
+    near = np.array([1, 0, 0, 0, 1, 0, 0, 1, 0], dtype=bool)
+    cells = np.array([[0, 0, 0, 1, 1, 1, 1, 2, 0], [5, 5, 5, 5, 6, 6, 6, 6, 6]])
+    question = np.array([0, 0, 0, 0, 0, 0, 0, 1, 1])
+    # the first leads over the mean of 1 and 3, the fifth over 5 alone; the eighth has no like
+    made = measures.matched_lead(lifts, near, cells, question)
+    assert made[0] == pytest.approx(((4 - 2) + (2 - 5)) / 2)
+    assert np.isnan(made[1])
+
+
+def test_groups_of_any_number_keep_the_mean():
+    rng = np.random.default_rng(0)
+    attention, close = rng.random(40), rng.random(40)
+    table = measures.deciles(attention, close, np.zeros(40, int), 20)
+    order = np.argsort(close)
+    assert table.shape == (1, 20)
+    assert table[0] == pytest.approx(attention[order].reshape(20, 2).mean(1) / attention.mean())

@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from ragkit.data import worlds
 from ragkit.data.files import file_hash
 from ragkit.data.speech import parts_of_speech
-from ragkit.models.reader import EMBEDDED
-from ragkit.settings import WorldSet
+from ragkit.settings import EMBEDDED, WorldSet
 
 NOTEBOOK = Path(__file__).parent.parent.parent / "notebooks/appendix/pretraining.ipynb"
 SKILLS = {"whose_2": 0.0, "whose_5": 0.0}
@@ -58,7 +57,7 @@ def test_the_source_is_clean():
 def test_two_steps_write_a_reader_like_the_shipped_one(tmp_path):
     given = {"OUT": str(tmp_path / "reader"), "STEPS": 2}
     papermill.execute_notebook(NOTEBOOK, tmp_path / "ran.ipynb", given, progress_bar=False)
-    homes = [tmp_path / "reader", EMBEDDED]
+    homes = [tmp_path / "reader", EMBEDDED["embedded"]]
     made, shipped = (load_file(home / "model.safetensors") for home in homes)
     assert {n: one.shape for n, one in made.items()} == {n: one.shape for n, one in shipped.items()}
     assert len({file_hash(home / "tokenizer.json") for home in homes}) == 1
@@ -139,7 +138,7 @@ def test_a_killed_run_goes_on_with_the_same_result(tmp_path, recipe):
 
 def test_the_shipped_reader_is_the_one_its_card_names():
     """Hash as noted, under 20 MB, safetensors only."""
-    folder = EMBEDDED
+    folder = EMBEDDED["embedded"]
     for line in (folder / "sha256.txt").read_text().splitlines():
         digest, name = line.split()
         assert file_hash(folder / name) == digest

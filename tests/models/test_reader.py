@@ -11,9 +11,9 @@ from transformers import FalconConfig, FalconForCausalLM, GPT2Config, GPT2LMHead
 from ragkit.data.corpus import Passage, Question
 from ragkit.errors import RagkitError, ReaderError
 from ragkit.models.fid import load_reader
-from ragkit.models.reader import EMBEDDED, PART, Reader
+from ragkit.models.reader import PART, Reader
 from ragkit.models.retriever import build_tokenizer
-from ragkit.settings import ReaderSettings
+from ragkit.settings import EMBEDDED, ReaderSettings
 
 PASSAGES = [
     Passage("0", "Orla Venn", "Orla Venn was born in Ulm. The family moved away in 1810."),
@@ -25,7 +25,7 @@ QUESTION = Question("q", "where was orla venn born", ("Ulm",), (0,), cloze="Orla
 def make(**settings):
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    config = FalconConfig.from_pretrained(EMBEDDED)
+    config = FalconConfig.from_pretrained(EMBEDDED["embedded"])
     config._attn_implementation = "sdpa"
     return Reader(FalconForCausalLM(config), tokenizer, ReaderSettings(**settings))
 
@@ -94,7 +94,7 @@ def test_a_hub_name_without_network(monkeypatch):
 
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_model_folder_is_named(tmp_path, damage):
-    weights = shutil.copytree(EMBEDDED, tmp_path / "mine") / "model.safetensors"
+    weights = shutil.copytree(EMBEDDED["embedded"], tmp_path / "mine") / "model.safetensors"
     whole = weights.read_bytes()
     weights.unlink()
     if damage == "cut":
@@ -104,7 +104,7 @@ def test_a_damaged_model_folder_is_named(tmp_path, damage):
 
 
 def test_a_context_larger_than_the_models_positions_is_refused(tmp_path):
-    folder = shutil.copytree(EMBEDDED, tmp_path / "gpt2")
+    folder = shutil.copytree(EMBEDDED["embedded"], tmp_path / "gpt2")
     for name in ("config.json", "generation_config.json", "model.safetensors"):
         (folder / name).unlink()
     config = GPT2Config(vocab_size=3000, n_positions=64, n_embd=16, n_layer=1, n_head=2)
