@@ -171,7 +171,8 @@ def histograms(table: pd.DataFrame, label: str) -> tuple[Figure, str]:
             axis.stairs(heights, edges, fill=time != next(iter(TIMES)), color=PALETTE[0], alpha=0.3)
             axis.axvline(bins["mean"].iloc[0], **TIMES[time] | {"lw": 2.5})
             means.append(f"{bins['mean'].iloc[0]:.2f}")
-        axis.set_title(f"{'' if row else source}\n{' → '.join(means)}".strip(), size=11)
+        known = " → ".join(means) or "not run"
+        axis.set_title(known if row else f"{source}\n{known}", size=11)
     for axis, reader in zip(axes[:, 0], readers, strict=True):
         axis.set_ylabel(reader)
     figure.supxlabel(label, size=12)
@@ -214,7 +215,7 @@ def followings(table: pd.DataFrame, measure: str, line: float | None = None) -> 
     colours = dict(zip(kind.unique(), PALETTE, strict=False))
     look: Look = {"x": "value", "y": "gain", "hue": "kind", "style": "kind", "s": 60}
     look |= {"palette": colours, "markers": dict(zip(colours, [*MARKERS, "v", "P"], strict=False))}
-    figure = panels(sns.scatterplot, drawn, 2.8, 2, (measure, "gain in HR@5"), zorder=3, **look)
+    figure = panels(sns.scatterplot, drawn, 2.4, 2, (measure, "gain in HR@5"), zorder=3, **look)
     for axis, (_, part) in zip(figure.axes, drawn.groupby(panel, sort=False), strict=True):
         axis.vlines(part["value"], part["low"], part["high"], part["kind"].map(colours), lw=1.2)
         for _, path in part[~part["reader"].str.endswith("cloze")].groupby("signal"):
