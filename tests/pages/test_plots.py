@@ -72,7 +72,8 @@ def test_histograms_have_the_shares_at_their_bins_and_the_means_over_them():
     table = pd.concat([table, table.assign(**later).iloc[1:].assign(share=1.0)])
     other = pd.DataFrame({**row, **later, "reader": "good", "system": "good later", **bins})
     figure, alt = plots.histograms(pd.concat([table, other.assign(source="here")]), "rho")
-    axes = dict(zip(("weak paper", "weak here", "good paper", "good here"), figure.axes, strict=True))
+    places = ("weak paper", "weak here", "good paper", "good here")
+    axes = dict(zip(places, figure.axes, strict=True))
     first, _, then, _ = (patch.get_data() for patch in axes["weak paper"].patches)
     assert first.values.tolist() == [0.75, 0.25]
     assert then.values.tolist() == [0.0, 1.0]  # a bin that is not in the table holds no question
