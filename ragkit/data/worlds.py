@@ -132,16 +132,14 @@ def make_entities(
 ) -> list[Entity]:
     """`n` entities with all their facts, spread evenly over the world's kinds or of one `kind`."""
     whole = SPEC["worlds"][world]
-    kinds = [kind] if kind else list(whole["entities"])
+    kinds, aliased = [kind] if kind else list(whole["entities"]), whole["style"] == "long"
     names = NameMaker(rng, reserved, n, sharing)
     values = NameMaker(rng, reserved, 4 * n, sharing)  # answers come from wider pools of their own
     made = []
     for i, own in enumerate(kinds):
         told, shorts = (whole["entities"][own][key] for key in ("relations", "shorts"))
         for name in names.draw_many(own, len(range(i, n, len(kinds)))):
-            facts = {}
-            for relation, rel in told.items():
-                facts[relation] = values.answer(rel["answer"], name, whole["style"] == "long")
+            facts = {r: values.answer(rel["answer"], name, aliased) for r, rel in told.items()}
             short = shorts[0].replace("{last}", name.split()[-1])
             made.append(Entity(name, short, told, facts))
     return made
@@ -159,9 +157,8 @@ def detail(entity: Entity, relation: str, rng: random.Random) -> list[str]:
     """The relation's sentences that do not give its answer, in random order, numbers filled in."""
     sentences, filled = entity.told[relation]["details"], []
     for text in rng.sample(sentences, len(sentences)):
-        year, number = str(rng.choice(YEARS)), str(rng.choice(NUMBERS))
-        text = text.replace("{s}", entity.short).replace("{year}", year).replace("{n}", number)
-        filled.append(text[0].upper() + text[1:])
+        told = text.format(s=entity.short, year=rng.choice(YEARS), n=rng.choice(NUMBERS))
+        filled.append(told[0].upper() + told[1:])
     return filled
 
 
@@ -230,8 +227,7 @@ def build_world(settings: WorldSet, reserved: bool = True) -> Corpus:
         for relation in entity.facts:
             wordings = range(len(entity.told[relation]["statements"]))
             for wording in rng.sample(wordings, settings.wordings_per_fact):
-                text = write_passage(entity, relation, wording, rng)
-                told.append((entity.name, relation, text))
+                told.append((entity.name, relation, write_passage(entity, relation, wording, rng)))
     passages, gold = [], defaultdict[tuple[str, str], tuple[int, ...]](tuple)
     for place, (name, relation, text) in enumerate(rng.sample(told, len(told))):
         passages.append(Passage(str(place), name, text))

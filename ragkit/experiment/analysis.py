@@ -157,8 +157,7 @@ class Analysis:
             for which in self.lab.readers():
                 seen.setdefault((which, "" if which in UNTAUGHT else str(seed)), run)
         names, training = np.unique([of for _, of in seen], return_inverse=True)
-        n, resamples = len(names), self.lab.profile.evaluate.bootstrap
-        drawn = np.random.default_rng(0).multinomial(n, np.full(n, 1 / n), size=resamples)
+        drawn = measures.drawn(len(names), self.lab.profile.evaluate.bootstrap).astype(int)
         times = np.vstack([np.ones(len(seen), int), drawn[:, training]])  # first all as they are
         places = np.indices(times.shape).reshape(2, -1)
         draw, reader = (np.repeat(one, times.ravel()) for one in places)
@@ -173,7 +172,7 @@ class Analysis:
             for signal, (mean, *cloud) in found.items():
                 value = measures.percentiles(np.array(cloud), float(mean), len(seen))
                 row = {"measure": measure, "signal": signal, "readers": len(seen)}
-                row |= {"trainings": n - ("" in names), "correlation": value.mean}
+                row |= {"trainings": len({*names} - {""}), "correlation": value.mean}
                 rows.append(row | {"low": value.low, "high": value.high, "value": value})
         return pd.DataFrame(rows)
 

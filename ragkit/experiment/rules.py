@@ -63,7 +63,8 @@ def judged(numbers: Iterable[Number]) -> Part:
     every = list(numbers)
     asked = [number for number in every if number.votes]
     sides = dict(zip([number.name for number in asked], holm(asked), strict=True))
-    told = [f"{n.name} {n.value}" + f" {WORDS[sides[n.name]]}" * n.votes for n in every]
+    words = {name: f" {WORDS[side]}" for name, side in sides.items()}
+    told = [f"{n.name} {n.value}{words.get(n.name, '')}" for n in every]
     held, against = 1 in sides.values(), -1 in sides.values()
     verdict = "mixed" if held and against else "partly" if held else "undecided"
     verdict = "reproduced" if {*sides.values()} == {1} else verdict

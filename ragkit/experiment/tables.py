@@ -55,9 +55,8 @@ def exact_by_case(lab: Lab, set_name: str, which: str) -> dict[str, NDArray[np.f
 
 def initial(lab: Lab, set_name: str) -> float:
     """The initial retriever's HR@k on dev."""
-    corpus, ranking = lab.corpus(set_name), lab.candidates(set_name)["dev"]
-    golds = corpus.golds(corpus.questions["dev"], ranking)
-    return float(hits(ranking.tolist(), golds, lab.profile.k).mean())
+    corpus, ranking, k = lab.corpus(set_name), lab.candidates(set_name)["dev"], lab.profile.k
+    return float(hits(ranking.tolist(), corpus.golds(corpus.questions["dev"], ranking), k).mean())
 
 
 def draws(lab: Lab, set_name: str) -> pd.DataFrame:

@@ -9,6 +9,7 @@ which questions about one entity are no independent sample either: whole groups 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -223,19 +224,25 @@ class Interval:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+@lru_cache(maxsize=8)
+def drawn(n: int, resamples: int, seed: int = 0) -> Floats:
+    """How often each of n is drawn, in each resample of n `[resamples, n]`."""
+    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), resamples).astype(float)
+
+
 @UNDEFINED
-def draws(values: Floats, groups: NDArray[Any], resamples: int, seed: int = 0) -> Floats:
+def draws(values: Floats, groups: NDArray[Any], resamples: int) -> Floats:
     """Bootstrap means `[resamples, ...]` of `values` `[..., n]`, NaN left out. Whole groups (labels
     `[n]`) are drawn, the same ones for all rows. Rounded to 12 digits: what lies at a line does so
     on every machine."""
     rows, label = values.reshape(-1, len(groups)), np.unique(groups, return_inverse=True)[1]
-    n, there = label.max() + 1, np.isfinite(rows)
+    n, there = int(label.max()) + 1, np.isfinite(rows)
     sums, sizes = (  # [groups, rows]
         np.stack([np.bincount(label, row, minlength=n) for row in given], axis=1)
         for given in (np.where(there, rows, 0), there)
     )
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-    return ((drawn @ sums) / (drawn @ sizes)).reshape(resamples, *values.shape[:-1]).round(12)
+    means = (drawn(n, resamples) @ sums) / (drawn(n, resamples) @ sizes)
+    return means.reshape(resamples, *values.shape[:-1]).round(12)
 
 
 def percentiles(cloud: Floats, mean: float, n: int) -> Interval:
@@ -256,8 +263,8 @@ def interval(values: Floats, groups: NDArray[Any] | None = None, resamples: int 
     n, mean = len(np.unique(labels)), float(np.nanmean(rows)) if known.any() else math.nan
     if n < 2:
         return percentiles(np.empty(0), mean, n)
-    by_seed = np.random.default_rng(1).multinomial(seeds, np.full(seeds, 1 / seeds), resamples)
-    return percentiles((draws(rows, labels, resamples) * by_seed).sum(1) / seeds, mean, n)
+    by_seed = draws(rows, labels, resamples) * drawn(seeds, resamples, seed=1)
+    return percentiles(by_seed.sum(1) / seeds, mean, n)
 
 
 @UNDEFINED

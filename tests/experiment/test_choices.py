@@ -19,7 +19,12 @@ class Stub:
         self.table = {}
         for which in ("fine-tuned", "off-the-shelf"):
             contribution = rng.random((n, 3, 2, 4)).astype(np.float32)
-            given = {"ids": places, "owner": 0 * places, "question": np.repeat([0, 1], n // 2)}
+            given = {
+                "ids": places,
+                "owner": 0 * places,
+                "title": places < 0,
+                "question": np.repeat([0, 1], n // 2),
+            }
             given |= {"from_end": places, "ends": places, "contribution": contribution}
             self.table[which] = Tokens(**given, mass=np.zeros((2, 3, 6), np.float32))
         self.close = {space: rng.random(n) for space in SPACES}

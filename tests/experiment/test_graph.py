@@ -200,7 +200,7 @@ def test_two_profiles_share_what_they_have_in_common():
 def test_the_draws_passed_over_are_searched_and_no_more():
     rules = ["sets.0.seed=rules", "sets.1.seed=rules"]
     one, three = keys(*rules), keys(*rules, "sets.0.draw=2")
-    search = ("passages", "questions", "retriever", "vectors", "candidates")
+    search = ("passages", "questions", "retriever", "vectors", "index", "candidates")
     added = {f"{kind}/almanac (draw {draw})" for kind in search for draw in (0, 1)}
     assert three.keys() - one.keys() == added
     assert all(three[f"{kind}/almanac (draw 0)"] == one[f"{kind}/almanac"] for kind in search[:1])

@@ -1,6 +1,7 @@
 """What the makers write, against what is worked out anew from the prompts and the models' files."""
 
 import copy
+import itertools
 import json
 import os
 from dataclasses import asdict
@@ -42,6 +43,7 @@ NOUNS = [[(10, 14), (15, 19)], [(15, 20), (21, 25)]]
 READER = ReaderSettings()
 SETTINGS = {
     "reader": READER.model_dump(mode="json"),
+    "base": READER.model_dump(mode="json"),
     "retriever": RetrieverSettings().model_dump(mode="json"),
     "which": "off-the-shelf",
     "questions": 2,
@@ -99,15 +101,22 @@ def test_tokens_hold_what_the_recorder_gives(reader):
         prompt = reader.prompt(question, passages, question.answers[0])
         ids, mask = reader.batch([prompt])
         mine, owner = seen.question == number, np.array(prompt.owner)
-        assert seen.ids[mine].tolist() == np.array(prompt.ids)[owner >= 0].tolist()
-        assert seen.owner[mine].tolist() == owner[owner >= 0].tolist()
-        places = prompt.answer_start - np.flatnonzero(owner >= 0)
+        titles = owner == PART["title"]
+        shown = titles | (owner >= 0)
+        assert seen.ids[mine].tolist() == np.array(prompt.ids)[shown].tolist()
+        assert seen.title[mine].tolist() == titles[shown].tolist()
+        # a title belongs to the passage whose text comes next
+        following = [next(o for o in owner[place:] if o >= 0) for place in np.flatnonzero(shown)]
+        assert seen.owner[mine].tolist() == following
+        plain = seen.texts.question == number
+        assert seen.texts.owner[plain].tolist() == owner[owner >= 0].tolist()
+        places = prompt.answer_start - np.flatnonzero(shown)
         assert seen.from_end[mine].tolist() == places.tolist()
         rows = range(prompt.answer_start - 1, len(prompt.ids) - 2)  # predicting
         look = record(reader.model, ids, mask, torch.tensor([list(rows)]))
         every = (look.alpha[:, 0].mean(2) * look.norms[:, 0]).mean((0, 1)).numpy()
         ours = seen.attention(AttentionSettings(rows="predicting"))[mine]
-        assert np.allclose(ours, every[owner >= 0], atol=1e-6)
+        assert np.allclose(ours, every[shown], atol=1e-6)
         plain = look.alpha[:, 0].mean((0, 1, 2)).numpy()
         titles = plain[1:][owner[1:] == PART["title"]].sum()
         assert seen.mass[number, 1, measures.PLACES.index("titles")] == pytest.approx(titles, 1e-4)
@@ -118,15 +127,17 @@ def test_a_tokens_end_is_its_last_character(reader):
     """Also in a prompt that is cut; where a passage alone has other tokens, no place is told."""
     for one in (reader, load_reader("embedded", ReaderSettings(context=40))):
         seen = closeness.look_at_tokens(one, QUESTIONS, FOUND)
-        for number, passages in enumerate(FOUND):
-            for place, passage in enumerate(passages):
-                mine = (seen.question == number) & (seen.owner == place)
-                begins = [0, *(seen.ends[mine][:-1] + 1)]
-                for token, first, last in zip(seen.ids[mine], begins, seen.ends[mine], strict=True):
-                    piece = one.tokenizer.decode([int(token)]).strip().removeprefix("##")
-                    assert passage.text[first : last + 1].strip().lower() == piece.lower()
+        for number, place, title in itertools.product((0, 1), (0, 1), (False, True)):
+            passage = FOUND[number][place]
+            text = f"{passage.title}:" if title else passage.text
+            mine = (seen.question == number) & (seen.owner == place) & (seen.title == title)
+            begins = [0, *(seen.ends[mine][:-1] + 1)]
+            assert mine.any()
+            for token, first, last in zip(seen.ids[mine], begins, seen.ends[mine], strict=True):
+                piece = one.tokenizer.decode([int(token)]).strip().removeprefix("##")
+                assert text[first : last + 1].strip().lower() == piece.lower()
     assert (seen.question == 0).sum() < len(reader.prompt(QUESTIONS[0], FOUND[0]).ids) - 20
-    ids = seen.ids[(seen.question == 0) & (seen.owner == 0)]
+    ids = seen.ids[(seen.question == 0) & (seen.owner == 0) & ~seen.title]
     assert closeness.last_characters(reader, "Another text.", ids).tolist() == [-1] * len(ids)
 
 
@@ -208,7 +219,8 @@ def test_contextual_closeness_is_that_of_the_last_hidden_states(reader):
         words = {"answer": owner == PART["answer"], "nouns": asked}
         words["answer"][-1] = False  # the end token
         for goal, wanted in words.items():
-            nearest = 1 - cdist(states[owner >= 0], states[wanted], "cosine").min(1)
+            shown = (owner >= 0) | (owner == PART["title"])
+            nearest = 1 - cdist(states[shown], states[wanted], "cosine").min(1)
             assert np.allclose(close[goal][seen.question == number], nearest, atol=1e-5)
     assert "nouns" not in closeness.contextual_closeness(reader, QUESTIONS, FOUND, None)
 
@@ -303,7 +315,7 @@ def test_a_probe_holds_the_means_of_the_indicators(tmp_path, inputs, reader):
     closeness.make_probe(tmp_path, inputs, SETTINGS | {"which": "fine-tuned"})
     probe = json.loads((tmp_path / "indicators.json").read_text("utf8"))
     taught = load_reader(inputs["step1"] / "fine-tuned", READER)
-    seen = closeness.look_at_tokens(taught, QUESTIONS, FOUND)
+    seen = closeness.look_at_tokens(taught, QUESTIONS, FOUND).texts
     table = reader.model.get_input_embeddings().weight.detach().double().numpy()
     for goal, texts in WANTED.items():
         ids = [reader.tokenizer(text, add_special_tokens=False).input_ids for text in texts]

@@ -11,7 +11,7 @@ from ragkit.data.corpus import Asked, Corpus, write_passages
 from ragkit.data.files import write_jsonl
 from ragkit.data.worlds import build_world
 from ragkit.models import answers
-from ragkit.models.answers import make_answers, make_premises, make_style, premise_cases
+from ragkit.models.answers import make_answers, make_premises, premise_cases
 from ragkit.settings import ReaderSettings, WorldSet
 
 SET = {"source": "world", "name": "a", "world": "almanac", "seed": 5, "entities": 24}
@@ -38,33 +38,9 @@ def read(path):
     return json.loads(path.read_text("utf8"))
 
 
-@pytest.fixture(scope="module")
-def style(stages, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("style")
-    make_style(folder, stages[0], {**SETTINGS, "clozes": True})
-    return folder
-
-
-def test_an_untaught_reader_is_asked_as_it_answers_better(style, stages, tmp_path):
-    made = read(style / "style.json")
-    better, worse = made["off-the-shelf"], made["weaker prompt"]
-    assert {better, worse} == {"question", "cloze"}
-    assert made["EM"][better] >= made["EM"][worse]
-    make_style(tmp_path, stages[0], {**SETTINGS, "clozes": False})
-    made = read(tmp_path / "style.json")
-    assert made["off-the-shelf"] == made["weaker prompt"] == "question"
-
-
-def test_prompts_that_answer_alike_stay_two(stages, tmp_path, monkeypatch):
-    monkeypatch.setattr(answers, "exact_match", lambda *_: 0.5)
-    make_style(tmp_path, stages[0], {**SETTINGS, "clozes": True})
-    made = read(tmp_path / "style.json")
-    assert (made["off-the-shelf"], made["weaker prompt"]) == ("question", "cloze")
-
-
-def test_answers_come_from_the_first_k_passages_or_none(style, stages, tmp_path):
-    inputs = {**stages[0], "style": style, "ranking": stages[0]["candidates"]}
-    settings = {**SETTINGS, "which": "off-the-shelf"}
+def test_answers_come_from_the_first_k_passages_or_none(stages, tmp_path):
+    inputs = {**stages[0], "ranking": stages[0]["candidates"]}
+    settings = {**SETTINGS, "which": "off-the-shelf cloze"}
     made = {}
     for name, changes in {"k": {}, "one": {"k": 1}, "none": {"closed_book": True}}.items():
         (tmp_path / name).mkdir()
@@ -86,12 +62,31 @@ def test_a_ranking_of_step_2_is_taken_before_candidates(stages, tmp_path):
         assert asked.pairs == [(q, [stages[1].passages[place]]) for q in asked.questions]
 
 
-def test_premises_show_gold_passages_and_none(style, stages, tmp_path):
-    settings = {**SETTINGS, "which": "off-the-shelf"}
-    make_premises(tmp_path, {**stages[0], "style": style}, settings)
-    exact = read(tmp_path / "exact.json")
-    assert exact["gold among the passages"] > exact["no passages"]
+def test_premises_show_gold_passages_and_none(stages, tmp_path):
+    make_premises(tmp_path, stages[0], {**SETTINGS, "which": "off-the-shelf cloze"})
+    exact = {case: np.array(values) for case, values in read(tmp_path / "exact.json").items()}
+    assert exact["gold among the passages"].mean() > exact["no passages"].mean()
+    assert {case: one.shape for case, one in exact.items()} == dict.fromkeys(exact, (6,))
     assert len(exact) == 4
+
+
+def test_premises_are_kept_question_by_question(stages, tmp_path, monkeypatch):
+    """Real text: a question whose gold passage is not known keeps its place."""
+    known = Asked.open(stages[0], "dev", 6)
+    asked = [replace(q, gold=(), relation="") for q in known.questions]
+    asked[1] = replace(asked[1], answers=("no such words",))
+    real = replace(known, questions=asked)
+    monkeypatch.setattr(answers.Asked, "open", lambda *_: real)
+    monkeypatch.setattr(answers, "open_reader", lambda *_: None)
+    monkeypatch.setattr(
+        answers,
+        "answered",
+        lambda _, pairs: [q.answers[0] if i else "" for i, (q, _) in enumerate(pairs)],
+    )
+    make_premises(tmp_path, {}, {**SETTINGS, "which": "fine-tuned"})
+    exact = read(tmp_path / "exact.json")
+    assert exact["gold among the passages"] == [0, None, 1, 1, 1, 1]
+    assert exact["no passages"] == [0, 1, 1, 1, 1, 1]
 
 
 def test_cases_hold_what_their_names_say(stages):
