@@ -143,9 +143,10 @@ def by_closeness(table: pd.DataFrame) -> tuple[Figure, str]:
     """Lift by closeness; columns set, goal, reader, percent (100: the closest tokens), mean, low,
     high."""
     long = bounds(table.assign(panel=table["set"] + ": closeness to the " + table["goal"]))
-    look: Look = {"x": "percent", "hue": "reader", "style": "reader", "markers": True, **WITHIN}
+    look: Look = {"x": "percent", "hue": "reader", "style": "reader", "ms": 5, **WITHIN}
+    look |= {"markers": dict(zip(table["reader"].unique(), MARKERS, strict=False))}
     labels = ("passage tokens in order of closeness (%, 100: closest)", "lift (1 = average)")
-    figure = panels(sns.lineplot, long, 2.4, 1, labels, dashes=False, ms=5, **look)
+    figure = panels(sns.lineplot, long, 2.4, 1, labels, dashes=False, **look)
     for axis in figure.axes:
         axis.axhline(1, **RULE)
     said = "Lift of passage tokens by closeness, with 95 percent intervals. The closest:"
