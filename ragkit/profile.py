@@ -110,6 +110,6 @@ def _explained(location: tuple[int | str, ...], message: str, kind: str) -> str:
     if kind != "extra_forbidden":
         return f"  {key}: {message.removeprefix('Value error, ')}"
     sections = [Profile.model_json_schema(), *Profile.model_json_schema()["$defs"].values()]
-    known = {name for section in sections for name in section["properties"]}
+    known = {name for section in sections for name in section["properties"]} - {location[-1]}
     near = difflib.get_close_matches(str(location[-1]), known, 1)
     return f"  {key}: unknown key." + (f" The nearest valid key is {near[0]!r}." if near else "")

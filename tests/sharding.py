@@ -1,4 +1,4 @@
-"""Stages of the models' room, made by as many processes as there are: see `test_processes`.
+"""Stages that run models, made by as many processes as there are: see `test_processes`.
 
 `python tests/sharding.py OUT`, or the same by torchrun.
 """
@@ -16,8 +16,9 @@ from accelerate import PartialState
 from ragkit.data.corpus import Corpus, write_passages
 from ragkit.data.files import write_jsonl
 from ragkit.data.worlds import build_world
+from ragkit.distillation.teacher import make_teacher
 from ragkit.models import device
-from ragkit.models.answers import make_answers, make_style
+from ragkit.models.answers import make_answers
 from ragkit.models.fid import open_reader
 from ragkit.models.index import make_candidates, make_index, make_vectors
 from ragkit.models.retriever import make_retriever
@@ -37,7 +38,9 @@ SETTINGS = {
     "answered": 11,
     "k": 3,
     "seed": 0,
-    "clozes": True,
+    "questions": 9,
+    "part": "distill",
+    "order": "shuffled",
     "closed_book": False,
 }
 MAKERS = {
@@ -45,7 +48,7 @@ MAKERS = {
     "vectors": make_vectors,
     "index": make_index,
     "candidates": make_candidates,
-    "style": make_style,
+    "teacher": make_teacher,
     "answers": make_answers,
     "step1": make_step1,
 }
@@ -64,9 +67,9 @@ def main(out: Path) -> None:
         if device.is_main():
             (out / name).mkdir()
         device.agreed()
-        given = {role: place for role, place in inputs.items() if role != "style"}
+        given = inputs
         if name == "answers":
-            given = {role: inputs[role] for role in ("passages", "questions", "style")}
+            given = {role: inputs[role] for role in ("passages", "questions")}
             given["ranking"] = inputs["candidates"]
         make(out / name, given, SETTINGS)
         device.agreed()

@@ -4,7 +4,7 @@ import pytest
 
 from ragkit import settings
 from ragkit.errors import ProfileError
-from ragkit.profile import SHIPPED, load_profile, save_profile
+from ragkit.profile import SHIPPED, VARIATIONS, Profile, load_profile, save_profile, varied
 
 GOOD = "name: mine\nsets: [{source: world, name: a, world: almanac, seed: 1}]\n"
 
@@ -30,11 +30,19 @@ def test_shipped_profiles_load(name):
         ("k: 1\n", ["k:", "greater than or equal to 2"]),
         ("attention: {rows: first}\n", ["attention.rows", "last_prompt"]),
         ("k: 21\n", ["k:", "less than or equal to 20"]),
+        ("attention: {order: ranked}\n", ["attention.order", "balanced", "levelled"]),
+        ("attention: {heads: some}\n", ["attention.heads", "chosen"]),
+        ("attention: {chosen: 0}\n", ["attention.chosen", "greater than or equal to 1"]),
+        ("distill: {standardise: 1}\n", ["distill.standardise", "boolean"]),
+        ("encoder_decoder: {steps: 0}\n", ["encoder_decoder.steps"]),
+        ("encoder_decoder: {step: 9}\n", ["encoder_decoder.step: unknown key", "'steps'"]),
         ("reader: [1\n", ["not valid YAML"]),
         ("reader: {rate: .inf}\n", ["reader.rate", "finite"]),
         ("reader: {rate: .nan}\n", ["reader.rate"]),
         ("distill: {seeds: [1, 2, 1]}\n", ["distill.seeds: 1 stands there twice"]),
         ("reader: 5\n", ["reader:"]),
+        ("reader: {entropie: 0.5}\n", ["reader.entropie: unknown key", "'entropy'"]),
+        ("reader: {order: question first}\n", ["reader.order: unknown key."]),
         ("distill: {entropy: 1.0}\n", ["distill.entropy: Input should be less than 1"]),
         ("distill: {entropy: 0.0}\n", ["distill.entropy: Input should be greater than 0"]),
         ("indicators: {share: 1.0}\n", ["indicators.share", "less than 1"]),
@@ -49,6 +57,34 @@ def test_what_is_wrong_is_named(tmp_path, extra, words):
         load_profile(write(tmp_path, GOOD + extra))
     for word in words:
         assert word in str(caught.value)
+
+
+def test_a_key_of_another_section_is_not_its_own_nearest(tmp_path):
+    with pytest.raises(ProfileError) as caught:
+        load_profile(write(tmp_path, GOOD + "reader: {order: question first}\n"))
+    assert "'order'" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", VARIATIONS)
+def test_each_variation_takes_one_choice_otherwise_than_every_shipped_profile(name):
+    for profile in map(load_profile, SHIPPED):
+        other = varied(profile, name)
+        changed = [key for key, value in profile if value != getattr(other, key)]
+        assert changed == list(VARIATIONS[name])
+        assert Profile.model_validate(other.model_dump(mode="json")) == other
+
+
+def test_the_paper_is_read_by_default():
+    """Choices of the recovered figure and of ATLAS; what is ours stands beside, by name."""
+    profile = load_profile("tiny")
+    assert profile.attention.model_dump() == {
+        "rows": "predicting", "norm": True, "layers": "all", "heads": "all", "chosen": 4,
+        "pooling": "sum", "order": "rank",
+    }  # fmt: skip
+    assert profile.indicators.share == 0.05
+    assert profile.distill.standardise
+    assert profile.encoder_decoder.model == "embedded encoder-decoder"
+    assert load_profile("tiny", ["encoder_decoder=null"]).encoder_decoder is None
 
 
 def test_an_unknown_profile_gets_the_nearest_name():

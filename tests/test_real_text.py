@@ -41,6 +41,7 @@ sets: [{{source: files, name: nq, passages: p.tsv, questions: q.jsonl, {parts}}}
 retriever: {{model: {minilm}}}
 reader: {{model: {reader}, context: 512, steps: {steps}, batch: 8, answer_tokens: 5,
           checkpoints: 1}}
+encoder_decoder: null
 distill: {{seeds: [0], epochs: 1, rate: 2.0e-5}}
 indicators: {{questions: 12}}
 variations: [no value norm]
@@ -81,10 +82,9 @@ def test_a_falcon_on_real_text(tmp_path, falcon):
     assert set(tables.ceiling(lab, "nq")["trained"]) == {"query"}
     table = tables.per_question(lab, "nq")
     assert set(table["system"]) == {"BM25", "initial", *lab.targets}
-    assert np.isfinite(lab.teacher("nq", "fine-tuned")["attention"]).all()
+    assert np.isfinite(lab.look("nq", "fine-tuned")["attention"]).all()
     assert tables.answer_rows(lab, "nq")["EM"].between(0, 1).all()
-    styles = json.loads((lab.open("style", "nq") / "style.json").read_text())
-    assert styles["off-the-shelf"] == "question"  # real questions come without clozes
+    assert not [name for name in (*lab.readers(), *lab.targets) if "cloze" in name]  # none there
 
 
 @pytest.mark.slow
@@ -105,7 +105,7 @@ def test_the_main_job_on_real_text(tmp_path, ragkit, reader, request):
     assert len(losses) == 25
     assert np.isfinite(losses).all()
     for which in ("off-the-shelf", "fine-tuned"):
-        scores = lab.teacher("nq", which)["attention"]
+        scores = lab.look("nq", which)["attention"]
         assert len(scores) == asked["distill"]
         assert np.isfinite(scores).all()
         assert scores.std(axis=-1).max() > 0
@@ -116,7 +116,7 @@ def test_the_main_job_on_real_text(tmp_path, ragkit, reader, request):
     assert set(lab.status.values()) == {"reused"}
     if reader == "llama":  # 512 positions do not hold three passages in its tokenizer
         manifest = json.loads((lab.folder / "manifest.json").read_text())
-        cut = manifest["trimmed_prompts"]["teacher/nq/fine-tuned"]
+        cut = manifest["trimmed_prompts"]["teacher/nq/fine-tuned, rank"]
         assert 0 < cut["trimmed"] <= cut["prompts"] == asked["distill"]
         assert "Prompts longer than the reader" in page
 

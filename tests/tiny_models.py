@@ -63,6 +63,23 @@ def encoder_decoder(kind):
     return transformers.BartForConditionalGeneration(config).eval()
 
 
+def fid(**settings):
+    """A tiny random T5 of four heads with the embedded tokenizer, as a reader."""
+    from ragkit.models.fid import FidReader  # the other tests here need no more than attention
+    from ragkit.models.retriever import build_tokenizer
+    from ragkit.settings import ReaderSettings
+
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    size = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "dropout_rate": 0.0}
+    size |= {"vocab_size": len(tokenizer), "num_layers": 2, "num_decoder_layers": 3}
+    special = {"pad_token_id": pad, "decoder_start_token_id": pad}
+    config = transformers.T5Config(**size, **special, eos_token_id=tokenizer.eos_token_id)
+    model = transformers.T5ForConditionalGeneration(config)
+    return FidReader(model, tokenizer, ReaderSettings(**settings))
+
+
 def prompts(sizes, side="right", seed=1):
     """Random ids and mask `[batch, tokens]`, padded to one side."""
     ids = torch.randint(

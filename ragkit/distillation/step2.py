@@ -175,9 +175,8 @@ def make_step2(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
     searched = IndexSettings(**settings["index"])
     index = Index.open(inputs["vectors"], searched, inputs["index"])
     torch.manual_seed(settings["seed"])
-    lesson = Lesson(
-        retriever, asked, index, distill.side, loss_of(asked, read_looks(inputs), settings)
-    )
+    loss = loss_of(asked, read_looks(inputs), settings)
+    lesson = Lesson(retriever, asked, index, distill.side, loss)
     rows = train(lesson, distill, settings["seed"], folder)
     found = lesson.find("test", min(DEPTH, len(asked.corpus.passages)))
     if settings["keep"]:

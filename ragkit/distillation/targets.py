@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from scipy import special
@@ -15,72 +15,24 @@ from scipy.optimize import brentq
 from ragkit.data.corpus import Asked, Passage, Question
 from ragkit.data.text import holds_answer
 from ragkit.errors import DataError
-from ragkit.settings import ROWS, AttentionSettings, DistillSettings
+from ragkit.settings import ROWS, AttentionSettings, DistillSettings, asset
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Scores = Mapping[str, NDArray[Any]]  # the arrays of `teacher.look`, LOOP's `loop`, or `answer_logs`
 Looks = Mapping[str, Scores]  # what a target is made of, by role: an order of LOOKS, `heads`, ...
 
+KNOWN = yaml.safe_load(asset("targets.yaml").read_text("utf8"))
+TARGETS: dict[str, str] = KNOWN["main"]  # of the main table, and what each is
+BY_ATTENTION: dict[str, dict[str, str]] = KNOWN["by_attention"]
+LOOKS: dict[str, list[str]] = KNOWN["looks"]
+SYSTEMS: dict[str, list[str]] = KNOWN["systems"]
 READERS = ("off-the-shelf", "fine-tuned")  # the two regimes, asked by questions
 CLOZES = ("off-the-shelf cloze", "fine-tuned cloze")  # the same readers, asked by clozes
 ENCODER_DECODER = "encoder-decoder"  # fine-tuned too
 UNTAUGHT = (READERS[0], CLOZES[0])  # before Step 1: one model, asked in two ways
-TOLD = {
-    READERS[0]: "the pretrained reader (the paper's first regime)",
-    CLOZES[0]: "the same reader, asked by clozes",
-    READERS[1]: "the reader after Step 1 (the paper's second regime)",
-    CLOZES[1]: "the same reader, asked by clozes",
-    ENCODER_DECODER: "an encoder-decoder reader after Step 1",
-}
-# The systems of the paper's figure: a reader, and the target of the retriever that finds for it.
-SYSTEMS = {
-    "off-the-shelf checkpoint": (READERS[0], ""),
-    "off-the-shelf distillation": (READERS[0], f"{READERS[0]} attention"),
-    "fine-tuned Step 1": (READERS[1], ""),
-    "fine-tuned Step 2": (READERS[1], f"{READERS[1]} attention"),
-    "encoder-decoder distillation": (ENCODER_DECODER, f"{ENCODER_DECODER} attention"),
-}
-# The ways to teach by attention, and what each changes in a profile's settings.
-BY_ATTENTION: dict[str, dict[str, str]] = {
-    "attention": {},
-    "balanced": {"order": "balanced"},
-    "chosen heads": {"heads": "chosen"},
-}
 SIGNALS = (*BY_ATTENTION, "perplexity", "LOOP", "EMDR2")  # a target is named 'reader signal'
-CONTROLS = {
-    "uniform": "control: every passage the same",
-    "shuffled": "control: the fine-tuned attention, permuted within each question",
-    "answer string": "control: the passages that contain the answer as text",
-    "oracle": "control: the gold passages",
-}
-# Which passes over the prompts a score needs: the order of the passages in each, or no question.
-LOOKS = {
-    **{"rank": ("rank",), "reversed": ("reversed",), "shuffled": ("shuffled",)},
-    **{
-        "levelled": ("shuffled",),
-        "balanced": ("rank", "reversed"),
-        "calibrated": ("rank", "empty"),
-    },
-}
 ROLES = ("rank", "reversed", "shuffled", "empty", "heads", "alone", "loop")  # of looks
-
-
-def target_names() -> dict[str, str]:
-    """The targets of the main table, and what each is. An encoder-decoder reads every passage on
-    its own, so that it has no order to balance."""
-    ways = {
-        "attention": "its attention, passages as ranked",
-        "balanced": "its attention, mean of two orders",
-        "chosen heads": "its attention, heads chosen on dev",
-    }
-    names = {
-        f"{reader} {signal}": f"{told}: {way}"
-        for (reader, told), (signal, way) in product(TOLD.items(), ways.items())
-        if (reader, signal) != (ENCODER_DECODER, "balanced")
-    }
-    by_loss = f"{TOLD[READERS[1]]}: how likely it finds the answer given each passage alone"
-    return names | {f"{READERS[1]} perplexity": by_loss} | CONTROLS
 
 
 def read_looks(folders: Mapping[str, Path]) -> dict[str, Scores]:

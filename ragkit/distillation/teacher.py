@@ -42,9 +42,9 @@ def token_contributions(reader: Reader, prompts: list[Prompt]) -> Tensor:
 def places_of(order: str, n: int, k: int, seed: int) -> NDArray[np.int64]:
     """The place in the prompt of each of k passages, best first, of n questions `[n, k]`."""
     ranks = np.tile(np.arange(k), (n, 1))
-    if order == "shuffled":
-        return np.random.default_rng(seed).permuted(ranks, axis=1)
-    return ranks[:, ::-1].copy() if order == "reversed" else ranks
+    shuffled = np.random.default_rng(seed).permuted(ranks, axis=1)
+    known = {"rank": ranks, "empty": ranks, "reversed": ranks[:, ::-1].copy()}
+    return (known | {"shuffled": shuffled})[order]
 
 
 def look(

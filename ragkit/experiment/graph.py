@@ -57,7 +57,7 @@ class Graph:
         self.trains_retriever = profile.retriever.model == "embedded"
         lacking: tuple[str, ...] = () if self.has_clozes else CLOZES
         lacking += () if profile.encoder_decoder else (ENCODER_DECODER,)
-        names = targets.target_names().items()
+        names = targets.TARGETS.items()
         self.targets = {name: told for name, told in names if not name.startswith(lacking)}
         own = {"weights": model_files(profile.reader.model), "share": profile.indicators.share}
         own |= {"state": finder_state(profile.nouns), "shuffle_seed": profile.seed}
@@ -143,7 +143,7 @@ class Graph:
                 if role == "candidates" or kind == "index" or self.profile.distill.side == "both":
                     after = replace(after, start=of.start)
             case "tokens":
-                after = replace(of, epochs=0, keep=False)
+                after = of
             case "contextual":
                 after = replace(of, which="")
         return self.stage(role, after)

@@ -136,13 +136,13 @@ def make(lab: Lab) -> tuple[pd.DataFrame, str]:
 def recorded(lab: Lab, runs: Path) -> pd.DataFrame:
     """What the runs in a folder took for stages with the lab's models: kind, units, seconds."""
 
-    def models(settings: Any) -> list[Any]:
-        return [settings.get(name, {}).get("model") for name in ("reader", "retriever")]
+    def made_with(kind: str, settings: Any) -> tuple[Any, ...]:
+        return kind, *(settings.get(name, {}).get("model") for name in ("reader", "retriever"))
 
-    wanted = {one.kind: models(one.settings) for one in lab.stages}
+    wanted = {made_with(one.kind, one.settings) for one in lab.stages}
     rows = []
     for saved in map(read_record, runs.glob("*/stages/*/*")):
-        if saved and wanted.get(saved["kind"]) == models(saved["record"].get("settings", {})):
+        if saved and made_with(saved["kind"], saved["record"].get("settings", {})) in wanted:
             rows.append((saved["kind"], sum(saved["units"].values()), saved["seconds"]))
     return pd.DataFrame(rows, columns=["kind", "units", "seconds"])
 
@@ -157,6 +157,7 @@ def measured(lab: Lab) -> pd.DataFrame:
             reader = profile.reader.model_copy(update={"steps": 4 * times})
             crops = profile.retriever.model_copy(update={"crop_steps": 8 * times})
             less = {"sets": (first.model_copy(update=few),), "reader": reader, "retriever": crops}
+            less |= {"encoder_decoder": None}  # of the decoder's size, about
             small, seen = Lab(profile.model_copy(update=less), folder), Counter[str]()
             for stage in small.stages:
                 seen[stage.kind] += 1

@@ -59,8 +59,8 @@ class FidReader(Reader):
         return {"encoder_outputs": outputs, "attention_mask": seen}
 
     def read(self, prompts: Sequence[Prompt]) -> Tensor:
-        """What the decoder reads `[prompts, answer]`: start, and answer without its end."""
-        read = [torch.tensor([self.start, *p.ids[p.answer_start : -1]]) for p in prompts]
+        """What the decoder reads `[prompts, answer]`: start, answer and its end."""
+        read = [torch.tensor([self.start, *p.ids[p.answer_start :]]) for p in prompts]
         return pad_sequence(read, True, self.pad).to(self.model.device)
 
     @torch.no_grad()

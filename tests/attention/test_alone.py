@@ -19,7 +19,8 @@ reader, ids = LlamaForCausalLM(config).eval(), torch.arange(3, 12)[None]
 mask, rows = torch.ones_like(ids), torch.tensor([[8]])
 seen = record(reader, ids, mask, rows)
 tokens = pooled(lambda visit: observe(reader, ids, mask, rows, visit), torch.ones(1, 1, 1))
-scores = passage_scores(tokens[1, :, 0, 0].mean(0), torch.tensor([-1] + [0] * 4 + [1] * 4), 2)
+tokens, owner = tokens[1, :, 0, 0].mean((0, 1)), torch.tensor([-1] + [0] * 4 + [1] * 4)
+scores = passage_scores(tokens, owner, 2)
 print(list(seen.alpha.shape), list(scores.shape))
 """
 

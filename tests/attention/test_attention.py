@@ -224,7 +224,11 @@ def test_reduced_on_the_fly_is_the_same_as_from_the_record():
     for norm in (0, 1):
         for group in (0, 1):
             expected = contributions(seen, uses[group], bool(norm))
-            assert torch.allclose(reduced[norm, :, group], expected, atol=1e-7)
+            assert torch.allclose(reduced[norm, :, group].mean(2), expected, atol=1e-7)
+            for head in range(4):
+                one = Record(seen.alpha[:, :, head : head + 1], seen.norms[:, :, head : head + 1])
+                expected = contributions(one, uses[group], bool(norm))
+                assert torch.allclose(reduced[norm, :, group, :, head], expected, atol=1e-7)
 
 
 def test_nothing_of_size_tokens_times_tokens_is_made():

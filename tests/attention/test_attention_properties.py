@@ -46,7 +46,7 @@ def test_rows_are_those_of_the_formula_and_sum_to_one(case):
 
 @settings(deadline=None, max_examples=60)
 @given(calls(), st.integers(0, 10**6))
-def test_the_order_of_heads_changes_nothing(case, seed):
+def test_heads_in_another_order_keep_their_own_contributions(case, seed):
     call, rows = case
     order = torch.randperm(call.key.shape[1], generator=torch.Generator().manual_seed(seed))
     group = call.query.shape[1] // len(order)
@@ -58,7 +58,7 @@ def test_the_order_of_heads_changes_nothing(case, seed):
     uses = torch.ones(1, *rows.shape)
     usual, turned = (pool(attention_rows(c, rows), value_norms(c), uses) for c in (call, other))
     for ours, theirs in zip(usual, turned, strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-5)
+        assert torch.allclose(ours[:, :, heads], theirs, atol=1e-5)
 
 
 MODELS = {name: make(name) for name in ("falcon-alibi", "gpt2", "llama", "gemma2")}

@@ -206,14 +206,14 @@ def test_the_maker_teaches_a_retriever_to_find_what_the_oracle_says(inputs, tmp_
 
 def test_a_killed_maker_makes_the_same(inputs, tmp_path, monkeypatch):
     given, settings = inputs
-    look = tmp_path / "look"
-    look.mkdir()
+    alone = tmp_path / "alone"
+    alone.mkdir()
     logs = np.log(np.random.default_rng(0).uniform(0.1, 1, (6, 3, 2))).astype(np.float32)
-    write_arrays(look / "scores.safetensors", {"answer_logs": logs})
+    write_arrays(alone / "scores.safetensors", {"answer_logs": logs})
     chosen = asked_for(settings, target="fine-tuned EMDR2", distill={"epochs": 2})
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
-    step2.make_step2(tmp_path / "whole", {**given, "look": look}, chosen)
+    step2.make_step2(tmp_path / "whole", {**given, "alone": alone}, chosen)
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -221,10 +221,10 @@ def test_a_killed_maker_makes_the_same(inputs, tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(step2, "write_arrays", killed)  # at the very end
         with pytest.raises(KeyboardInterrupt):
-            step2.make_step2(tmp_path / "cut", {**given, "look": look}, chosen)
+            step2.make_step2(tmp_path / "cut", {**given, "alone": alone}, chosen)
         patched.setattr(step2.Lesson, "forward", killed)
         with pytest.raises(KeyboardInterrupt):  # no step is made again
-            step2.make_step2(tmp_path / "cut", {**given, "look": look}, chosen)
-    step2.make_step2(tmp_path / "cut", {**given, "look": look}, chosen)
+            step2.make_step2(tmp_path / "cut", {**given, "alone": alone}, chosen)
+    step2.make_step2(tmp_path / "cut", {**given, "alone": alone}, chosen)
     for whole, cut in zip(read(tmp_path / "whole"), read(tmp_path / "cut"), strict=True):
         assert str(whole) == str(cut)

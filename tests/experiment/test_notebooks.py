@@ -80,7 +80,7 @@ def test_an_index_refresh_gives_the_reader_new_candidates(lab):
     after = load_file(later["candidates"] / "candidates.safetensors")["distill"]
     moved = (before[:, : lab.profile.k] != after[:, : lab.profile.k]).any(1)
     assert moved.any()
-    looks = (lab.teacher("trivia", "fine-tuned"), load_file(later["look"] / "scores.safetensors"))
+    looks = (lab.look("trivia", "fine-tuned"), load_file(later["rank"] / "scores.safetensors"))
     other = looks[0]["attention"] != looks[1]["attention"]
     assert np.array_equal(other.reshape(len(other), -1).any(1), moved)
     curve = json.loads((lab.store.home(stage) / "curve.json").read_text())

@@ -115,13 +115,13 @@ def test_step_1_computes_in_half_precision_and_keeps_float32_weights(lab):
 
 
 def test_attention_teaches_the_retriever(lab):
-    scores = lab.teacher("nq", "fine-tuned")["attention"]
-    assert len(scores) == 12
-    assert np.isfinite(scores).all()
+    look = lab.look("nq", "fine-tuned")
+    assert look["attention"].shape == (12, 3, 2, 2, 4, 5)  # two layers of four heads
+    assert np.isfinite(look["attention"]).all()
     ranking, curve = lab.distilled("nq", "fine-tuned attention", 0)
     assert ranking.shape == (16, 20)
     assert np.isfinite(curve[-1]["loss"])
-    stage = lab.graph.stage("answers", Of("nq", "fine-tuned", "fine-tuned attention"))
+    stage = lab.graph.stage("answers", Of("nq", "fine-tuned", target="fine-tuned attention"))
     assert len(json.loads((lab.open_stage(stage) / "answers.json").read_text())) == 4
 
 

@@ -65,7 +65,7 @@ def inputs(tmp_path_factory, reader):
     home = tmp_path_factory.mktemp("stages")
     roles = {
         role: home / role
-        for role in ("passages", "questions", "candidates", "nouns", "style", "retriever", "step1")
+        for role in ("passages", "questions", "candidates", "nouns", "retriever", "step1")
     }
     for folder in roles.values():
         folder.mkdir()
@@ -75,8 +75,6 @@ def inputs(tmp_path_factory, reader):
     ranking = {"dev": RANKING, "test": RANKING}
     save_file(ranking, roles["candidates"] / "candidates.safetensors")
     (roles["nouns"] / "spans.json").write_text(json.dumps({"dev": NOUNS, "test": NOUNS}))
-    styles = {"off-the-shelf": "cloze", "weaker prompt": "question"}
-    (roles["style"] / "style.json").write_text(json.dumps(styles))
     retriever = train_by_cropping(PASSAGES, RetrieverSettings(crop_steps=1, crop_batch=2), 0)
     retriever.save(roles["retriever"] / "model")
     taught = copy.deepcopy(reader)

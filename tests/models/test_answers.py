@@ -10,7 +10,7 @@ from safetensors.numpy import save_file
 from ragkit.data.corpus import Asked, Corpus, write_passages
 from ragkit.data.files import write_jsonl
 from ragkit.data.worlds import build_world
-from ragkit.models import answers
+from ragkit.models import answers, fid
 from ragkit.models.answers import make_answers, make_premises, premise_cases
 from ragkit.settings import ReaderSettings, WorldSet
 
@@ -51,6 +51,28 @@ def test_answers_come_from_the_first_k_passages_or_none(stages, tmp_path):
     right = {name: sum(map(answers.exact_match, made[name], golds)) for name in made}
     assert right["k"] > right["none"]
     assert made["one"] != made["k"]
+
+
+def test_a_reader_is_asked_by_clozes_where_its_name_ends_so(stages, tmp_path, monkeypatch):
+    """The same weights, before Step 1 and after it."""
+    opened, load = [], fid.load_reader
+
+    def spy(name, *rest):
+        opened.append(name)
+        return load("embedded", *rest)
+
+    monkeypatch.setattr(fid, "load_reader", spy)
+    question = stages[1].questions["test"][0]
+    folders = {"fine-tuned": tmp_path / "fine-tuned", "step 10": tmp_path / "step-10"}
+    for which, folder in ({"off-the-shelf": "embedded"} | folders).items():
+        inputs = stages[0] if folder == "embedded" else {**stages[0], "step1": tmp_path}
+        for name, style in ((which, "question"), (f"{which} cloze", "cloze")):
+            reader = fid.open_reader(inputs, {**SETTINGS, "which": name})
+            assert opened.pop() == folder
+            assert reader.style == style
+            said = reader.tokenizer.decode(reader.prompt(question, []).ids)
+            assert said.rstrip().endswith("answer:") is (style == "question")
+    assert fid.open_reader(stages[0], SETTINGS).style == "question"  # as Step 1 opens it
 
 
 def test_a_ranking_of_step_2_is_taken_before_candidates(stages, tmp_path):

@@ -166,8 +166,8 @@ def test_answers_may_be_as_long_as_the_set_needs(tmp_path):
 @pytest.mark.parametrize("style", ["question", "cloze"])
 def test_question_first_is_another_prompt_for_every_style(tmp_path, style):
     folder = write(tmp_path, byte_level())
-    orders = ("passages first", "question first")
-    readers = [load(folder, style, order=order) for order in orders]
+    layouts = ("passages first", "question first")
+    readers = [load(folder, style, layout=layout) for layout in layouts]
     after, before = (one.prompt(QUESTION, PASSAGES) for one in readers)
     assert before.owner.index(PART["question"]) < before.owner.index(0)
     assert after.owner.index(PART["question"]) > after.owner.index(1)

@@ -24,7 +24,7 @@ from ragkit.pages.html import page as whole_page
 from ragkit.profile import load_profile
 from ragkit.settings import POOLINGS, ROWS, AttentionSettings
 
-K, LAYERS, N = 4, 3, 30
+K, LAYERS, HEADS, N = 4, 3, 2, 30
 NASTY = "</script><script>document.title='broken'</script><!-- & \u2028"
 CHOICES = [  # reader, rows, norm, layer, pooling, temperature
     ("fine-tuned", "last_prompt", "on", "mean", "sum", "auto"),
@@ -43,8 +43,11 @@ def lab(tmp_path_factory):
     passages = [Passage(str(i), f"{NASTY} title {i}", f"the river {i} {NASTY}") for i in range(12)]
     asked = [Question(str(i), f"which {i} {NASTY}", (NASTY,), (i % 12,)) for i in range(N)]
     candidates = np.stack([rng.permutation(12)[:K] for _ in range(N)])
-    shape, vectors = (N, len(ROWS), 2, LAYERS, len(POOLINGS), K), rng.normal(size=(12, 8))
-    scores = {name: rng.gamma(0.5, size=shape) for name in ("off-the-shelf", "fine-tuned")}
+    shape, vectors = (N, len(ROWS), 2, LAYERS, HEADS, K), rng.normal(size=(12, 8))
+    looks = {}
+    for name in ("off-the-shelf", "fine-tuned"):
+        attention = rng.gamma(0.5, size=shape).astype(np.float32)
+        looks[name] = {"attention": attention, "tokens": rng.integers(0, 9, (N, K))}
     queries = {question.text: rng.normal(size=8) for question in asked}
 
     def golds(questions, found):
@@ -54,8 +57,8 @@ def lab(tmp_path_factory):
         profile=load_profile("smoke", [f"k={K}"]),
         sets={"set": None},
         figures=tmp_path_factory.mktemp("figures"),
-        readers=lambda: list(scores),
-        teacher=lambda name, which: {"attention": scores[which].astype(np.float32)},
+        readers=lambda: list(looks),
+        look=lambda name, which: looks[which],
         asked=lambda name: (asked, candidates),
         corpus=lambda name: SimpleNamespace(passages=passages, golds=golds),
         open=lambda kind, name: Path(kind),
@@ -71,10 +74,11 @@ def lab(tmp_path_factory):
 def expected(lab, reader, rows, norm, layer, pooling, temperature):
     """What ragkit gives for a choice: p_ATTN, its temperature, how often its top is gold."""
     chosen = sliders.sample(N, 1)
-    stored = lab.teacher("set", reader)["attention"][chosen]
-    picked = stored if layer == "mean" else stored[:, :, :, layer - 1 : layer]
+    stored = {name: part[chosen] for name, part in lab.look("set", reader).items()}
+    if layer != "mean":
+        stored["attention"] = stored["attention"][:, :, :, layer - 1 : layer]
     settings = AttentionSettings(rows=rows, norm=norm == "on", pooling=pooling)
-    standard = targets.standardise(targets.attention_scores({"attention": picked}, settings))
+    standard = targets.standardise(targets.attention_scores(stored, settings))
     if temperature == "auto":
         temperature = targets.temperature_for(standard, lab.profile.distill.entropy)
     asked, candidates = lab.asked("set")
@@ -88,8 +92,12 @@ def test_the_page_holds_the_stored_scores(lab):
     held, chosen = sliders.data(lab)["sets"][0], sliders.sample(N, 1)
     asked, candidates = lab.asked("set")
     for reader in held["readers"]:
-        stored = lab.teacher("set", reader["name"])["attention"][chosen]
-        assert np.allclose(np.array(reader["attention"]), stored, rtol=1e-4)
+        stored = lab.look("set", reader["name"])
+        sums, tokens = stored["attention"][chosen].mean(4), stored["tokens"][chosen]
+        held_sums, held_means = np.moveaxis(np.array(reader["attention"]), 4, 0)
+        assert np.allclose(held_sums, sums, rtol=1e-4)
+        means = sums / np.maximum(tokens, 1)[:, None, None, None]
+        assert np.allclose(held_means, means, rtol=1e-3, atol=1e-4)
     assert len(held["examples"]) == sliders.EXAMPLES
     gold, retr = np.array(held["gold"]), np.array(held["retr"])
     for place, example in enumerate(held["examples"]):
