@@ -144,7 +144,7 @@ def histograms(table: pd.DataFrame, label: str) -> tuple[Figure, str]:
     sources, readers = table["source"].unique(), table["reader"].unique()
     figure = plt.figure(figsize=(WIDTH, 1.5 * len(readers) + 1), layout="constrained")
     shape: Look = {"nrows": len(readers), "ncols": len(sources), "squeeze": False}
-    axes = figure.subplots(sharex="col", sharey=True, **shape)
+    axes: Any = figure.subplots(sharex="col", sharey=True, **shape)
     for (row, reader), (column, source) in product(enumerate(readers), enumerate(sources)):
         axis, here = axes[row, column], table[table["source"] == source]
         edges, means = np.unique(here[["low", "high"]]), []
