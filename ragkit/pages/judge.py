@@ -179,11 +179,12 @@ def tops_of(looks: list[targets.Looks]) -> pd.DataFrame:
 
 def found_of(tops: pd.DataFrame, way: str) -> tuple[str, list[Interval]]:
     """How much more often than FIRST and CHANCE a way's top passage holds the answer: ABOVE if both
-    intervals lie above 0, BELOW if one does not reach above it, else (or of few) UNSURE."""
+    intervals lie above 0, BELOW if one does not reach above it; else, of few questions, and where
+    the first passage always holds it (which nothing can exceed) UNSURE."""
     leads = [interval(tops[way] - tops[line]) for line in (FIRST, CHANCE)]
     low, high = min(lead.low for lead in leads), min(lead.high for lead in leads)
     found = BELOW if high <= 0 else ABOVE if low > 0 else UNSURE
-    return found if leads[0].n >= ENOUGH else UNSURE, leads
+    return found if leads[0].n >= ENOUGH and tops[FIRST].min() < 1 else UNSURE, leads
 
 
 def verdict_of(tops: pd.DataFrame) -> str:
