@@ -41,7 +41,7 @@ def use_theme() -> None:
 def column(heights: list[float], sharex: bool = True) -> tuple[Figure, list[Axes]]:
     """Panels of these heights (inches), one below the other."""
     figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-    axes = figure.subplots(len(heights), height_ratios=heights, sharex=sharex, squeeze=False)
+    axes: Any = figure.subplots(len(heights), height_ratios=heights, sharex=sharex, squeeze=False)
     return figure, list(axes[:, 0])
 
 
@@ -143,8 +143,8 @@ def histograms(table: pd.DataFrame, label: str) -> tuple[Figure, str]:
     share (of questions), mean."""
     sources, readers = table["source"].unique(), table["reader"].unique()
     figure = plt.figure(figsize=(WIDTH, 1.5 * len(readers) + 1), layout="constrained")
-    shape: Look = {"nrows": len(readers), "ncols": len(sources), "squeeze": False}
-    axes: Any = figure.subplots(sharex="col", sharey=True, **shape)
+    rows, columns = len(readers), len(sources)
+    axes: Any = figure.subplots(rows, columns, sharex="col", sharey=True, squeeze=False)
     for (row, reader), (column, source) in product(enumerate(readers), enumerate(sources)):
         axis, here = axes[row, column], table[table["source"] == source]
         edges, means = np.unique(here[["low", "high"]]), []
@@ -154,7 +154,7 @@ def histograms(table: pd.DataFrame, label: str) -> tuple[Figure, str]:
             axis.stairs(heights, edges, **TIMES[time], label=time)
             axis.stairs(heights, edges, fill=time != next(iter(TIMES)), color=PALETTE[0], alpha=0.3)
             axis.axvline(bins["mean"].iloc[0], **TIMES[time] | {"lw": 2.5})
-            means.append(f"{bins['mean'].iloc[0]:.2f}")
+            means.append(f"{bins['mean'].iloc[0]:.2f}".replace("nan", "undefined"))
         known = " → ".join(means) or "not run"
         axis.set_title(known if row else f"{source}\n{known}", size=11)
     for axis, reader in zip(axes[:, 0], readers, strict=True):
