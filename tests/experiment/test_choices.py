@@ -119,7 +119,7 @@ def test_deviations_say_how_far_each_variation_moves_the_gain(tmp_path):
     given = {"trained": trained, "yaml": yaml, "asset": asset, "figures": tmp_path, "html": html}
     said_in_the_notebook("deviations", **given)
     table = pd.read_csv(tmp_path / "08_deviations.csv").set_index("choice")
-    moved = "reverse KL: fine-tuned -0.050 to -0.040, off-the-shelf +0.020 to +0.030"
+    moved = "reverse KL: off-the-shelf +0.020 to +0.030, fine-tuned -0.050 to -0.040"
     assert table.loc["divergence", "moves"] == moved
     assert table.loc["prompt", "moves"] == "not run here"
     assert table.loc["reader", "moves"] == "not varied"
