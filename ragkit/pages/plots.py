@@ -16,13 +16,13 @@ import seaborn as sns
 from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from ragkit.pages import html
 from ragkit.settings import asset
 
 PALETTE, MARKERS = sns.color_palette("colorblind"), ["o", "s", "^", "D"]
 WIDTH = 5.6
-KINDS = ("attention", "perplexity", "control")  # of what a retriever learns from
 Look = dict[str, Any]  # options of matplotlib's and seaborn's functions
 RULE: Look = {"color": "0.3", "lw": 1, "ls": ":"}  # a line that says where nothing happens
 WITHIN: Look = {"y": "value", "estimator": "median", "errorbar": ("pi", 100)}  # see `bounds`
@@ -41,7 +41,7 @@ def use_theme() -> None:
 def column(heights: list[float], sharex: bool = True) -> tuple[Figure, list[Axes]]:
     """Panels of these heights (inches), one below the other."""
     figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-    axes = figure.subplots(len(heights), height_ratios=heights, sharex=sharex, squeeze=False)
+    axes: Any = figure.subplots(len(heights), height_ratios=heights, sharex=sharex, squeeze=False)
     return figure, list(axes[:, 0])
 
 
@@ -86,12 +86,6 @@ def show(figure: Figure, alt: str, folder: Path, name: str, table: pd.DataFrame)
     return HTML(html.figure(folder / f"{name}.svg"))
 
 
-def gains(table: pd.DataFrame) -> tuple[Figure, str]:
-    """Gain in HR@5 of each target, a panel a set; columns set, system, mean, low, high."""
-    kinds = [next((one for one in KINDS if one in name), "control") for name in table["system"]]
-    return dots(table.assign(reader=kinds), "system", "gain in HR@5 over the initial retriever", 0)
-
-
 def curves(table: pd.DataFrame, measure: str, label: str) -> tuple[Figure, str]:
     """A measure along the epochs of Step 2, its mean and range over seeds, a panel a set; columns
     set, system, seed, epoch and the measure."""
@@ -107,36 +101,25 @@ def curves(table: pd.DataFrame, measure: str, label: str) -> tuple[Figure, str]:
     return figure, told(said, ends, "{set}, {system}: {value:.3f}")
 
 
-def heat_map(scores: pd.DataFrame) -> tuple[Figure, str]:
-    """Attention of each passage (rows) by layer (columns): its share of the layer's attention."""
-    figure, (axis,) = column([0.55 * scores.shape[0] + 1.6])
-    named = scores.set_axis([fill(str(row), 18) for row in scores.index])
+def heat_map(
+    shares: pd.DataFrame, label: str, marked: NDArray[np.bool_] | None = None
+) -> tuple[Figure, str]:
+    """Shares by row and column, whose names are those of the table's axes; those `marked` `[rows,
+    columns]` get a star."""
+    rows, columns = shares.index.name, shares.columns.name
+    figure, (axis,) = column([0.4 * shares.shape[0] + 1.6])
+    named = shares.set_axis([fill(str(row), 18) for row in shares.index])
+    stars = np.where(np.zeros(shares.shape, bool) if marked is None else marked, "*", "")
+    digits = shares.map("{:.2f}".format) if shares.shape[1] <= 8 else shares.map("".format)
     blues = sns.blend_palette(["#ffffff", "#6baed6"], as_cmap=True)  # under black digits
-    look: Look = {"cbar_kws": {"label": "share of attention", "orientation": "horizontal"}}
-    look |= {"annot": scores.shape[1] <= 6, "fmt": ".2f", "annot_kws": {"color": "black"}}
+    look: Look = {"cbar_kws": {"label": label, "orientation": "horizontal"}}
+    look |= {"annot": digits + stars, "fmt": "", "annot_kws": {"color": "black"}}
     sns.heatmap(named, ax=axis, cmap=blues, **look)
-    axis.set(xlabel="layer", ylabel="passage")
+    axis.set(xlabel=columns, ylabel=rows)
     axis.tick_params(axis="y", rotation=0)
-    top = scores.mean(axis=1)
-    said = f"On average passage {top.idxmax()} gets most ({top.max():.2f})."
-    return figure, f"Heat map of attention by passage and layer. {said}"
-
-
-def attention_cost(table: pd.DataFrame) -> tuple[Figure, str]:
-    """Seconds and memory of a plain forward pass, ours and eager attention, by tokens; columns kind
-    (of reader), tokens, way, seconds, MB."""
-    named = table.rename(columns={"MB": "peak MB"})
-    long = named.melt(["kind", "tokens", "way"], ["seconds", "peak MB"], "measure")
-    long["panel"] = long["kind"] + ": " + long["measure"]
-    look: Look = {"x": "tokens", "y": "value", "hue": "way", "style": "way", "markers": True}
-    figure = panels(sns.lineplot, long, 2.1, 3, ("tokens", ""), **look)
-    lengths = sorted(table["tokens"].unique())
-    for axis in figure.axes:
-        axis.set(xscale="log", yscale="log")
-        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
-        axis.minorticks_off()
-    said = "Seconds and peak memory beyond the model of one forward pass against its length."
-    return figure, told(said, table, "{kind}, {tokens} tokens, {way}: {seconds:.2f} s, {MB:.0f} MB")
+    row, place = shares.stack().idxmax()
+    said = f"Highest: {rows} {row}, {columns} {place} ({shares.loc[row, place]:.2f})."
+    return figure, f"Heat map of the {label}, by {rows} and {columns}. {said}"
 
 
 def by_closeness(table: pd.DataFrame) -> tuple[Figure, str]:
@@ -161,7 +144,7 @@ def histograms(table: pd.DataFrame, label: str) -> tuple[Figure, str]:
     sources, readers = table["source"].unique(), table["reader"].unique()
     figure = plt.figure(figsize=(WIDTH, 1.5 * len(readers) + 1), layout="constrained")
     rows, columns = len(readers), len(sources)
-    axes = figure.subplots(rows, columns, sharex="col", sharey=True, squeeze=False)
+    axes: Any = figure.subplots(rows, columns, sharex="col", sharey=True, squeeze=False)
     for (row, reader), (column, source) in product(enumerate(readers), enumerate(sources)):
         axis, here = axes[row, column], table[table["source"] == source]
         edges, means = np.unique(here[["low", "high"]]), []
@@ -194,7 +177,8 @@ def dots(table: pd.DataFrame, row: str, label: str, line: float) -> tuple[Figure
     look: Look = {**WITHIN, "x": "value", "y": "row", "order": drawn["row"].unique(), "ls": "none"}
     look |= {"hue": "reader", "hue_order": readers, "palette": colours, "markers": MARKERS * 2}
     look |= {"dodge": not alone and 0.14 * (len(readers) - 1), "ms": 6, "err_kws": {"lw": 2}}
-    height, ncols = 0.44 * drawn["row"].nunique() + 0.6, 3 if len(readers) in (3, 5, 6) else 2
+    three = len(readers) in (3, 5, 6) and max(map(len, readers)) < 15  # else too wide for a phone
+    height, ncols = 0.44 * drawn["row"].nunique() + 0.6, 3 if three else 2
     figure = panels(sns.pointplot, bounds(drawn), height, ncols, (label, ""), **look)
     for axis in figure.axes:
         axis.axvline(line, **RULE)

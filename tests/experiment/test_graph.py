@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 import ragkit
-from ragkit.experiment.graph import READING, SYSTEMS, Graph, Of, answered
+from ragkit.distillation.targets import SYSTEMS
+from ragkit.experiment.graph import READING, Graph, Of, answered
 from ragkit.experiment.graph import stages as stages_of
 from ragkit.experiment.lab import Lab, changed_profile
 from ragkit.experiment.run import Notebooks
@@ -27,7 +28,7 @@ NOTEBOOKS = {path.stem[:2] for path in (ROOT / "notebooks").glob("*.ipynb")}
 JUDGED = {"05", "06", "07", "09"}  # notebooks that reach the claims
 COMPUTE = {"02", "03", "04", "07"}  # those that load a model, or reach what does
 READERS = {"step1", "premises", "answers", "teacher", "heads", "alone", "loop", "tokens",
-           "contextual", "closeness", "probe"}  # fmt: skip
+           "contextual", "closeness"}  # fmt: skip
 SCRIPT = """
 import json, sys
 from importlib import metadata
@@ -133,7 +134,7 @@ def reasons(old, new):
         ("models/reader.py", '"title": -4', '"title": -5', READERS, COMPUTE),
         ("models/step1.py", "import logging\n", "import logging\nNEW = 1\n", {"step1"}, set()),
         ("indicators/measures.py", '("permuted", "overlap")', '("overlap", "permuted")',
-         {"tokens", "contextual", "closeness", "probe"}, JUDGED | {"02", "04", "08"}),
+         {"tokens", "contextual", "closeness"}, JUDGED | {"02", "04", "08", "A1"}),
     ],
 )  # fmt: skip
 def test_an_edit_reruns_what_reaches_it(before, copy, file, old, new, kinds, notebooks):

@@ -84,3 +84,19 @@ def test_histograms_have_the_shares_at_their_bins_and_the_means_over_them():
     assert titles == ["paper\n0.25 → 0.75", "here\nnot run", "not run", "0.75"]
     assert alt.endswith("paper, weak later: 0.75; here, good later: 0.75.")
     plt.close(figure)
+
+
+def test_a_heat_map_writes_its_shares_and_stars_what_is_marked():
+    index, columns = pd.Index(["one", "two"], name="layer"), pd.Index([1, 2, 3], name="head")
+    shares = pd.DataFrame([[0.1, 0.2, 0.3], [0.45, 0.5, 0.6]], index, columns)
+    marked = np.array([[False, False, True], [True, False, False]])
+    figure, alt = plots.heat_map(shares, "share of attention", marked)
+    axis = figure.axes[0]
+    assert [t.get_text() for t in axis.texts] == ["0.10", "0.20", "0.30*", "0.45*", "0.50", "0.60"]
+    assert (axis.get_ylabel(), axis.get_xlabel()) == ("layer", "head")
+    assert alt.endswith("by layer and head. Highest: layer two, head 3 (0.60).")
+    plt.close(figure)
+    wide = pd.DataFrame(np.ones((1, 9)), pd.Index(["one"], name="layer"))
+    figure, _ = plots.heat_map(wide, "share", np.arange(9)[None] == 4)
+    assert [t.get_text() for t in figure.axes[0].texts] == [""] * 4 + ["*"] + [""] * 4
+    plt.close(figure)
