@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from scipy.spatial.distance import cdist
+from tiny_models import fid
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -326,3 +327,26 @@ def test_a_probe_holds_the_means_of_the_indicators(tmp_path, inputs, reader):
     closeness.make_probe(tmp_path, without(inputs, "nouns", "step1"), SETTINGS)
     measured = json.loads((tmp_path / "indicators.json").read_text("utf8"))
     assert set(measured) == {"answer lift", "answer Spearman"}
+
+
+def test_an_encoder_decoders_tokens_are_measured_in_the_off_the_shelf_decoders_space(
+    tmp_path, inputs, reader
+):
+    """Its settings say which reader saw the tokens, and beside it which one's space is taken."""
+    other = fid()
+    step1 = tmp_path / "step1"
+    for part in (other.model, other.tokenizer):
+        part.save_pretrained(step1 / "fine-tuned")
+    changes = {"which": "fine-tuned", "reader": ReaderSettings(model="elsewhere").model_dump()}
+    mine = inputs | {"step1": step1}
+    seen, made = make(tmp_path, mine, **changes)
+    assert seen.contribution.shape[-1] == 3  # layers of its decoder
+    vectors = {"input": reader, "own": other}
+    wanted = [reader.tokenizer(a, add_special_tokens=False).input_ids for a in WANTED["answer"]]
+    for space, model in vectors.items():
+        table = model.model.get_input_embeddings().weight.detach().double().numpy()
+        expected = measures.closeness_to(seen, wanted, lambda ids, table=table: table[ids])
+        assert np.allclose(made[f"answer/{space}"], expected)
+    closeness.make_probe(tmp_path, mine, SETTINGS | changes)
+    probe = json.loads((tmp_path / "indicators.json").read_text("utf8"))
+    assert {"answer lift", "nouns Spearman"} <= probe.keys()
