@@ -153,7 +153,7 @@ class RetrieverSettings(Section):
     passage_tokens: Count = 256
     dtype: Precision = "float32"  # of the computations; training keeps float32 weights
     at_once: Count = 128  # texts in one pass: less needs less memory
-    crop_steps: Count = 800
+    crop_steps: Count = 600
     crop_batch: Count = 64
     crop_rate: Positive = 1e-3
 

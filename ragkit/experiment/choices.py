@@ -7,7 +7,7 @@ import pandas as pd
 import yaml
 
 from ragkit.distillation.targets import READERS
-from ragkit.experiment.analysis import COMPARED, Analysis, Goal
+from ragkit.experiment.analysis import Analysis, Goal
 from ragkit.experiment.tables import top_is_gold
 from ragkit.indicators import measures
 from ragkit.indicators.measures import SPACES, Floats
@@ -56,22 +56,6 @@ def specifications(analysis: Analysis, goal: Goal) -> pd.DataFrame:
     return table
 
 
-def by_layer(analysis: Analysis, goal: Goal) -> pd.DataFrame:
-    """Both regimes' indicator in every layer, means over questions: columns reader, rows, norm
-    (`off`, `on`), layer (from 1, or `mean`), attention, Spearman."""
-    settings, made = analysis.lab.profile.indicators, []
-    for which in READERS:
-        tokens = analysis.tokens(which)
-        close, exact = analysis.closeness(which, goal, settings.space)
-        for (row, rows), (on, norm) in product(enumerate(ROWS), enumerate(("off", "on"))):
-            layers = tokens.contribution[:, row, on].astype(np.float64)
-            for layer, weights in [*enumerate(layers.T, 1), ("mean", layers.mean(1))]:
-                given = weights, close, tokens.question, exact, settings.share
-                means = measures.indicator(*given)[list(COMPARED)].mean()
-                made.append({"reader": which, "rows": rows, "norm": norm, "layer": layer, **means})
-    return pd.DataFrame(made)
-
-
 def hinges(table: pd.DataFrame, choices: tuple[str, ...]) -> pd.DataFrame:
     """The share of specifications that say 'higher' under each option of each choice: columns
     choice, range (of these shares), shares; widest range first."""
@@ -110,9 +94,7 @@ def deviations(trained: pd.DataFrame) -> pd.DataFrame:
         names, told = row.pop("varied", []), []
         for name in (name for name in names if name in moved.index):
             by_reader = moved.loc[name].groupby("reader", sort=False)
-            ranges = [
-                f"{which} {part.min():+.3f} to {part.max():+.3f}" for which, part in by_reader
-            ]
+            ranges = [f"{which} {x.min():+.3f} to {x.max():+.3f}" for which, x in by_reader]
             told.append(f"{name}: {', '.join(ranges)}")
         row["moves"] = "; ".join(told) or ("not run here" if names else "not varied")
     return pd.DataFrame(rows)

@@ -23,7 +23,6 @@ from ragkit.settings import WorldSet, derived_seed
 CEILING = "both sides"  # the variation by which the oracle shows how far Step 2 can go
 TAUGHT_BY = ("attention", "perplexity")  # the signals that every reader teaches by
 BESIDE = ("LOOP", "EMDR2")  # and those that only the two regimes' readers do
-PROBED = 32  # questions of dev on which a probe measures the indicators
 # The rankings of systems without Step 2; of no system, the initial one's.
 UNLEARNT = dict.fromkeys(("", "closed book", "initial"), "candidates") | {"BM25": "bm25"}
 # Of the reader's section, what matters where it only reads; the rest is Step 1's.
@@ -59,9 +58,8 @@ class Graph:
         lacking += () if profile.encoder_decoder else (ENCODER_DECODER,)
         names = targets.TARGETS.items()
         self.targets = {name: told for name, told in names if not name.startswith(lacking)}
-        own = {"weights": model_files(profile.reader.model), "share": profile.indicators.share}
-        own |= {"state": finder_state(profile.nouns), "shuffle_seed": profile.seed}
-        self.common = profile.model_dump(mode="json") | own
+        own = {"weights": model_files(profile.reader.model), "state": finder_state(profile.nouns)}
+        self.common = profile.model_dump(mode="json") | own | {"shuffle_seed": profile.seed}
         for name in ("stage", "varied", "again"):
             setattr(self, name, cache(getattr(self, name)))  # each is made once
 
@@ -198,9 +196,9 @@ class Graph:
         if not (part := KINDS[kind].get("part")):
             return one.distill + one.dev + one.test
         most = {"distill": profile.distill.questions, "test": profile.indicators.questions}
-        most |= {"dev": PROBED if kind == "probe" else one.dev}
-        limit = profile.evaluate.answered if KINDS[kind]["unit"] == "answers" else most[part]
-        return min(limit, getattr(one, part))
+        if KINDS[kind]["unit"] == "answers":
+            most[part] = profile.evaluate.answered
+        return min(most.get(part, one.dev), getattr(one, part))
 
     def units(self, kind: str, of: Of) -> int:
         """A stage's units of work."""
@@ -250,7 +248,6 @@ def of_set(graph: Graph, name: str) -> Iterator[Stage]:
         yield graph.stage(kind, Of(name))
     for which in graph.readers():
         yield graph.stage("heads", Of(name, which, "rank"))
-        yield graph.stage("probe", Of(name, which))
     taught = [f"{which} {signal}" for signal in BESIDE for which in READERS]
     yield from of_run(graph, name, [*graph.targets, *taught])
     for order, which in product(("shuffled", "empty"), graph.asked()):  # notebook 03

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from itertools import product
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -98,7 +99,15 @@ def mixed_golds(lab: Lab, set_name: str) -> tuple[NDArray[np.int64], NDArray[np.
     return places, gold[places]
 
 
-def top_is_gold(lab: Lab, set_name: str, scores: NDArray[np.float64]) -> float:
-    """How often the passage with the highest score `[questions, k]` is gold, of `mixed_golds`."""
+def gold_on_top(lab: Lab, set_name: str, scores: NDArray[Any]) -> NDArray[np.float64]:
+    """Whether the passage with the highest score `[questions, k]` is gold `[questions]`; NaN for
+    questions that are not among `mixed_golds`."""
     places, gold = mixed_golds(lab, set_name)
-    return float(gold[np.arange(len(places)), scores[places].argmax(1)].mean())
+    right = np.full(len(scores), np.nan)
+    right[places] = gold[np.arange(len(places)), scores[places].argmax(1)]
+    return right
+
+
+def top_is_gold(lab: Lab, set_name: str, scores: NDArray[Any]) -> float:
+    """How often the passage with the highest score `[questions, k]` is gold, of `mixed_golds`."""
+    return float(np.nanmean(gold_on_top(lab, set_name, scores)))

@@ -21,7 +21,7 @@ from ragkit.models import device
 from ragkit.models.fid import load_reader, open_reader
 from ragkit.models.reader import PART, Prompt, Reader
 from ragkit.models.retriever import Retriever
-from ragkit.settings import AttentionSettings, ReaderSettings, RetrieverSettings
+from ragkit.settings import ReaderSettings, RetrieverSettings
 
 Words = Sequence[tuple[int, int]]  # where they stand in a text, by their characters
 Spans = Sequence[Words]  # the nouns of each question
@@ -33,10 +33,10 @@ def passage_tokens(prompt: Prompt) -> tuple[Ints, Ints, Bools]:
     """The places in a prompt of its passages' tokens, titles included, the passage of each, and
     whether it is one of the title's."""
     owner = np.array(prompt.owner)
-    title = owner == PART["title"]
-    number = np.cumsum(title & ~np.r_[False, title[:-1]]) - 1  # the first title opens the first
+    title, texts = owner == PART["title"], np.flatnonzero(owner >= 0)
     places = np.flatnonzero(title | (owner >= 0))
-    return places, np.where(title, number, owner)[places], title[places]
+    after = np.append(texts, 0)[np.searchsorted(texts, places)]  # a title's text comes next
+    return places, owner[after], title[places]
 
 
 def look_at_tokens(reader: Reader, questions: Sequence[Question], found: Found) -> Tokens:
@@ -167,14 +167,14 @@ def contextual_closeness(
 
 
 def opened(
-    inputs: Mapping[str, Path], settings: Mapping[str, Any], part: str
+    inputs: Mapping[str, Path], settings: Mapping[str, Any]
 ) -> tuple[Asked, Spans | None, Reader]:
-    """The first questions of a part, their nouns (None where no noun finder is at hand), and the
+    """The first test questions, their nouns (None where no noun finder is at hand), and the
     off-the-shelf reader, asked by questions."""
-    asked, nouns = Asked.open(inputs, part, settings["questions"], settings["k"]), None
+    asked, nouns = Asked.open(inputs, "test", settings["questions"], settings["k"]), None
     if "nouns" in inputs:
         spans = json.loads((inputs["nouns"] / "spans.json").read_text("utf8"))
-        nouns = spans[part][: len(asked.questions)]
+        nouns = spans["test"][: len(asked.questions)]
     base = ReaderSettings(**settings["base"])
     return asked, nouns, load_reader(base.model, base)
 
@@ -195,7 +195,7 @@ def make_tokens(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str,
 def make_contextual(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """`contextual.safetensors`: `contextual_closeness` of the test questions for the off-the-shelf
     reader; nothing for an encoder-decoder."""
-    asked, nouns, reader = opened(inputs, settings, "test")
+    asked, nouns, reader = opened(inputs, settings)
     arrays: Arrays = {}
     if not reader.model.config.is_encoder_decoder:
         arrays = contextual_closeness(reader, asked.questions, asked.passages, nouns)
@@ -211,7 +211,7 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
     occur, sorted), and `answers.json`, the tokens of each question's answer."""
     tokens, reader = Tokens.load(inputs["tokens"]), open_reader(inputs, settings)
     contextual = load_file(inputs["contextual"] / "contextual.safetensors")
-    asked, nouns, base = opened(inputs, settings, "test")
+    asked, nouns, base = opened(inputs, settings)
     encoding = RetrieverSettings(**settings["retriever"])
     retriever = Retriever.load(inputs["retriever"] / "model", encoding)
     spaces = {"input": space(reader, base), "own": space(reader, reader)}
@@ -232,22 +232,3 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
         by_hand = {"ids": ids, "vectors": spaces["input"](ids)}
         write_arrays(folder / "vectors.safetensors", by_hand)
         write_json(folder / "answers.json", wanted["answer"])
-
-
-def make_probe(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """`indicators.json`: of a reader, on the first dev questions, `answer lift`, `answer Spearman`,
-    `nouns lift`, `nouns Spearman`, where they are defined, in the off-the-shelf reader's input
-    embeddings."""
-    asked, nouns, base = opened(inputs, settings, "dev")
-    reader = open_reader(inputs, settings)
-    seen, embed = look_at_tokens(reader, asked.questions, asked.passages), space(reader, base)
-    tokens = seen.texts
-    attention = tokens.attention(AttentionSettings(**settings["attention"]))
-    measured: dict[str, float] = {}
-    for goal, goals in wanted_ids(reader, asked.questions, nouns).items():
-        close, exact = measures.closeness_to(tokens, goals, embed), measures.exact(tokens, goals)
-        rows = measures.indicator(attention, close, tokens.question, exact, settings["share"])
-        means = rows[["attention", "Spearman"]].mean().dropna().rename({"attention": "lift"})
-        measured |= {f"{goal} {name}": float(mean) for name, mean in means.items()}
-    if device.is_main():
-        write_json(folder / "indicators.json", measured)

@@ -3,7 +3,6 @@ the reference run in `figures/`: how a run differs from it, and how a run become
 
 import re
 import shutil
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +24,6 @@ from ragkit.settings import asset
 
 GAINS, LEDGER, MAIN = "04_gains.csv", "09_ledger.csv", "04_main_table.csv"
 DEVIATIONS = "08_deviations.csv"
-BLOCK = r"(?<=<!-- {0} -->).*?(?=<!-- /{0} -->)"  # of the README
-BOTH = {"suffixes": ("", " there")}  # endings of columns: of this run, of the reference
-JOINED: dict[str, Any] = {GAINS: BOTH | {"on": ["set", "system"]}, LEDGER: BOTH | {"on": "claim"}}
 ENDS = (".svg", ".png", ".csv", ".txt")  # of a figure's files
 GAIN = (
     "{set}, {system}: gain in HR@5 {mean:+.3f} [{low:+.3f}, {high:+.3f}] here, "
@@ -40,17 +36,14 @@ SHOWN_ROWS = 12  # of a figure's table
 def prose(markdown: str, escape: bool = False) -> Markup:
     """Markdown as HTML, its tables in boxes that scroll; `escape` shows HTML in it as text."""
     made = html.clean(MarkdownWithMath(renderer=IPythonRenderer(escape=escape)).render(markdown))
-    parts = re.split(r"(<table>.*?</table>)", made, flags=re.DOTALL)  # every other one is a table
-    parts[1::2] = [html.fill("wide", table=Markup(table)) for table in parts[1::2]]
-    return Markup("".join(parts))
+    wide = html.fill("wide", table=Markup(r"\1"))
+    return Markup(re.sub(r"(<table>.*?</table>)", wide, made, flags=re.DOTALL))
 
 
-def output_html(output: nbformat.NotebookNode, drawn: Iterable[str] = ()) -> Markup:
-    """One output of a cell: text escaped, HTML by the allow-list but for the figures `drawn`."""
+def output_html(output: nbformat.NotebookNode) -> Markup:
+    """One output of a cell: text escaped, HTML by the allow-list."""
     data = output.get("data", {})
     if "text/html" in data:
-        if data["text/html"] in drawn:
-            return Markup(data["text/html"])
         made = html.clean(data["text/html"])
         is_bare = "<table" in made and 'class="wide"' not in made
         return html.fill("wide", table=made) if is_bare else made
@@ -63,11 +56,11 @@ def output_html(output: nbformat.NotebookNode, drawn: Iterable[str] = ()) -> Mar
     return Markup("<pre>{}</pre>").format(re.sub(r"\x1b[^m]*m", "", text))
 
 
-def notebook_html(path: Path, drawn: Iterable[str] = ()) -> Markup:
+def notebook_html(path: Path) -> Markup:
     """An executed notebook: prose, code, outputs; not what went to the error stream."""
-    cells, shown = nbformat.read(path, as_version=4).cells, partial(output_html, drawn=drawn)
+    cells = nbformat.read(path, as_version=4).cells
     code = partial(highlight, lexer=PythonLexer(), formatter=HtmlFormatter(cssclass="code"))
-    return html.fill("notebook", cells=cells, prose=prose, code=code, shown=shown)
+    return html.fill("notebook", cells=cells, prose=prose, code=code, shown=output_html)
 
 
 def lesson(path: Path) -> str:
@@ -85,8 +78,6 @@ def flat(profile: dict[str, Any]) -> dict[str, Any]:
 
 def measured_by(manifest: dict[str, Any]) -> str:
     """The profile of a run and the commits that made its stages and notebooks."""
-    if "git" in manifest:  # until 0.2.0 a manifest named one commit for all, that of its last call
-        return f"profile {manifest['profile']['name']}, commit {manifest['git'][:7]}"
     made = [one["made"] for part in ("stages", "notebooks") for one in manifest[part].values()]
     commits = dict.fromkeys(str(one["commit"])[:7] for one in made)
     held = ", with changes that no commit holds" if any(one.get("dirty") for one in made) else ""
@@ -104,8 +95,10 @@ def compare(run: Path, figures: Path) -> list[str]:
         theirs, named = manifest["profile"], measured_by(manifest)
         here, there = flat(own), flat(theirs)
         gains, verdicts = (
-            pd.read_csv(run / "figures" / file).merge(pd.read_csv(figures / file), **both)
-            for file, both in JOINED.items()
+            pd.read_csv(run / "figures" / file).merge(
+                pd.read_csv(figures / file), on=key, suffixes=("", " there")
+            )
+            for file, key in ((GAINS, ["set", "system"]), (LEDGER, "claim"))
         )
         apart = (gains["low"] > gains["high there"]) | (gains["high"] < gains["low there"])
         other = verdicts["verdict"] != verdicts["verdict there"]
@@ -120,11 +113,8 @@ def compare(run: Path, figures: Path) -> list[str]:
     told += [VERDICT.format(**row) for row in verdicts[other].to_dict("records")]
     counts = f"of {len(gains)} gains and {len(verdicts)} verdicts, {len(told) or 'none'} differ"
     summary = f"Compared with the reference ({named}): {counts} (gains by their intervals)."
-    settings = [
-        f"{name} {here[name]} here, {there[name]} there"
-        for name in sorted(here.keys() & there.keys() - {"name"})
-        if here[name] != there[name]
-    ]
+    names = sorted(here.keys() & there.keys() - {"name"})
+    settings = [f"{n} {here[n]} here, {there[n]} there" for n in names if here[n] != there[n]]
     return [summary, *told, f"Settings that differ: {'; '.join(settings) or 'none'}."]
 
 
@@ -134,12 +124,11 @@ def write(lab: Lab, figures: Path) -> tuple[Path, list[str]]:
     folder = lab.folder / "report"
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     manifest, compared = read_json(lab.folder / "manifest.json"), compare(lab.folder, figures)
-    settings, drawn, gallery = flat(manifest["profile"]), set(), {}
+    settings, gallery = flat(manifest["profile"]), {}
     for path in sorted(lab.figures.glob("*.svg")):
-        drawn.add(html.figure(path))
-        table, told = pd.read_csv(path.with_suffix(".csv")), {"name": path.stem, "most": SHOWN_ROWS}
-        shown = html.table(table.head(SHOWN_ROWS))
-        numbers = html.fill("numbers", table=shown, rows=len(table), **told)
+        table = pd.read_csv(path.with_suffix(".csv"))
+        shown = {"name": path.stem, "rows": len(table), "most": SHOWN_ROWS}
+        numbers = html.fill("numbers", table=html.table(table.head(SHOWN_ROWS)), **shown)
         gallery[path.stem] = html.figure(path, numbers)
         for end in (".csv", ".svg", ".png"):
             shutil.copy(path.with_suffix(end), folder / "figures")
@@ -154,7 +143,7 @@ def write(lab: Lab, figures: Path) -> tuple[Path, list[str]]:
     }
     bodies = {("Overview", "index.html"): html.fill("overview", **overview)}
     for path in notebooks:
-        bodies[path.stem.replace("_", " "), f"{path.stem}.html"] = notebook_html(path, drawn)
+        bodies[path.stem.replace("_", " "), f"{path.stem}.html"] = notebook_html(path)
     bodies |= {
         ("Gallery", "gallery.html"): html.fill("gallery", figures=gallery),
         ("Sliders", "sliders.html"): Markup(sliders.body(lab)),
@@ -166,9 +155,9 @@ def write(lab: Lab, figures: Path) -> tuple[Path, list[str]]:
     return folder / "index.html", compared
 
 
-def block(name: str) -> re.Pattern[str]:
-    """Where a table stands in the README: between `<!-- ledger -->` and `<!-- /ledger -->`."""
-    return re.compile(BLOCK.format(Path(name).stem[3:]), re.DOTALL)
+def block(mark: str) -> re.Pattern[str]:
+    """Where a table stands in the README: between `<!-- mark -->` and `<!-- /mark -->`."""
+    return re.compile(f"(?<=<!-- {mark} -->).*?(?=<!-- /{mark} -->)", re.DOTALL)
 
 
 def make_reference(lab: Lab, figures: Path, readme: Path) -> None:
@@ -184,20 +173,19 @@ def make_reference(lab: Lab, figures: Path, readme: Path) -> None:
     empty = [one for one in sorted(files) if not (one.is_file() and one.stat().st_size)]
     lacking += [f"{one} is missing or empty" for one in empty]
     text = readme.read_text("utf8") if readme.is_file() else ""
-    for name in (LEDGER, DEVIATIONS):
-        if not block(name).search(text):
-            mark = Path(name).stem[3:]
+    for mark in ("ledger", "deviations"):
+        if not block(mark).search(text):
             lacking.append(f"{readme} must hold <!-- {mark} --> and after it <!-- /{mark} -->")
     if lacking:
         advice = f"Run `make reproduce PROFILE={lab.profile.name}` first."
         raise StoreError(f"Nothing was published: {'; '.join(lacking)}. {advice}")
     ledger = pd.read_csv(lab.figures / LEDGER)[["claim", "statement", "verdict", "why", "paper"]]
-    tables = {LEDGER: ledger, DEVIATIONS: pd.read_csv(lab.figures / DEVIATIONS)}
-    for name, table in tables.items():
+    tables = {"ledger": ledger, "deviations": pd.read_csv(lab.figures / DEVIATIONS)}
+    for mark, table in tables.items():
         told = ["", f"| {' | '.join(table)} |", "|---" * table.shape[1] + "|"]
         told += [f"| {' | '.join(row)} |" for row in table.fillna("").astype(str).to_numpy()]
         told += ["", f"Measured with {measured_by(manifest)}.", ""]
-        text = block(name).sub("\n".join(told).replace("\\", r"\\"), text, count=1)
+        text = block(mark).sub("\n".join(told).replace("\\", r"\\"), text, count=1)
     with replaced(figures) as aside:
         for path in (*files, record):
             shutil.copy(path, aside)

@@ -1,21 +1,19 @@
 """A page on which one turns every choice behind p_ATTN and sees what the reader would teach.
 
-It works offline: it holds the scores of a sample of the questions for distillation as JSON:
+It works offline: it holds the scores of some of the questions for distillation as JSON:
 
     {"entropy", "theta", "choices": {axis: [names]}, "start": {axis: index}, "sets": [{
         "name", "of", "examples": [{"question", "answers", "passages": [[title, text]]}],
         "gold": [question][passage], "retr": [question][passage],
-        "readers": [{"name", "attention": [question][rows][norm][layer][pooling][passage]}],
-        "indicators": rows of notebook 08's table}]}
+        "readers": [{"name", "attention": [question][rows][norm][layer][pooling][passage]}]}]}
 
-`examples` belong to the first of the questions; `of` says from how many the sample was taken.
+`examples` belong to the first of the questions; `of` says how many there are in all.
 """
 
 import json
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from ragkit.distillation import targets
@@ -31,15 +29,6 @@ def rounded(values: NDArray[Any]) -> list[Any]:
     return np.vectorize(lambda value: float(f"{value:.5g}"))(values).tolist()
 
 
-def sample(n: int, numbers: int) -> NDArray[np.int64]:
-    """Which of n questions, each of so many numbers a reader, go to the page: evenly spread over
-    all, and so are the examples, which come first."""
-    size = min(n, QUESTIONS, max(EXAMPLES, NUMBERS // numbers))
-    spread = np.linspace(0, n - 1, size).astype(np.int64)
-    first = spread[np.linspace(0, size - 1, min(size, EXAMPLES)).astype(np.int64)]
-    return np.concatenate([first, np.setdiff1d(spread, first)])
-
-
 def of_layers(look: targets.Scores) -> NDArray[Any]:
     """A reader's scores, the mean of all heads, as the page holds them."""
     sums, tokens = look["attention"].mean(4), np.maximum(look["tokens"], 1)
@@ -47,34 +36,31 @@ def of_layers(look: targets.Scores) -> NDArray[Any]:
 
 
 def set_data(lab: Lab, name: str) -> dict[str, Any]:
-    """What the page needs of one question set; indicators only where notebook 08 made them."""
-    import torch  # only who writes the page waits for it and what follows
+    """What the page needs of one question set. Questions stand in random order: the first are a
+    sample of all."""
+    import torch  # only who writes the page waits for it and for the models
 
-    from ragkit.models import device
-    from ragkit.models.index import Index
-    from ragkit.models.retriever import Retriever
+    from ragkit.experiment import models
 
-    device.start(lab.profile.device, lab.profile.threads)
-    retriever = Retriever.load(lab.open("retriever", name) / "model", lab.profile.retriever)
-    vectors = Index.open(lab.open("vectors", name))
+    retriever, vectors = models.retriever(lab, name), models.vectors(lab, name)
     scores = {which: of_layers(lab.look(name, which)) for which in lab.readers()}
     asked, candidates = lab.asked(name)
-    chosen = sample(len(asked), max(one[0].size for one in scores.values()))
-    corpus, questions, found = lab.corpus(name), [asked[i] for i in chosen], candidates[chosen]
+    n = min(QUESTIONS, max(EXAMPLES, NUMBERS // max(one[0].size for one in scores.values())))
+    corpus, questions, found = lab.corpus(name), asked[:n], candidates[:n]
     with torch.no_grad():  # not by `encode`, which all processes of a run share: one writes pages
         queries = retriever([q.text for q in questions]).float().cpu().numpy()
-    retr = np.einsum("qd,qkd->qk", queries, vectors.take(found))
-    gold = targets.oracle_scores(found.tolist(), corpus.golds(questions, found))
     examples = []
     for one, row in zip(questions[:EXAMPLES], found, strict=False):
         passages = [[corpus.passages[i].title, corpus.passages[i].text] for i in row]
         examples.append({"question": one.text, "answers": one.answers, "passages": passages})
-    path = lab.figures / "08_by_layer.csv"
-    table = pd.read_csv(path, dtype={"layer": str}) if path.is_file() else pd.DataFrame({"set": []})
-    means = table[table["set"] == name].to_json(orient="records", double_precision=5)
-    held = {"name": name, "of": len(asked), "examples": examples, "indicators": json.loads(means)}
-    readers = [{"name": w, "attention": rounded(one[chosen])} for w, one in scores.items()]
-    return held | {"gold": rounded(gold), "retr": rounded(retr), "readers": readers}
+    return {
+        "name": name,
+        "of": len(asked),
+        "examples": examples,
+        "gold": targets.oracle_scores(found.tolist(), corpus.golds(questions, found)).tolist(),
+        "retr": rounded(np.einsum("qd,qkd->qk", queries, vectors.take(found))),
+        "readers": [{"name": w, "attention": rounded(one[:n])} for w, one in scores.items()],
+    }
 
 
 def data(lab: Lab) -> dict[str, Any]:

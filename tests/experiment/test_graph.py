@@ -28,7 +28,7 @@ NOTEBOOKS = {path.stem[:2] for path in (ROOT / "notebooks").glob("*.ipynb")}
 JUDGED = {"05", "06", "07", "09"}  # notebooks that reach the claims
 COMPUTE = {"02", "03", "04", "07"}  # those that load a model, or reach what does
 READERS = {"step1", "premises", "answers", "teacher", "heads", "alone", "loop", "tokens",
-           "contextual", "closeness", "probe"}  # fmt: skip
+           "contextual", "closeness"}  # fmt: skip
 SCRIPT = """
 import json, sys
 from importlib import metadata
@@ -134,7 +134,7 @@ def reasons(old, new):
         ("models/reader.py", '"title": -4', '"title": -5', READERS, COMPUTE),
         ("models/step1.py", "import logging\n", "import logging\nNEW = 1\n", {"step1"}, set()),
         ("indicators/measures.py", '("permuted", "overlap")', '("overlap", "permuted")',
-         {"tokens", "contextual", "closeness", "probe"}, JUDGED | {"02", "04", "08"}),
+         {"tokens", "contextual", "closeness"}, JUDGED | {"02", "04", "08", "A1"}),
     ],
 )  # fmt: skip
 def test_an_edit_reruns_what_reaches_it(before, copy, file, old, new, kinds, notebooks):

@@ -1,10 +1,11 @@
-"""The draws of a world that were passed over."""
+"""The draws of a world that were passed over, and where gold passages come out on top."""
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from ragkit.data.corpus import Corpus
+from ragkit.experiment import tables
 from ragkit.experiment.graph import Of
 from ragkit.experiment.lab import Lab, changed_profile
 from ragkit.experiment.tables import draws
@@ -38,3 +39,12 @@ def test_every_draw_is_listed_with_what_its_own_dev_part_finds(tmp_path):
 def test_a_seed_of_a_profiles_own_is_one_draw(tmp_path):
     lab = Lab(changed_profile("smoke", [*FEW, "sets.0.draw=1"]), tmp_path)
     assert draws(lab, "almanac")[["draw", "seed"]].values.tolist() == [[1, 11]]
+
+
+def test_gold_on_top_is_told_where_gold_and_others_were_found(monkeypatch):
+    gold = np.array([[True, False, False], [False, False, True]])
+    monkeypatch.setattr(tables, "mixed_golds", lambda lab, name: (np.array([0, 2]), gold))
+    scores = np.array([[0.9, 0.1, 0.2], [1, 1, 1], [0.1, 0.5, 0.2]])
+    right = tables.gold_on_top(None, "almanac", scores)
+    assert np.array_equal(right, [1, np.nan, 0], equal_nan=True)
+    assert tables.top_is_gold(None, "almanac", scores) == 0.5

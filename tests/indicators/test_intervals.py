@@ -39,7 +39,7 @@ def test_groups_of_one_are_the_bootstrap_of_scipy():
 
 
 def test_draws_are_all_ways_to_draw_groups():
-    """Three groups of other sizes, one value missing: every resample is one of the 27, all come, and
+    """Three groups of other sizes, one value missing: each resample is one of the 27, all come, and
     as often as they should."""
     values, groups = np.array([1.0, 3, np.nan, 10, 20, 6]), np.array(list("aabbbc"))
     members = [values[groups == name] for name in "abc"]

@@ -36,7 +36,7 @@ def lab(tmp_path, monkeypatch):
     (run / "notebooks").mkdir()
     learn = "**You will learn** whether *it*\nworks.\n**Minutes on `tiny`:** two."
     head = v4.new_markdown_cell(f"# 04\n\n{learn}\n\n<details><summary>Hint</summary>h</details>")
-    figure, _ = plots.heat_map(pd.DataFrame({"1": [0.4, 0.6]}, index=["a", "b"]))
+    figure, _ = plots.heat_map(pd.DataFrame({"1": [0.4, 0.6]}, index=["a", "b"]), "share")
     shown = plots.show(figure, f"A map. Then {NASTY}.", figures, "03_map", pd.DataFrame([CARD]))
     outputs = [v4.new_output("display_data", data={"text/html": shown.data})]
     code = v4.new_code_cell("### BEGIN SOLUTION\n1\n### END SOLUTION", outputs=outputs)
@@ -116,7 +116,7 @@ def test_plain_output_is_text():
 
 
 def test_what_our_own_code_draws_is_kept(tmp_path):
-    figure, _ = plots.heat_map(pd.DataFrame({"1": [0.4, 0.6]}, index=["a", "b"]))
+    figure, _ = plots.heat_map(pd.DataFrame({"1": [0.4, 0.6]}, index=["a", "b"]), "share")
     shown = plots.show(figure, "A map.", tmp_path, "map", pd.DataFrame()).data
     svg, cleaned = (tmp_path / "map.svg").read_text(), html.clean(shown)
     for mark in ("<path", "<use", "<text", "viewBox", "clip-path", "data:image/png"):

@@ -1,7 +1,6 @@
 """The sliders' page holds ragkit's own numbers, its formulas give ragkit's, no text breaks out."""
 
 import html
-import itertools
 import json
 import re
 import shutil
@@ -11,7 +10,6 @@ from types import SimpleNamespace
 from urllib.parse import urlencode
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
@@ -73,8 +71,7 @@ def lab(tmp_path_factory):
 
 def expected(lab, reader, rows, norm, layer, pooling, temperature):
     """What ragkit gives for a choice: p_ATTN, its temperature, how often its top is gold."""
-    chosen = sliders.sample(N, 1)
-    stored = {name: part[chosen] for name, part in lab.look("set", reader).items()}
+    stored = dict(lab.look("set", reader))
     if layer != "mean":
         stored["attention"] = stored["attention"][:, :, :, layer - 1 : layer]
     settings = AttentionSettings(rows=rows, norm=norm == "on", pooling=pooling)
@@ -82,18 +79,18 @@ def expected(lab, reader, rows, norm, layer, pooling, temperature):
     if temperature == "auto":
         temperature = targets.temperature_for(standard, lab.profile.distill.entropy)
     asked, candidates = lab.asked("set")
-    gold = targets.oracle_scores(candidates[chosen].tolist(), [asked[i].gold for i in chosen])
+    gold = targets.oracle_scores(candidates.tolist(), [one.gold for one in asked])
     some = (gold.sum(1) > 0) & (gold.sum(1) < K)
     p = targets.softmax(standard, temperature)
     return p, temperature, gold[np.arange(len(p)), standard.argmax(1)][some].mean()
 
 
 def test_the_page_holds_the_stored_scores(lab):
-    held, chosen = sliders.data(lab)["sets"][0], sliders.sample(N, 1)
+    held = sliders.data(lab)["sets"][0]
     asked, candidates = lab.asked("set")
     for reader in held["readers"]:
         stored = lab.look("set", reader["name"])
-        sums, tokens = stored["attention"][chosen].mean(4), stored["tokens"][chosen]
+        sums, tokens = stored["attention"].mean(4), stored["tokens"]
         held_sums, held_means = np.moveaxis(np.array(reader["attention"]), 4, 0)
         assert np.allclose(held_sums, sums, rtol=1e-4)
         means = sums / np.maximum(tokens, 1)[:, None, None, None]
@@ -101,7 +98,7 @@ def test_the_page_holds_the_stored_scores(lab):
     assert len(held["examples"]) == sliders.EXAMPLES
     gold, retr = np.array(held["gold"]), np.array(held["retr"])
     for place, example in enumerate(held["examples"]):
-        question, found = asked[chosen[place]], candidates[chosen[place]]
+        question, found = asked[place], candidates[place]
         assert example["question"] == question.text
         assert [title for title, _ in example["passages"]] == [f"{NASTY} title {i}" for i in found]
         assert gold[place].tolist() == [float(i in question.gold) for i in found]
@@ -109,12 +106,14 @@ def test_the_page_holds_the_stored_scores(lab):
         assert np.allclose(retr[place], lab.vectors.take(found) @ query, rtol=1e-4)
 
 
-def test_a_sample_is_spread_and_shrinks_for_deep_readers():
-    chosen = sliders.sample(1000, 180)
-    assert (len(set(chosen)), chosen.min(), chosen.max()) == (sliders.QUESTIONS, 0, 999)
-    assert chosen[: sliders.EXAMPLES].max() - chosen[: sliders.EXAMPLES].min() == 999
-    assert len(sliders.sample(1000, 3 * 2 * 80 * 2 * 20)) < sliders.QUESTIONS
-    assert len(sliders.sample(5, 180)) == 5
+def test_fewer_questions_of_deep_readers(lab, monkeypatch):
+    one = 3 * 2 * LAYERS * len(POOLINGS) * K  # numbers of a question
+    for numbers, n in ((20 * one, 20), (13 * one - 1, sliders.EXAMPLES), (one, sliders.EXAMPLES)):
+        monkeypatch.setattr(sliders, "NUMBERS", numbers)
+        held = sliders.data(lab)["sets"][0]
+        shown = (held["gold"], held["retr"], *(one["attention"] for one in held["readers"]))
+        assert {len(values) for values in shown} == {n}
+        assert held["of"] == N
 
 
 def test_no_text_breaks_out_of_the_page(lab):
@@ -154,33 +153,6 @@ def test_the_pages_formulas_give_what_ragkit_gives(lab, choice):
     retr = targets.softmax(np.array(held["sets"][0]["retr"]), held["theta"])
     assert np.allclose(seen["retr"], retr, atol=1e-6)
     assert seen["kl"] == pytest.approx(float((p * np.log(p / retr)).sum(1).mean()), rel=1e-2)
-
-
-@needs_node
-def test_the_indicators_of_every_choice(lab, tmp_path):
-    assert sliders.data(lab)["sets"][0]["indicators"] == []
-    goals, layers = ("Indicator 1", "Indicator 2"), (*range(1, LAYERS + 1), "mean")
-    names = ["set", "reader", "goal", "rows", "norm", "layer"]
-    sets = ("set", "another")
-    rows = itertools.product(sets, ["fine-tuned"], goals, ROWS, ("off", "on"), layers)
-    table = pd.DataFrame(rows, columns=names)
-    table["attention"], table["Spearman"] = table.index / 7, -table.index / 11
-    table.loc[table["rows"] == "consuming", "Spearman"] = np.nan
-    shuffled = table.sample(frac=1, random_state=0)  # the order of its lines means nothing
-    shuffled.to_csv(tmp_path / "08_by_layer.csv", index=False)
-    lab = SimpleNamespace(**vars(lab) | {"figures": tmp_path})
-    for row, norm, layer in [(2, 1, "mean"), (0, 0, 0), (1, 1, 2)]:
-        choice = json.dumps({"rows": row, "norm": norm, "layer": layer})
-        call = f"d.sets[0].readers.map((r) => indicated(d, d.sets[0], r, {choice}))"
-        untold, found = said_by_the_page(lab, call)
-        assert untold == []
-        assert len(found) == 4
-        for one in found:
-            shown = layer if layer == "mean" else layer + 1
-            key = ["set", "fine-tuned", one["goal"], ROWS[row], ("off", "on")[norm], shown]
-            wanted = table.set_index(names).loc[tuple(key), one["measure"]].item()
-            value = pytest.approx(wanted, abs=1e-4) if np.isfinite(wanted) else None
-            assert one["value"] == value
 
 
 def opened(lab, folder, address=""):
