@@ -1,6 +1,5 @@
 """Step 2: the retriever moves until its scores say what the target says."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ragkit.data.corpus import Asked, hits, passage_text
-from ragkit.data.files import write_arrays, write_json, write_whole
+from ragkit.data.files import write_arrays, write_json, write_jsonl
 from ragkit.distillation.targets import Looks, read_looks, scores_of, target_of
 from ragkit.errors import RetrieverError
 from ragkit.models import device
@@ -22,7 +21,7 @@ from ragkit.models.index import DEPTH, Index
 from ragkit.models.retriever import Retriever
 from ragkit.settings import AttentionSettings, DistillSettings, IndexSettings, RetrieverSettings
 
-METRICS, CHECKPOINT = "metrics.jsonl", "checkpoint.pt"
+METRICS = "metrics.jsonl"
 LOOKS = 2  # times an epoch that Step 2 is looked at
 LossOf = Callable[[Tensor, Tensor], Tensor]
 Row = dict[str, float]
@@ -105,28 +104,19 @@ def train(lesson: Lesson, settings: DistillSettings, seed: int, folder: Path) ->
 
     Returns the rows of METRICS in `folder`, one for the start and each LOOKS-th of an epoch: mean
     `loss` since the row before (NaN at the start), `hr` on dev, `rate`, `seconds` since the start.
-    CHECKPOINT in `folder` lets a killed run go on with the same steps; the caller removes it.
     Raises RetrieverError if the loss is not a number.
     """
     retriever = lesson.retriever
     accelerator = device.accelerator(retriever.settings.dtype)
     adam = torch.optim.AdamW(retriever.parameters(), lr=settings.rate, weight_decay=0.01)
     module, optimizer = accelerator.prepare(lesson, adam)
-    kept = {"retriever": retriever, "optimizer": optimizer}
-    if accelerator.scaler:  # of float16 on a GPU
-        kept["scaler"] = accelerator.scaler
     batches: list[Tensor] = []
     for epoch in range(settings.epochs):
         order = torch.Generator().manual_seed(1000 * seed + epoch)
         batches += torch.randperm(len(lesson.texts), generator=order).split(settings.batch)
     ends = np.linspace(0, len(batches), LOOKS * settings.epochs + 1).round().astype(int)
-    rows: list[Row] = []
-    if saved := device.load_checkpoint(folder / CHECKPOINT):
-        rows = saved["rows"]
-        for name, part in kept.items():
-            part.load_state_dict(saved[name])
-    began = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
-    for look in tqdm(range(len(rows), len(ends)), desc="Step 2", leave=False):
+    rows, began = list[Row](), time.monotonic()
+    for look in tqdm(range(len(ends)), desc="Step 2", leave=False):
         losses = []
         retriever.train()
         for batch in batches[ends[look - 1] : ends[look]] if look else []:
@@ -145,9 +135,7 @@ def train(lesson: Lesson, settings: DistillSettings, seed: int, folder: Path) ->
         seconds = round(time.monotonic() - began, 2)
         rows.append({**row, "hr": lesson.hr(), "rate": settings.rate, "seconds": seconds})
         if device.is_main():
-            write_whole(folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
-        states = {name: part.state_dict() for name, part in kept.items()}
-        device.save_checkpoint(folder / CHECKPOINT, {**states, "rows": rows})
+            write_jsonl(folder / METRICS, rows)
     return rows
 
 
@@ -185,4 +173,3 @@ def make_step2(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
         write_arrays(folder / "ranking.safetensors", {"test": found})
         curve = [{name: row[name] for name in ("epoch", "loss", "hr")} for row in rows]
         write_json(folder / "curve.json", curve)
-        (folder / CHECKPOINT).unlink()

@@ -22,7 +22,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils import WEIGHTS_NAME
 
 from ragkit.data.corpus import Asked, Pair, Passage, Question, passage_text
-from ragkit.data.files import write_whole
+from ragkit.data.files import write_jsonl
 from ragkit.data.worlds import build_world
 from ragkit.errors import ReaderError
 from ragkit.models import device
@@ -125,8 +125,7 @@ class Progress(TrainerCallback):
         if step in self.kept:
             self.keep("fine-tuned" if step == steps else f"step-{step}")
         if step in self.marks and device.is_main():
-            rows = [row for row in history if row["step"] in self.marks]
-            write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+            write_jsonl(self.file, (row for row in history if row["step"] in self.marks))
         if step == steps:
             control.should_save = False  # it is done
 
