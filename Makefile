@@ -50,8 +50,10 @@ lint: $(READY)       ## ruff, mypy, and the order of the rooms
 	$(RUN) -m mypy
 	$(RUN) -c 'from importlinter.cli import lint_imports_command as lint; lint()'
 
-lab: $(READY)        ## JupyterLab on working copies of the notebooks
-	$(RUN) -m jupyter lab $$($(RUN) -m ragkit lab)
+lab: $(READY)        ## JupyterLab on working copies of the notebooks; those in lab/ are kept
+	mkdir -p lab
+	for one in notebooks/*.ipynb; do [ -e lab/$${one##*/} ] || cp $$one lab/; done
+	$(RUN) -m jupyter lab lab
 
 report: $(READY)     ## write the report of PROFILE again
 	$(RUN) -m ragkit report --profile '$(PROFILE)'
@@ -65,9 +67,10 @@ course: $(READY)     ## student and solution notebooks and a lesson plan, tried 
 tidy: $(READY)       ## remove what the run of PROFILE does not need any more
 	$(RUN) -m ragkit tidy --profile '$(PROFILE)'
 
-pretrain: $(READY)   ## train the embedded reader again (hours); a killed run goes on
+pretrain: $(READY)   ## train the embedded readers again (hours); a killed run goes on
 	mkdir -p runs
 	$(RUN) -m papermill notebooks/appendix/pretraining.ipynb runs/pretraining.ipynb -p OUT ragkit/assets/reader
+	$(RUN) -m papermill notebooks/appendix/pretraining_fid.ipynb runs/pretraining_fid.ipynb -p OUT ragkit/assets/encoder_decoder
 
 clean:           ## remove runs and the environment
 	rm -rf runs .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .import_linter_cache

@@ -19,22 +19,8 @@ COMMANDS = {
     "reference": "make a finished run the reference in figures/ and README",
     "course": "student and solution notebooks, tried on a finished run",
     "tidy": "remove what a profile's run does not need any more",
-    "lab": "working copies of the notebooks",
 }
 log = logging.getLogger("ragkit")
-
-
-def copy_for_lab(runs: Path) -> Path:
-    """Working copies of the notebooks, one folder nearer to the runs; copies there are kept."""
-    folder = runs / "lab"
-    folder.mkdir(parents=True, exist_ok=True)
-    for source in sorted(NOTEBOOKS.glob("*.ipynb")):
-        if (copy := folder / source.name).exists():
-            log.info("kept     %s (remove it to get a fresh copy)", copy)
-        else:
-            text = source.read_text("utf8")
-            copy.write_text(text.replace('RUNS = \\"../runs\\"', 'RUNS = \\"..\\"'), "utf8")
-    return folder
 
 
 def command_line() -> argparse.ArgumentParser:
@@ -67,8 +53,6 @@ def do(given: argparse.Namespace) -> None:
         first = f"python -m ragkit reproduce --profile {lab.profile.name} --runs {lab.runs}"
         raise RagkitError(f"There is no finished run in {lab.folder}. First: {first}")
     match given.command:
-        case "lab":
-            sys.stdout.write(f"{copy_for_lab(given.runs)}\n")
         case "plan":
             sys.stdout.writelines(f"{line}\n" for line in plan.lines(lab))
         case "tidy":

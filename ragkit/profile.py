@@ -46,9 +46,8 @@ class Profile(Section):
     def choices_can_be_taken(self) -> "Profile":
         if unknown := [name for name in self.variations if name not in VARIATIONS]:
             raise ValueError(f"no variation {unknown[0]!r}; there are {', '.join(VARIATIONS)}")
-        if (parts := self.index_refreshes) >= self.distill.epochs:
-            why = "parts Step 2 into more pieces than distill.epochs"
-            raise ValueError(f"index_refreshes: {parts} {why}")
+        if self.index_refreshes >= self.distill.epochs:
+            raise ValueError("index_refreshes parts Step 2 into more pieces than distill.epochs")
         return self
 
 

@@ -94,9 +94,7 @@ def deviations(trained: pd.DataFrame) -> pd.DataFrame:
         names, told = row.pop("varied", []), []
         for name in (name for name in names if name in moved.index):
             by_reader = moved.loc[name].groupby("reader", sort=False)
-            ranges = [
-                f"{which} {part.min():+.3f} to {part.max():+.3f}" for which, part in by_reader
-            ]
+            ranges = [f"{which} {x.min():+.3f} to {x.max():+.3f}" for which, x in by_reader]
             told.append(f"{name}: {', '.join(ranges)}")
         row["moves"] = "; ".join(told) or ("not run here" if names else "not varied")
     return pd.DataFrame(rows)

@@ -130,13 +130,17 @@ def higher(
     gain = analysis.mean_of(taught[1] - taught[0])
     sign = side(gain)  # the reader whose distillation gains more should have the higher indicator
     yield Number("HR@5 gain, fine-tuned minus off-the-shelf", gain, votes=False)
-    for name, value in analysis.differences(goal, space, ending).items():
-        yield Number(name, value, 0.0, sign)
+    found = {name: (v, 0.0, sign) for name, v in analysis.differences(goal, space, ending).items()}
     for which, wanted in zip(READERS, (-sign, sign), strict=True) if goal == "nouns" else ():
         reader = f"{which}{ending}"
         table = analysis.indicator(reader, goal, space, f"{reader} attention")
         value = analysis.mean_of(table[COMPARED[1]].to_numpy())
-        yield Number(f"{COMPARED[1]} of {reader}", value, LINE, wanted)
+        found[f"{COMPARED[1]} of {reader}"] = (value, LINE, wanted)
+    groups = len({*analysis.groups()[: len(analysis.questions)]})
+    for name, (value, line, wanted) in found.items():
+        few = value.n < LIMITS["defined"] * groups
+        told = f" (defined for {value.n} of {groups})" if few else ""
+        yield Number(f"{name}{told}", value, line, 0 if few else wanted)
 
 
 def higher_in_all_spaces(analysis: Analysis) -> Part:

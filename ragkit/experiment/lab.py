@@ -21,7 +21,7 @@ from ragkit.experiment.graph import Graph, Of, stages
 from ragkit.experiment.store import Stage, Store, fingerprint
 from ragkit.profile import Profile, load_profile
 
-TAKEN = ("course", "lab", "bench")  # folders below `runs/` that are no runs
+TAKEN = ("course", "bench")  # folders below `runs/` that are no runs
 OPENED = "RAGKIT_OPENED"  # names a file that takes down which stages a notebook opens
 FIGURES = "RAGKIT_FIGURES"  # names the folder that a notebook's figures go to
 Places = NDArray[np.int64]  # of passages
@@ -113,10 +113,10 @@ class Lab:
         """Start and end, in characters, of the nouns of each question of a part. NounsError says
         why where no noun finder is at hand for this set."""
         if not self.graph.has_nouns(set_name):
-            model = f"{self.profile.nouns!r} is not here, or knows the embedded worlds only"
-            advice = "Name a spaCy pipeline (python -m spacy download en_core_web_sm) or its folder"
             raise NounsError(
-                f"No noun finder for the questions of {set_name}: {model}. {advice} under nouns."
+                f"No noun finder for the questions of {set_name}: {self.profile.nouns!r} is not "
+                "here, or knows the embedded worlds only. Name a spaCy pipeline (python -m spacy "
+                "download en_core_web_sm) or its folder under nouns."
             )
         return read_json(self.open("nouns", set_name) / "spans.json")[part]
 

@@ -188,7 +188,7 @@ class Notebooks:
                 return home, ""
             damaged = "its files are damaged or missing"
             reasons.append(damaged if was == now else store.difference(was, now))
-        return None, reasons[0] if reasons else "not made yet"
+        return None, [*reasons, "not made yet"][0]
 
     def run(self, source: Path) -> None:
         """Executes a notebook aside and keeps it with its figures, if no execution holds."""

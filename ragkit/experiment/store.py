@@ -43,11 +43,10 @@ def fingerprint(value: Any) -> str:
 
 def without_free(settings: Any) -> Any:
     """Settings as plain JSON values, without those that change no result (`settings.FREE`)."""
-
-    def kept(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        return {name: one for name, one in pairs if name not in FREE}
-
-    return json.loads(json.dumps(settings), object_pairs_hook=kept)
+    return json.loads(
+        json.dumps(settings),
+        object_pairs_hook=lambda pairs: {name: one for name, one in pairs if name not in FREE},
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,11 +108,10 @@ def contents(folder: Path) -> dict[str, str]:
 
 def read_record(home: Path) -> dict[str, Any] | None:
     """What a finished stage says of itself; None if there is none, or a damaged one."""
-    try:
+    with suppress(OSError, ValueError, AttributeError):
         saved = json.loads((home / RECORD).read_text("utf8"))
         return saved if {"name", "record", "files", "made"} <= saved.keys() else None
-    except (OSError, ValueError, AttributeError):
-        return None
+    return None
 
 
 def remembered(run: Path, kind: str, name: str) -> list[tuple[Path, dict[str, Any]]]:

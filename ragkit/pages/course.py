@@ -178,6 +178,5 @@ def write(sources: Path, run: Path, profile: str) -> Path:
     form = "| {id} | {notebook} | {title} | {difficulty} | {minutes} |"
     rows = "\n".join(form.format(**one._asdict()) for one in exercises)
     plan = string.Template(asset("lesson_plan.md").read_text("utf8"))
-    filled = plan.substitute(profile=profile, exercises=rows)
-    (folder / "lesson_plan.md").write_text(filled, "utf8")
+    (folder / "lesson_plan.md").write_text(plan.substitute(profile=profile, exercises=rows), "utf8")
     return folder

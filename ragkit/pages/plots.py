@@ -120,23 +120,6 @@ def heat_map(
     return figure, f"Heat map of the {label}, by {rows} and {columns}. {said}"
 
 
-def attention_cost(table: pd.DataFrame) -> tuple[Figure, str]:
-    """Seconds and memory of a plain forward pass, ours and eager attention, by tokens; columns kind
-    (of reader), tokens, way, seconds, MB."""
-    named = table.rename(columns={"MB": "peak MB"})
-    long = named.melt(["kind", "tokens", "way"], ["seconds", "peak MB"], "measure")
-    long["panel"] = long["kind"] + ": " + long["measure"]
-    look: Look = {"x": "tokens", "y": "value", "hue": "way", "style": "way", "markers": True}
-    figure = panels(sns.lineplot, long, 2.1, 3, ("tokens", ""), **look)
-    lengths = sorted(table["tokens"].unique())
-    for axis in figure.axes:
-        axis.set(xscale="log", yscale="log")
-        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
-        axis.minorticks_off()
-    said = "Seconds and peak memory beyond the model of one forward pass against its length."
-    return figure, told(said, table, "{kind}, {tokens} tokens, {way}: {seconds:.2f} s, {MB:.0f} MB")
-
-
 def deciles(table: pd.DataFrame) -> tuple[Figure, str]:
     """Lift by closeness; columns set, goal, reader, tenth (10 is closest), mean, low, high."""
     long = bounds(table.assign(panel=table["set"] + ": closeness to the " + table["goal"]))

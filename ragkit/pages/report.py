@@ -3,7 +3,6 @@ the reference run in `figures/`: how a run differs from it, and how a run become
 
 import re
 import shutil
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,12 +40,10 @@ def prose(markdown: str, escape: bool = False) -> Markup:
     return Markup(re.sub(r"(<table>.*?</table>)", wide, made, flags=re.DOTALL))
 
 
-def output_html(output: nbformat.NotebookNode, drawn: Iterable[str] = ()) -> Markup:
-    """One output of a cell: text escaped, HTML by the allow-list but for the figures `drawn`."""
+def output_html(output: nbformat.NotebookNode) -> Markup:
+    """One output of a cell: text escaped, HTML by the allow-list."""
     data = output.get("data", {})
     if "text/html" in data:
-        if data["text/html"] in drawn:
-            return Markup(data["text/html"])
         made = html.clean(data["text/html"])
         is_bare = "<table" in made and 'class="wide"' not in made
         return html.fill("wide", table=made) if is_bare else made
@@ -59,11 +56,11 @@ def output_html(output: nbformat.NotebookNode, drawn: Iterable[str] = ()) -> Mar
     return Markup("<pre>{}</pre>").format(re.sub(r"\x1b[^m]*m", "", text))
 
 
-def notebook_html(path: Path, drawn: Iterable[str] = ()) -> Markup:
+def notebook_html(path: Path) -> Markup:
     """An executed notebook: prose, code, outputs; not what went to the error stream."""
-    cells, shown = nbformat.read(path, as_version=4).cells, partial(output_html, drawn=drawn)
+    cells = nbformat.read(path, as_version=4).cells
     code = partial(highlight, lexer=PythonLexer(), formatter=HtmlFormatter(cssclass="code"))
-    return html.fill("notebook", cells=cells, prose=prose, code=code, shown=shown)
+    return html.fill("notebook", cells=cells, prose=prose, code=code, shown=output_html)
 
 
 def lesson(path: Path) -> str:
@@ -116,11 +113,8 @@ def compare(run: Path, figures: Path) -> list[str]:
     told += [VERDICT.format(**row) for row in verdicts[other].to_dict("records")]
     counts = f"of {len(gains)} gains and {len(verdicts)} verdicts, {len(told) or 'none'} differ"
     summary = f"Compared with the reference ({named}): {counts} (gains by their intervals)."
-    settings = [
-        f"{name} {here[name]} here, {there[name]} there"
-        for name in sorted(here.keys() & there.keys() - {"name"})
-        if here[name] != there[name]
-    ]
+    names = sorted(here.keys() & there.keys() - {"name"})
+    settings = [f"{n} {here[n]} here, {there[n]} there" for n in names if here[n] != there[n]]
     return [summary, *told, f"Settings that differ: {'; '.join(settings) or 'none'}."]
 
 
@@ -130,9 +124,8 @@ def write(lab: Lab, figures: Path) -> tuple[Path, list[str]]:
     folder = lab.folder / "report"
     (folder / "figures").mkdir(parents=True, exist_ok=True)
     manifest, compared = read_json(lab.folder / "manifest.json"), compare(lab.folder, figures)
-    settings, drawn, gallery = flat(manifest["profile"]), set(), {}
+    settings, gallery = flat(manifest["profile"]), {}
     for path in sorted(lab.figures.glob("*.svg")):
-        drawn.add(html.figure(path))
         table = pd.read_csv(path.with_suffix(".csv"))
         shown = {"name": path.stem, "rows": len(table), "most": SHOWN_ROWS}
         numbers = html.fill("numbers", table=html.table(table.head(SHOWN_ROWS)), **shown)
@@ -150,7 +143,7 @@ def write(lab: Lab, figures: Path) -> tuple[Path, list[str]]:
     }
     bodies = {("Overview", "index.html"): html.fill("overview", **overview)}
     for path in notebooks:
-        bodies[path.stem.replace("_", " "), f"{path.stem}.html"] = notebook_html(path, drawn)
+        bodies[path.stem.replace("_", " "), f"{path.stem}.html"] = notebook_html(path)
     bodies |= {
         ("Gallery", "gallery.html"): html.fill("gallery", figures=gallery),
         ("Sliders", "sliders.html"): Markup(sliders.body(lab)),

@@ -4,7 +4,7 @@ Every measurement runs in a process of its own. Times: the ways take turns withi
 median of the wall clock counts; on a CPU two threads work, so nothing else should run on a machine
 of two cores. Memory: the peak of one pass beyond the loaded model. The plain pass is the base
 model's, without the head, so that ours is not flattered by it; ours records 8 rows and reduces them
-to token contributions; eager keeps `output_attentions`. Writes attention_bench.csv, .png and .svg
+to token contributions; eager keeps `output_attentions`. Writes attention_bench.csv (drawn in A2)
 to the folder given, and every measurement as soon as it is made: a stopped bench goes on.
 """
 
@@ -163,11 +163,7 @@ def main() -> None:
     kinds = ["falcon", "llama"] + ([ON_GPU] if torch.cuda.is_available() else [])
     given.folder.mkdir(parents=True, exist_ok=True)
     table = table_of(kinds, given.tokens, given.repeats, given.folder)
-    from ragkit.pages import plots  # not at the top: the measuring processes would pay for it
-
-    plots.use_theme()
-    figure, alt = plots.attention_cost(table)
-    plots.show(figure, alt, given.folder, "attention_bench", table)
+    table.to_csv(given.folder / "attention_bench.csv", index=False)
     print(table.drop(columns=["versions"]).to_string(index=False))
 
 

@@ -50,10 +50,14 @@ def expected(stub, space):
 def test_a_specification_is_the_indicator_under_its_choices(space):
     stub = Stub()
     every = choices.per_question(stub, "fine-tuned", "answer")
-    assert every.shape == (4 * 3 * 2 * 4 * 4 * 2, 2)
+    assert every.shape == (len(choices.MEASURES) * 3 * 2 * 4 * 4 * 2, 2)
     table = expected(stub, space)
     for kept, suffix in (("with exact", ""), ("no exact", " (no exact)")):
-        for measure, column in (("Spearman", "Spearman"), ("attention, closest 20%", "attention")):
+        for measure, column in (
+            ("Spearman, all", "Spearman"),
+            ("attention, closest 20%", "attention"),
+            ("Spearman, closest 20%", "Spearman closest"),
+        ):
             key = (measure, ("consuming", "no norm", "middle"), space, kept)
             made = every[choices.KEYS.index(key)]
             assert made == pytest.approx(table[column + suffix].to_numpy(), abs=1e-6)

@@ -337,6 +337,20 @@ def test_c6_that_hangs_on_the_space_is_not_comparable():
     assert part("C5", world).verdict == "reproduced"
 
 
+def test_a_correlation_that_few_questions_have_is_undecided():
+    """All of the closest tokens equally close: no rank correlation within them."""
+    of = indicators(**AS_THE_PAPER)
+
+    class Tied(World):
+        def indicator(self, *given, **named):
+            table = super().indicator(*given, **named)
+            return table.assign(**{COMPARED[1]: table[COMPARED[1]].where(table.index < 180)})
+
+    found = part("C5", Tied(hits=WORKS, indicators=of))
+    assert found.verdict == "partly"  # attention holds, the correlations are left open
+    assert found.measured.count("(defined for 90 of") == 2 * 3  # runs, correlations
+
+
 @pytest.mark.parametrize(
     ("attention", "verdict"),
     [
@@ -582,6 +596,7 @@ def test_every_claim_has_a_rule_that_quotes_the_thresholds():
         ("repeats", 3, "C1", {"hits": WORKS}),
         ("entities", 221, "C1", {"hits": WORKS}),
         ("line", 0.4, "C6", {"hits": WORKS, "indicators": indicators(**AS_THE_PAPER)}),
+        ("defined", 1.01, "C5", {"hits": WORKS, "indicators": indicators(**AS_THE_PAPER)}),
     ],
 )
 def test_a_threshold_of_the_rules_decides(monkeypatch, limit, value, claim, planted):

@@ -172,7 +172,7 @@ def test_set_gives_a_run_a_folder_of_its_own(tmp_path):
     assert changed_profile(mine, []).name == "mine"
 
 
-@pytest.mark.parametrize("name", ["course", "lab", "bench"])
+@pytest.mark.parametrize("name", ["course", "bench"])
 def test_a_profile_named_as_another_folder_is_refused(tmp_path, name):
     path = Path(profile(tmp_path))
     path.write_text(path.read_text().replace("name: mine", f"name: {name}"))
@@ -228,7 +228,7 @@ def test_what_the_user_can_mend_is_said_in_a_sentence(
     assert "Traceback" not in caplog.text
 
 
-@pytest.mark.parametrize("name", ["plan", "reproduce", "report", "tidy", "lab"])
+@pytest.mark.parametrize("name", ["plan", "reproduce", "report", "tidy"])
 def test_a_file_where_the_runs_should_be(tmp_path, monkeypatch, caplog, name):
     (tmp_path / "runs").write_text("a file")
     assert command(monkeypatch, name, "--runs", str(tmp_path / "runs")) == 2

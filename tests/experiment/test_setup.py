@@ -15,8 +15,6 @@ import nbformat
 import pytest
 import yaml
 
-from ragkit import __main__
-
 ROOT = Path(__file__).parent.parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf8"))["project"]
 
@@ -41,10 +39,11 @@ def make(*arguments, **environment):
         ("slow", "python -m pytest tests -m slow"),
         ("lint", "ruff check ragkit tests"),
         ("report", "python -m ragkit report --profile 'tiny'"),
-        ("lab", "jupyter lab $(.venv/bin/python -m ragkit lab)"),
+        ("lab", "jupyter lab lab"),
         ("course", "python -m ragkit course --profile 'tiny'"),
         ("tidy", "python -m ragkit tidy --profile 'tiny'"),
         ("pretrain", "papermill notebooks/appendix/pretraining.ipynb"),
+        ("pretrain", "papermill notebooks/appendix/pretraining_fid.ipynb"),
     ],
 )
 def test_each_command_sets_itself_up_first(target, words):
@@ -117,21 +116,24 @@ def test_ci_runs_the_three_commands_in_order():
 
 
 def test_working_copies_find_the_runs_and_never_touch_the_originals(tmp_path):
-    before = {path.name: path.read_bytes() for path in __main__.NOTEBOOKS.glob("*.ipynb")}
-    folder = __main__.copy_for_lab(tmp_path)
-    assert folder == tmp_path / "lab"
+    originals, folder = tmp_path / "notebooks", tmp_path / "lab"
+    shutil.copytree(ROOT / "notebooks", originals)
+    command = ["make", "-f", ROOT / "Makefile", "lab", "RUN=true", "READY="]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    assert {one.name for one in folder.iterdir()} == {one.name for one in originals.glob("*.ipynb")}
     for copy in folder.glob("*.ipynb"):
         cells = nbformat.read(copy, as_version=4).cells
         (cell,) = (one for one in cells if "parameters" in one.metadata.get("tags", []))
         values: dict[str, str] = {}
         exec(cell.source, values)
-        assert (folder / values["RUNS"]).resolve() == tmp_path.resolve()
+        assert (folder / values["RUNS"]).resolve() == (tmp_path / "runs").resolve()
     edited = folder / "00_start_here.ipynb"
     edited.write_text("mine")
-    __main__.copy_for_lab(tmp_path)
+    subprocess.run(command, cwd=tmp_path, check=True)
     assert edited.read_text() == "mine"
-    assert before == {path.name: path.read_bytes() for path in __main__.NOTEBOOKS.glob("*.ipynb")}
-    assert told("git", "check-ignore", "runs/lab/00_start_here.ipynb")
+    for one in originals.glob("*.ipynb"):
+        assert one.read_bytes() == (ROOT / "notebooks" / one.name).read_bytes()
+    assert told("git", "check-ignore", "lab/00_start_here.ipynb")
 
 
 def test_a_wheel_holds_the_assets_and_builds_without_warnings(tmp_path):

@@ -2,14 +2,18 @@
 pass.
 """
 
+import random
+
 import pytest
 import torch
 import transformers
 from logs import read_log
 from tiny_models import fid as make
 
+from ragkit.data import worlds
 from ragkit.data.corpus import Passage, Question
 from ragkit.errors import ReaderError
+from ragkit.models.answers import answered
 from ragkit.models.fid import FidReader, load_reader
 from ragkit.models.reader import PART
 from ragkit.models.retriever import build_tokenizer
@@ -102,14 +106,43 @@ def test_attention_equals_the_models_own_cross_attention():
                     assert (ours[:, prompt.answer_start :] == 0).all()
 
 
+def clozes(n):
+    """Statements of the measured worlds to be ended, each with five passages about one kind of fact
+    and different entities.
+    """
+    for i in range(n):
+        rng = random.Random(f"clozes {i}")
+        world = rng.choice(sorted(worlds.SPEC["worlds"]))
+        kind, relation = rng.choice(sorted(worlds.relations(world)))
+        entities = worlds.make_entities(world, 5, rng, reserved=True, kind=kind)
+        texts = [worlds.write_passage(one, relation, rng.randrange(5), rng) for one in entities]
+        passages = [Passage("", e.name, text) for e, text in zip(entities, texts, strict=True)]
+        asked = rng.choice(entities)
+        cloze = worlds.state(asked, relation, 0)[0].rstrip()
+        yield Question("", "", asked.facts[relation], (), cloze=cloze), passages
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    one = load_reader("embedded encoder-decoder", ReaderSettings())
+    assert isinstance(one, FidReader)
+    one.style = "cloze"
+    return one
+
+
+def test_the_shipped_one_knows_whose_fact_is_meant(shipped):
+    assert answered(shipped, list(clozes(50)))[1] >= 0.9
+
+
 @torch.no_grad()
-def test_batched_answers_are_the_models_own_greedy_ones():
-    one = make(answer_tokens=4)
-    asked = [(QUESTION, PASSAGES), (QUESTION, PASSAGES[:1]), (OTHER, [])]
+@pytest.mark.parametrize("which", ["random", "shipped"])
+def test_batched_answers_are_the_models_own_greedy_ones(shipped, which):
+    one = make(answer_tokens=4) if which == "random" else shipped
+    asked = [(QUESTION, PASSAGES), (QUESTION, PASSAGES[:1]), (OTHER, []), *clozes(5)]
     prompts = [one.prompt(*pair) for pair in asked]
     for prompt, answer in zip(prompts, one.answer(prompts), strict=True):
         encoded, ids = one.encoded([prompt]), torch.tensor([[one.start]])
-        for _ in range(4):
+        for _ in range(one.answer_tokens):
             best = one.model(**encoded, decoder_input_ids=ids).logits[:, -1:].argmax(-1)
             ids = torch.cat([ids, best], 1)
             if int(best) == one.end:

@@ -15,7 +15,8 @@ GAINS = (
     "set,system,mean,low,high\nalmanac,oracle,0.2,0.15,0.25\n"
     "almanac,uniform,-0.1,-0.2,0.0\ntrivia,oracle,0.3,0.2,0.4\n"
 )
-LEDGER = "claim,statement,verdict,why\nC1,It helps.,partly,w\nC2,It fails.,undecided,\n"
+LEDGER = "claim,statement,verdict,why,paper\nC1,It helps.,partly,w,up\nC2,It fails.,undecided,,\n"
+DEVIATIONS = "choice,paper,here,moves\nrows,not known,predicting,none\n"
 MAIN = (
     "set,system,reader,EM,F1,HR@1,HR@5,HR@20,MRR\n"
     "almanac,BM25,fine-tuned,0.3,,,0.6,,\nalmanac,initial,fine-tuned,,,,0.7,,\n"
@@ -44,6 +45,7 @@ def stand(folder, profile=PROFILE, gains=GAINS, ledger=LEDGER, main=MAIN):
     figures = folder / "figures"
     figures.mkdir(parents=True)
     named = {report.GAINS: gains, report.LEDGER: ledger, report.MAIN: main}
+    named |= {report.DEVIATIONS: DEVIATIONS}
     for file, text in named.items():
         if text is not None:
             (figures / file).write_text(text)
@@ -119,7 +121,10 @@ def finished(tmp_path):
     (figures / "real").mkdir(parents=True)
     for old in ("old.svg", "real/kept.svg"):
         (figures / old).write_text("<svg/>")
-    readme.write_text("before\n<!-- ledger -->\nstale\n<!-- /ledger -->\nafter\n")
+    readme.write_text(
+        "before\n<!-- ledger -->\nstale\n<!-- /ledger -->\n"
+        "<!-- deviations -->\nold\n<!-- /deviations -->\nafter\n"
+    )
     return SimpleNamespace(profile=profile, folder=run, figures=run / "figures"), figures, readme
 
 
@@ -128,14 +133,15 @@ def test_a_run_becomes_the_reference(finished):
     report.make_reference(lab, figures, readme)
     there = {path.name for path in figures.iterdir()}
     drawn = {f"04_gains.{end}" for end in ("svg", "png", "csv", "txt")}
-    assert there == drawn | {report.LEDGER, report.MAIN, "manifest.json", "real"}
+    assert there == drawn | {report.LEDGER, report.MAIN, report.DEVIATIONS, "manifest.json", "real"}
     assert (figures / "real" / "kept.svg").is_file()
     lines = readme.read_text().splitlines()
     assert (lines[0], lines[-1]) == ("before", "after")
-    assert "| C1 | It helps. | **partly** | w |" in lines
-    assert "| C2 | It fails. | **undecided** |  |" in lines
-    assert "Measured with profile smoke, commit 0123456." in lines
-    assert "stale" not in lines
+    assert "| C1 | It helps. | partly | w | up |" in lines
+    assert "| C2 | It fails. | undecided |  |  |" in lines
+    assert "| rows | not known | predicting | none |" in lines
+    assert lines.count("Measured with profile smoke, commit 0123456.") == 2
+    assert not {"stale", "old"} & set(lines)
     report.make_reference(lab, figures, readme)  # again: the same page
     assert readme.read_text().splitlines() == lines
     assert {path.name for path in figures.parent.iterdir()} == {"run", "figures", "README.md"}
