@@ -16,7 +16,7 @@ from ragkit.errors import ReaderError
 from ragkit.models.answers import answered
 from ragkit.models.fid import FidReader, load_reader
 from ragkit.models.reader import PART
-from ragkit.models.retriever import build_tokenizer
+from ragkit.models.retriever import embedded_tokenizer
 from ragkit.models.step1 import fine_tune
 from ragkit.settings import ReaderSettings
 
@@ -174,5 +174,7 @@ def test_a_model_that_names_no_start_is_refused():
     config.decoder_start_token_id = None
     with pytest.raises(ReaderError, match="decoder_start_token_id"):
         FidReader(
-            transformers.BartForConditionalGeneration(config), build_tokenizer(), ReaderSettings()
+            transformers.BartForConditionalGeneration(config),
+            embedded_tokenizer(),
+            ReaderSettings(),
         )
