@@ -1,9 +1,7 @@
 """Exact rows of attention and value norms, recorded while a reader runs its forward pass; token
-contributions from these, and passage scores.
-
-Nothing of size tokens x tokens is made, and the eager path is not used where there is another
-(Falcon's adds its ALiBi bias twice). The pass stops when the last layer's attention was seen.
-"""
+contributions from these, and passage scores. Nothing of size tokens x tokens is made, and the eager
+path is not used where there is another (Falcon's adds its ALiBi bias twice). The pass stops when
+the last layer's attention was seen."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -95,8 +93,8 @@ def observe_cross(
 ) -> None:
     """As `observe`, for the cross-attention of an encoder-decoder: tokens are the encoder's.
     `states` `[batch, tokens, size]` and `mask` `[batch, tokens]` come from the encoder (FiD: all
-    passages', one after another), `ids` `[batch, answer]` go into the decoder, right-padded; `rows`
-    are places in `ids`."""
+    passages' in a row); `ids` `[batch, answer]` go into the decoder, right-padded; `rows` are
+    places in `ids`."""
     layers = _decoder_layers(reader, encoder_decoder=True)
     _check(ids, torch.ones_like(ids), rows)
     _check(states[..., 0], mask, mask.argmax(1, keepdim=True))

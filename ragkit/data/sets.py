@@ -15,18 +15,9 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from pydantic import TypeAdapter
 
-from ragkit.data.corpus import (
-    PARTS,
-    PASSAGES,
-    Passage,
-    Passages,
-    Question,
-    drawn,
-    same_question,
-    text_and_answers,
-    write_passages,
-)
-from ragkit.data.files import open_text, read_jsonl, write_jsonl
+from ragkit.data.corpus import PARTS, PASSAGES, Passage, Passages, Question, drawn, write_passages
+from ragkit.data.files import open_text, read_jsonl, text_and_answers, write_jsonl
+from ragkit.data.text import same_question
 from ragkit.data.worlds import build_world
 from ragkit.errors import DataError
 from ragkit.settings import FileSet, HubSet, HubTable, QuestionSet, WorldSet
@@ -79,12 +70,11 @@ def make_questions(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
 def read_questions(path: Path, passages: Sequence[Passage]) -> list[Question]:
     """Questions of a file (see `text_and_answers`), a gold passage's id under one of GOLD_KEYS.
     Raises DataError that names file and line, also for a gold passage that is not there."""
-    rows, golds = list(read_jsonl(path)), list[str]()
-    for _, row in rows:
-        golds.append(next((str(row[key]) for key in GOLD_KEYS if row.get(key) is not None), ""))
-    wanted = set(golds) - {""}
+    rows = list(read_jsonl(path))
+    named = ([row.get(key) for key in GOLD_KEYS] for _, row in rows)
+    golds = [next((str(one) for one in keys if one is not None), "") for keys in named]
+    wanted, questions = set(golds) - {""}, []
     places = {p.id: (i,) for i, p in enumerate(passages if wanted else ()) if p.id in wanted}
-    questions = []
     for (line, row), gold in zip(rows, golds, strict=True):
         where = f"{path}, line {line}"
         if gold and gold not in places:
@@ -156,9 +146,8 @@ def hub_rows(settings: HubSet, columns: Sequence[str]) -> tuple[list[Row], Count
     twice the first row counts; one in both splits is kept for `test`."""
     heldout, rows, left_out = settings.heldout, list[Row](), Counter[str]()
     tables = {name: load(settings.questions, name, columns) for name in (settings.train, heldout)}
-    asked = {}
-    for name, table in tables.items():
-        asked[name] = pd.Series([same_question(str(text)) for text in table["question"]])
+    texts = {name: map(str, table["question"]) for name, table in tables.items()}
+    asked = {name: pd.Series(list(map(same_question, own))) for name, own in texts.items()}
     rng = random.Random(f"split {settings.seed}")
     for name, table in tables.items():
         kept = asked[name].drop_duplicates()

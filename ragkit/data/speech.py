@@ -1,7 +1,5 @@
 """Gold parts of speech of the embedded worlds' texts, for the generator's wordings are labelled.
-
-`assets/parts_of_speech.yaml` labels them by hand with the tags of Universal Dependencies (UPOS).
-"""
+`assets/parts_of_speech.yaml` labels them by hand with the tags of Universal Dependencies (UPOS)."""
 
 import itertools
 import re
@@ -51,11 +49,9 @@ def lexicon() -> dict[tuple[str, ...], tuple[str, ...]]:
 
 
 def parts_of_speech(text: str) -> list[Tagged]:
-    """Start, end and UPOS of every word and punctuation mark of a text of the embedded worlds.
-
-    The longest entry that fits counts: "Old Albmere" is a name, "old streets" is not. Raises
-    DataError for a word that the worlds do not hold.
-    """
+    """Start, end and UPOS of every word and punctuation mark of a text of the embedded worlds. The
+    longest entry that fits counts: "Old Albmere" is a name, "old streets" is not. Raises DataError
+    for a word that the worlds do not hold."""
     found = list(re.finditer(r"[A-Za-z]+|\d+|\S", text))
     words, tags = [match.group() for match in found], list[str]()
     while (place := len(tags)) < len(words):

@@ -116,8 +116,7 @@ def loading(name: str) -> Iterator[None]:
 
 
 def refuse_missing(name: str, loaded: Mapping[str, Any]) -> None:
-    """Raises RagkitError if weights were missing, by the loading info of `from_pretrained`; not for
-    BERT's pooler, which nothing here uses."""
+    """Raises RagkitError if weights were missing, as transformers says; BERT's pooler may be."""
     if lacks := sorted(one for one in loaded["missing_keys"] if not one.startswith("pooler.")):
         told = f"Model {name!r} lacks {len(lacks)} of its weights ({', '.join(lacks[:3])}...): "
         raise RagkitError(told + "they would be random. Save or fetch it again.")

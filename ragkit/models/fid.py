@@ -1,6 +1,5 @@
-"""The encoder-decoder reader, fusion-in-decoder, and the loading of readers of either kind.
-
-Each passage is encoded with the question, the decoder attends to all; passage scores come from its
+"""The encoder-decoder reader, fusion-in-decoder, and the loading of readers of either kind. Each
+passage is encoded with the question, the decoder attends to all; passage scores come from its
 cross-attention. Source: Izacard and Grave, 'Leveraging Passage Retrieval with Generative Models for
 Open Domain Question Answering'."""
 

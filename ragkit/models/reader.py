@@ -103,9 +103,8 @@ class Reader:
     def prompt(
         self, question: Question, passages: Sequence[Passage], answer: str | None = None
     ) -> Prompt:
-        """The prompt, with the answer and an end token behind it if given, cut as one text.
-
-        A prompt longer than the reader's context loses tokens at the end of its passages, the same
+        """The prompt, with the answer and an end token behind it if given, cut as one text. A
+        prompt longer than the reader's context loses tokens at the end of its passages, the same
         share from each; never of the question. Raises ReaderError if that alone does not fit."""
         told = [] if answer is None else [(" " + answer, PART["answer"])]
         ids, owner = self.tokens([*self.pieces(question, passages), *told])

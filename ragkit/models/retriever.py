@@ -71,8 +71,7 @@ class Retriever(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Writes it as a folder that sentence-transformers reads."""
-        if device.is_main():
-            self.encoder.save(str(folder), create_model_card=False)
+        self.encoder.save(str(folder), create_model_card=False)
 
     @classmethod
     def load(cls, name: str | Path, settings: RetrieverSettings) -> "Retriever":

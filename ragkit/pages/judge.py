@@ -16,9 +16,9 @@ import numpy as np
 import pandas as pd
 from transformers import AutoConfig
 
-from ragkit.data.corpus import Passage, Question, same_question, text_and_answers
-from ragkit.data.files import read_jsonl, write_whole
-from ragkit.data.text import holds_answer, words
+from ragkit.data.corpus import Passage, Question
+from ragkit.data.files import read_jsonl, text_and_answers, write_whole
+from ragkit.data.text import holds_answer, same_question, words
 from ragkit.errors import DataError, NounsError, ReaderError, StoreError
 from ragkit.experiment.rules import LINE
 from ragkit.indicators import measures

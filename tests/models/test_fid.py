@@ -12,8 +12,8 @@ from tiny_models import fid as make
 
 from ragkit.data import worlds
 from ragkit.data.corpus import Passage, Question
+from ragkit.data.text import exact_match
 from ragkit.errors import ReaderError
-from ragkit.models.answers import answered
 from ragkit.models.fid import FidReader, load_reader
 from ragkit.models.reader import PART
 from ragkit.models.retriever import embedded_tokenizer
@@ -131,7 +131,10 @@ def shipped():
 
 
 def test_the_shipped_one_knows_whose_fact_is_meant(shipped):
-    assert answered(shipped, list(clozes(50)))[1] >= 0.9
+    pairs = list(clozes(50))
+    answers = shipped.answer([shipped.prompt(*pair) for pair in pairs])
+    right = [exact_match(said, q.answers) for said, (q, _) in zip(answers, pairs, strict=True)]
+    assert sum(right) >= 0.9 * len(pairs)
 
 
 @torch.no_grad()
