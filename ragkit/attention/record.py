@@ -30,10 +30,10 @@ def _decoder_layers(reader: PreTrainedModel, encoder_decoder: bool) -> nn.Module
     """The layers of the decoder. Raises AttentionError if its attention cannot be recorded."""
     name, usual = type(reader).__name__, reader.config._attn_implementation
     if usual != "sdpa" and reader._supports_sdpa:
-        raise AttentionError(
-            f"{name} is set to attention by {usual!r}, which cannot be recorded: take that out of "
-            "its config.json, or load it with attn_implementation='sdpa'."
+        told = (
+            f"{name} is set to attention by {usual!r}, which cannot be recorded: take that out of"
         )
+        raise AttentionError(f"{told} its config.json, or load it with attn_implementation='sdpa'.")
     by_interface = reader._supports_attention_backend and reader._can_set_attn_implementation()
     if usual != "sdpa" and not by_interface:
         raise unfit(name, "computes attention in code of its own")

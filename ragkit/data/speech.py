@@ -59,9 +59,7 @@ def parts_of_speech(text: str) -> list[Tagged]:
         known = (lexicon().get(run) or lexicon().get(tuple(map(str.lower, run))) for run in runs)
         number = ("NUM",) if words[place].isdigit() else ()
         if not (fitting := next(filter(None, known), number)):
-            raise DataError(
-                f"{words[place]!r} in {text!r} is no word of the embedded worlds. A new wording's "
-                "words belong into assets/parts_of_speech.yaml."
-            )
+            told = f"{words[place]!r} in {text!r} is no word of the embedded worlds. Those of a new"
+            raise DataError(f"{told} wording belong into assets/parts_of_speech.yaml.")
         tags += fitting
     return [(*match.span(), tag) for match, tag in zip(found, tags, strict=True)]

@@ -27,10 +27,8 @@ def start(device: Device, threads: int) -> None:
     this process computes on another device."""
     PartialState(cpu=device == "cpu", timeout=PATIENCE)
     if (here := PartialState().device.type) != device:
-        raise ProfileError(
-            f"device is {device!r}, but this process computes on {here!r}. Set that, or "
-            "start another process: for 'cuda' one whose torch finds a GPU."
-        )
+        told = f"device is {device!r}, but this process computes on {here!r}. Set that, or start"
+        raise ProfileError(f"{told} another process: for 'cuda' one whose torch finds a GPU.")
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
 

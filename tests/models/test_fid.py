@@ -145,7 +145,7 @@ def test_batched_answers_are_the_models_own_greedy_ones(shipped, which):
     prompts = [one.prompt(*pair) for pair in asked]
     for prompt, answer in zip(prompts, one.answer(prompts), strict=True):
         encoded, ids = one.encoded([prompt]), torch.tensor([[one.start]])
-        for _ in range(one.answer_tokens):
+        for _ in range(one.settings.answer_tokens):
             best = one.model(**encoded, decoder_input_ids=ids).logits[:, -1:].argmax(-1)
             ids = torch.cat([ids, best], 1)
             if int(best) == one.end:
