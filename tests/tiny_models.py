@@ -66,11 +66,11 @@ def encoder_decoder(kind):
 def fid(**settings):
     """A tiny random T5 of four heads with the embedded tokenizer, as a reader."""
     from ragkit.models.fid import FidReader  # the other tests here need no more than attention
-    from ragkit.models.retriever import build_tokenizer
+    from ragkit.models.retriever import embedded_tokenizer
     from ragkit.settings import ReaderSettings
 
     torch.manual_seed(0)
-    tokenizer = build_tokenizer()
+    tokenizer = embedded_tokenizer()
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     size = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "dropout_rate": 0.0}
     size |= {"vocab_size": len(tokenizer), "num_layers": 2, "num_decoder_layers": 3}

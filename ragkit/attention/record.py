@@ -1,9 +1,7 @@
 """Exact rows of attention and value norms, recorded while a reader runs its forward pass; token
-contributions from these, and passage scores.
-
-Nothing of size tokens x tokens is made, and the eager path is not used where there is another
-(Falcon's adds its ALiBi bias twice). The pass stops when the last layer's attention was seen.
-"""
+contributions from these, and passage scores. Nothing of size tokens x tokens is made, and the eager
+path is not used where there is another (Falcon's adds its ALiBi bias twice). The pass stops when
+the last layer's attention was seen."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,10 +30,10 @@ def _decoder_layers(reader: PreTrainedModel, encoder_decoder: bool) -> nn.Module
     """The layers of the decoder. Raises AttentionError if its attention cannot be recorded."""
     name, usual = type(reader).__name__, reader.config._attn_implementation
     if usual != "sdpa" and reader._supports_sdpa:
-        raise AttentionError(
-            f"{name} is set to attention by {usual!r}, which cannot be recorded: take that out of "
-            "its config.json, or load it with attn_implementation='sdpa'."
+        told = (
+            f"{name} is set to attention by {usual!r}, which cannot be recorded: take that out of"
         )
+        raise AttentionError(f"{told} its config.json, or load it with attn_implementation='sdpa'.")
     by_interface = reader._supports_attention_backend and reader._can_set_attn_implementation()
     if usual != "sdpa" and not by_interface:
         raise unfit(name, "computes attention in code of its own")
@@ -95,8 +93,8 @@ def observe_cross(
 ) -> None:
     """As `observe`, for the cross-attention of an encoder-decoder: tokens are the encoder's.
     `states` `[batch, tokens, size]` and `mask` `[batch, tokens]` come from the encoder (FiD: all
-    passages', one after another), `ids` `[batch, answer]` go into the decoder, right-padded; `rows`
-    are places in `ids`."""
+    passages' in a row); `ids` `[batch, answer]` go into the decoder, right-padded; `rows` are
+    places in `ids`."""
     layers = _decoder_layers(reader, encoder_decoder=True)
     _check(ids, torch.ones_like(ids), rows)
     _check(states[..., 0], mask, mask.argmax(1, keepdim=True))
@@ -152,12 +150,10 @@ def contributions(record: Record, rows: Tensor, norm: bool = True) -> Tensor:
     return pool(record.alpha, record.norms, rows[None])[int(norm)][0].mean(-2)
 
 
-def passage_scores(tokens: Tensor, owner: Tensor, k: int, pooling: str = "sum") -> Tensor:
-    """Passage scores `[..., k]` from token contributions `[..., tokens]`. `owner` `[tokens]` is a
-    token's passage, or negative; `pooling` is "sum" or "mean". Without a token a passage gets 0."""
+def passage_scores(tokens: Tensor, owner: Tensor, k: int) -> Tensor:
+    """Passage scores `[..., k]`, sums of token contributions `[..., tokens]`. `owner` `[tokens]` is
+    a token's passage, or negative. Without a token a passage gets 0."""
     if k < 1 or owner.shape != tokens.shape[-1:]:
         told = f"{tokens.shape[-1]} tokens with {len(owner)} owners"
         raise AttentionError(f"Scores of {k} passages cannot be made from {told}.")
-    own = (owner[:, None] == torch.arange(k, device=owner.device)).to(tokens)
-    sums = tokens @ own
-    return sums / own.sum(0).clamp(min=1) if pooling == "mean" else sums
+    return tokens @ (owner[:, None] == torch.arange(k, device=owner.device)).to(tokens)

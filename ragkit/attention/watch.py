@@ -1,9 +1,7 @@
 """Listens to a reader's layers while they run, and makes sure it hears the right call of each.
-
 Every fused path of transformers ends in `torch.nn.functional.scaled_dot_product_attention`, which
 is heard as it is called. Where a reader has no such path (Gemma 2), transformers' attention
-interface has it call REGISTERED, which listens, and then the reader's own eager function.
-"""
+interface has it call REGISTERED, which listens, and then the reader's own eager function."""
 
 import sys
 from collections.abc import Callable, Iterator

@@ -1,10 +1,7 @@
 """A question set: passages on disk (one Arrow file, memory-mapped, so that 21 million of them need
 no memory), questions in three parts, and what their stages are made of."""
 
-import ast
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,7 +15,7 @@ from pydantic import TypeAdapter
 from safetensors.numpy import load_file
 
 from ragkit.data.files import contents, read_jsonl
-from ragkit.data.text import holds_answer, normalise
+from ragkit.data.text import holds_answer
 from ragkit.errors import DataError
 from ragkit.settings import FileSet, HubSet, QuestionSet, WorldSet
 
@@ -159,11 +156,6 @@ class Asked:
         """The candidates as passages, best first, for each question."""
         return [[self.corpus.passages[place] for place in row] for row in self.candidates]
 
-    @property
-    def pairs(self) -> list[Pair]:
-        """Each question with its candidates as passages."""
-        return list(zip(self.questions, self.passages, strict=True))
-
 
 def hits(found: Places, golds: Places, k: int) -> NDArray[np.float64]:
     """1.0 for each question with a gold passage among its first k `[questions]` (HR@k)."""
@@ -175,35 +167,6 @@ def reciprocal_ranks(found: Places, golds: Places) -> NDArray[np.float64]:
     rows = zip(found, golds, strict=True)
     ranks = [next((n for n, i in enumerate(row, 1) if i in gold), np.inf) for row, gold in rows]
     return 1 / np.array(ranks)
-
-
-def text_and_answers(row: dict[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
-    """The question and its answers, each once. Answers are a text, a list, TriviaQA's object with
-    `value` and `aliases`, or a list written as text (DPR's CSV); others raise DataError."""
-    text, answers = row.get("question"), row.get("answer", row.get("answers"))
-    if not isinstance(text, str) or not text.strip():
-        raise DataError(f"{where}: 'question' is missing or empty.")
-    if isinstance(answers, dict):
-        answers = _listed(answers.get("value")) + _listed(answers.get("aliases"))
-    elif isinstance(answers, str) and re.fullmatch(r"\s*\[.*\]\s*", answers, re.DOTALL):
-        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # then it is a text
-            answers = ast.literal_eval(answers.strip())
-    if wrong := [one for one in _listed(answers) if not isinstance(one, str)]:
-        raise DataError(f"{where}: the answer {wrong[0]!r:.60} is no text. Put it in quotes.")
-    if not (kept := dict.fromkeys(one.strip() for one in _listed(answers) if one.strip())):
-        raise DataError(f"{where}: no answers. 'answer' is a text, or a list with at least one.")
-    return text.strip(), tuple(kept)
-
-
-def _listed(value: Any) -> list[Any]:
-    if isinstance(value, list | tuple):
-        return list(value)
-    return [] if value is None else [value]
-
-
-def same_question(text: str) -> str:
-    """What two texts of one question have in common: their words after normalisation."""
-    return normalise(text) or text
 
 
 def drawn(items: list[Any], settings: QuestionSet, parts: Sequence[str]) -> dict[str, list[Any]]:

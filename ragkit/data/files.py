@@ -1,5 +1,6 @@
 """Files that a run reads and writes; what is damaged is named with its file and line."""
 
+import ast
 import errno
 import gzip
 import hashlib
@@ -7,7 +8,7 @@ import json
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -61,9 +62,33 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         yield line, row
 
 
+def text_and_answers(row: dict[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
+    """The question and its answers, each once. Answers are a text, a list, TriviaQA's object with
+    `value` and `aliases`, or a list written as text (DPR's CSV); others raise DataError."""
+    text, answers = row.get("question"), row.get("answer", row.get("answers"))
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f"{where}: 'question' is missing or empty.")
+    if isinstance(answers, dict):
+        answers = _listed(answers.get("value")) + _listed(answers.get("aliases"))
+    elif isinstance(answers, str) and re.fullmatch(r"\s*\[.*\]\s*", answers, re.DOTALL):
+        with suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # then it is a text
+            answers = ast.literal_eval(answers.strip())
+    if wrong := [one for one in _listed(answers) if not isinstance(one, str)]:
+        raise DataError(f"{where}: the answer {wrong[0]!r:.60} is no text. Put it in quotes.")
+    if not (kept := dict.fromkeys(one.strip() for one in _listed(answers) if one.strip())):
+        raise DataError(f"{where}: no answers. 'answer' is a text, or a list with at least one.")
+    return text.strip(), tuple(kept)
+
+
+def _listed(value: Any) -> list[Any]:
+    if isinstance(value, list | tuple):
+        return list(value)
+    return [] if value is None else [value]
+
+
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes an object a line."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf8")
+    """Writes an object a line, by `write_whole`."""
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def write_json(path: Path, value: Any) -> None:

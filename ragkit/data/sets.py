@@ -3,7 +3,6 @@
 import csv
 import logging
 import random
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -16,25 +15,15 @@ from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetsError
 from pydantic import TypeAdapter
 
-from ragkit.data.corpus import (
-    PARTS,
-    PASSAGES,
-    Passage,
-    Passages,
-    Question,
-    drawn,
-    same_question,
-    text_and_answers,
-    write_passages,
-)
-from ragkit.data.files import open_text, read_jsonl, write_jsonl
+from ragkit.data.corpus import PARTS, PASSAGES, Passage, Passages, Question, drawn, write_passages
+from ragkit.data.files import open_text, read_jsonl, text_and_answers, write_jsonl
+from ragkit.data.text import same_question
 from ragkit.data.worlds import build_world
 from ragkit.errors import DataError
 from ragkit.settings import FileSet, HubSet, HubTable, QuestionSet, WorldSet
 
 log = logging.getLogger(__name__)
 GOLD_KEYS = ("gold_id", "gold_passage_id", "psg_id")  # of a question's gold passage in files
-CSV_FIELD = re.compile('"(?:[^"]|"")*"')  # in quotes, those within doubled
 ID_KEYS = ("id", "docid", "psg_id", "passage_id")
 Row = tuple[str, str, dict[str, Any]]  # of a table of the hub: its part, its name, its values
 
@@ -81,12 +70,11 @@ def make_questions(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
 def read_questions(path: Path, passages: Sequence[Passage]) -> list[Question]:
     """Questions of a file (see `text_and_answers`), a gold passage's id under one of GOLD_KEYS.
     Raises DataError that names file and line, also for a gold passage that is not there."""
-    rows, golds = list(read_jsonl(path)), list[str]()
-    for _, row in rows:
-        golds.append(next((str(row[key]) for key in GOLD_KEYS if row.get(key) is not None), ""))
-    wanted = set(golds) - {""}
+    rows = list(read_jsonl(path))
+    named = ([row.get(key) for key in GOLD_KEYS] for _, row in rows)
+    golds = [next((str(one) for one in keys if one is not None), "") for keys in named]
+    wanted, questions = set(golds) - {""}, []
     places = {p.id: (i,) for i, p in enumerate(passages if wanted else ()) if p.id in wanted}
-    questions = []
     for (line, row), gold in zip(rows, golds, strict=True):
         where = f"{path}, line {line}"
         if gold and gold not in places:
@@ -158,9 +146,8 @@ def hub_rows(settings: HubSet, columns: Sequence[str]) -> tuple[list[Row], Count
     twice the first row counts; one in both splits is kept for `test`."""
     heldout, rows, left_out = settings.heldout, list[Row](), Counter[str]()
     tables = {name: load(settings.questions, name, columns) for name in (settings.train, heldout)}
-    asked = {}
-    for name, table in tables.items():
-        asked[name] = pd.Series([same_question(str(text)) for text in table["question"]])
+    texts = {name: map(str, table["question"]) for name, table in tables.items()}
+    asked = {name: pd.Series(list(map(same_question, own))) for name, own in texts.items()}
     rng = random.Random(f"split {settings.seed}")
     for name, table in tables.items():
         kept = asked[name].drop_duplicates()
@@ -197,12 +184,11 @@ def from_hub(settings: HubSet) -> tuple[list[Passage], dict[str, list[Question]]
 
 
 def read_tsv(path: Path) -> Iterator[Passage]:
-    """Passages of a DPR-format TSV (`id`, `text`, `title`, with that header), plain or gzipped; the
-    log says how many of no text were left out. DataError names file and line."""
-    is_csv, number, empty = has_csv_quotes(path), 1, list[int]()
-    style: Any = csv.QUOTE_MINIMAL if is_csv else csv.QUOTE_NONE
+    """Passages of a DPR-format TSV (`id`, `text`, `title`, with that header, CSV's quotes), plain
+    or gzipped; the log says how many of no text were left out. DataError names file and line."""
+    number, empty = 1, list[int]()
     with open_text(path) as file:
-        rows = csv.reader(file, delimiter="\t", quoting=style, strict=True)
+        rows = csv.reader(file, delimiter="\t", strict=True)
         try:
             if (header := next(rows, [])) != ["id", "text", "title"]:
                 raise csv.Error(f"expected the header id, text, title; found {header}")
@@ -210,42 +196,14 @@ def read_tsv(path: Path) -> Iterator[Passage]:
             for row in rows:
                 if len(row) != 3:
                     raise csv.Error(f"expected 3 fields, between tabs; found {row}")
-                if not is_csv and line_quotes("\t".join(row)):
-                    raise csv.Error("quotes are doubled here, as in CSV")
                 if row[1].strip():
                     yield Passage(row[0], row[2], row[1])
                 else:
                     empty.append(number)
                 number = rows.line_num + 1
         except csv.Error as error:
-            kind = "CSV's, and doubled within the text" if is_csv else "part of the text"
-            told = f"{error} (the file's quotes are {kind}). Mend the row."
-            raise DataError(f"{path}, line {number}: {told}") from None
+            told = f"{error} (quotes are CSV's, those within a text in quotes doubled)"
+            raise DataError(f"{path}, line {number}: {told}. Mend the row.") from None
     if empty:
         left_out = f"{len(empty)} passages without text were left out"
         log.warning("%s: %s (the first at line %d).", path, left_out, empty[0])
-
-
-def line_quotes(line: str) -> bool | None:
-    """Whether a line's quotes must be CSV's (True) or part of the text (False); None: either."""
-    fields = line.rstrip("\r\n").split("\t")
-    quoted = [field for field in fields if '"' in field]
-    if len(fields) != 3:
-        return True  # the beginning of a row of several lines, or a tab within quotes
-    if not all(CSV_FIELD.fullmatch(field) for field in quoted):
-        return False
-    return len(quoted) == 3 or any('""' in field[1:-1] for field in quoted) or None
-
-
-def has_csv_quotes(path: Path) -> bool:
-    """Whether a TSV's quotes are CSV's (DPR's own file), by the first line that tells."""
-    unclear = 0
-    with open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if '"' in line and (tells := line_quotes(line)) is not None:
-                return tells
-            unclear = unclear or number * ('"' in line)
-    if unclear:
-        told = "are these quotes CSV's or part of the text? No line of the file tells. Take them"
-        raise DataError(f"{path}, line {unclear}: {told} away, or double those within a text.")
-    return False

@@ -1,7 +1,5 @@
 """Gold parts of speech of the embedded worlds' texts, for the generator's wordings are labelled.
-
-`assets/parts_of_speech.yaml` labels them by hand with the tags of Universal Dependencies (UPOS).
-"""
+`assets/parts_of_speech.yaml` labels them by hand with the tags of Universal Dependencies (UPOS)."""
 
 import itertools
 import re
@@ -51,11 +49,9 @@ def lexicon() -> dict[tuple[str, ...], tuple[str, ...]]:
 
 
 def parts_of_speech(text: str) -> list[Tagged]:
-    """Start, end and UPOS of every word and punctuation mark of a text of the embedded worlds.
-
-    The longest entry that fits counts: "Old Albmere" is a name, "old streets" is not. Raises
-    DataError for a word that the worlds do not hold.
-    """
+    """Start, end and UPOS of every word and punctuation mark of a text of the embedded worlds. The
+    longest entry that fits counts: "Old Albmere" is a name, "old streets" is not. Raises DataError
+    for a word that the worlds do not hold."""
     found = list(re.finditer(r"[A-Za-z]+|\d+|\S", text))
     words, tags = [match.group() for match in found], list[str]()
     while (place := len(tags)) < len(words):
@@ -63,9 +59,7 @@ def parts_of_speech(text: str) -> list[Tagged]:
         known = (lexicon().get(run) or lexicon().get(tuple(map(str.lower, run))) for run in runs)
         number = ("NUM",) if words[place].isdigit() else ()
         if not (fitting := next(filter(None, known), number)):
-            raise DataError(
-                f"{words[place]!r} in {text!r} is no word of the embedded worlds. A new wording's "
-                "words belong into assets/parts_of_speech.yaml."
-            )
+            told = f"{words[place]!r} in {text!r} is no word of the embedded worlds. Those of a new"
+            raise DataError(f"{told} wording belong into assets/parts_of_speech.yaml.")
         tags += fitting
     return [(*match.span(), tag) for match, tag in zip(found, tags, strict=True)]

@@ -1,8 +1,6 @@
 """How texts are compared: SQuAD's exact match and F1, DPR's 'the answer stands in the passage'.
-
 Everything that matches strings does it here, so that curly quotes, dashes, full-width letters and
-scripts without spaces count alike everywhere.
-"""
+scripts without spaces count alike everywhere."""
 
 import re
 import string
@@ -41,6 +39,11 @@ def normalise(text: str) -> str:
     signs = (sign for sign in folded(text, "NFC") if sign not in string.punctuation)
     kept = "".join(sign for sign in signs if unicodedata.category(sign)[0] != "P")
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
+
+
+def same_question(text: str) -> str:
+    """What two texts of one question have in common: their words after normalisation."""
+    return normalise(text) or text
 
 
 def readable(text: str) -> str:

@@ -1,9 +1,7 @@
 """The embedded worlds: encyclopedia-like passages and questions about invented entities, by a seed.
-
 `assets/worlds.yaml` holds the wordings and the pieces of names. Name words are split in two by a
 hash: reserved words appear only in the worlds that the notebooks measure on, all others only in
-training text, so that no reader has seen a name of the measured worlds.
-"""
+training text, so that no reader has seen a name of the measured worlds."""
 
 import random
 import re

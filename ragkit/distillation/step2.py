@@ -1,6 +1,5 @@
 """Step 2: the retriever moves until its scores say what the target says."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ragkit.data.corpus import Asked, hits, passage_text
-from ragkit.data.files import write_arrays, write_json, write_whole
+from ragkit.data.files import write_arrays, write_json, write_jsonl
 from ragkit.distillation.targets import Looks, read_looks, scores_of, target_of
 from ragkit.errors import RetrieverError
 from ragkit.models import device
@@ -22,17 +21,15 @@ from ragkit.models.index import DEPTH, Index
 from ragkit.models.retriever import Retriever
 from ragkit.settings import AttentionSettings, DistillSettings, IndexSettings, RetrieverSettings
 
-METRICS, CHECKPOINT = "metrics.jsonl", "checkpoint.pt"
+METRICS = "metrics.jsonl"
 LOOKS = 2  # times an epoch that Step 2 is looked at
 LossOf = Callable[[Tensor, Tensor], Tensor]
 Row = dict[str, float]
 
 
 def kl_loss(target: Tensor, scores: Tensor, temperature: float) -> Tensor:
-    """Mean KL(target || softmax(scores / temperature)) over questions `[questions, k]`.
-
-    The target is detached: only the retriever learns.
-    """
+    """Mean KL(target || softmax(scores / temperature)) over questions `[questions, k]`. The target
+    is detached: only the retriever learns."""
     target, logs = target.detach(), (scores / temperature).log_softmax(-1)
     return (torch.xlogy(target, target) - target * logs).sum(-1).mean()
 
@@ -45,10 +42,8 @@ def reverse_kl_loss(target: Tensor, scores: Tensor, temperature: float) -> Tenso
 
 def emdr2_loss(logs: Tensor, scores: Tensor, temperature: float) -> Tensor:
     """EMDR2 (Sachan et al. 2021): -mean over tokens of log sum_k p(token | q, d_k) p_RETR(d_k).
-
     `logs` `[questions, k, tokens]` are the reader's log-probabilities of the answer's tokens given
-    each passage alone, NaN behind its end. Any one passage that explains the answer is enough.
-    """
+    each passage alone, NaN behind its end. Any one passage that explains the answer is enough."""
     there = logs[:, 0].isfinite()
     mixed = (logs.nan_to_num() + (scores / temperature).log_softmax(-1)[:, :, None]).logsumexp(1)
     return -((mixed * there).sum(1) / there.sum(1)).mean()
@@ -56,10 +51,8 @@ def emdr2_loss(logs: Tensor, scores: Tensor, temperature: float) -> Tensor:
 
 class Lesson(nn.Module):
     """A retriever and what it is taught, as a module whose forward pass is the loss of Step 2.
-
     `loss_of` gives the loss of the questions chosen `[batch]` from their scores `[batch, k]`. By
-    side 'query' the passages' vectors stay those of the index; else they are made afresh.
-    """
+    side 'query' the passages' vectors stay those of the index; else they are made afresh."""
 
     def __init__(
         self, retriever: Retriever, asked: Asked, index: Index, side: str, loss_of: LossOf
@@ -67,12 +60,11 @@ class Lesson(nn.Module):
         super().__init__()
         self.retriever, self.asked, self.index = retriever, asked, index
         self.stays, self.loss_of = side == "query", loss_of
-        self.texts = [question.text for question in asked.questions]
 
     def forward(self, chosen: Tensor) -> Tensor:
         """The mean loss of the questions chosen."""
         chosen = chosen.cpu()  # among several processes it may have been moved to a GPU
-        queries = self.retriever([self.texts[i] for i in chosen])
+        queries = self.retriever([self.asked.questions[i].text for i in chosen])
         places = self.asked.candidates[chosen.numpy()]
         if self.stays:
             vectors = torch.from_numpy(self.index.take(places)).to(queries.device)
@@ -101,32 +93,21 @@ class Lesson(nn.Module):
 
 
 def train(lesson: Lesson, settings: DistillSettings, seed: int, folder: Path) -> list[Row]:
-    """Step 2: moves the lesson's retriever so that the loss falls.
-
-    Returns the rows of METRICS in `folder`, one for the start and each LOOKS-th of an epoch: mean
-    `loss` since the row before (NaN at the start), `hr` on dev, `rate`, `seconds` since the start.
-    CHECKPOINT in `folder` lets a killed run go on with the same steps; the caller removes it.
-    Raises RetrieverError if the loss is not a number.
-    """
+    """Step 2: moves the lesson's retriever so that the loss falls. Returns the rows of METRICS in
+    `folder`, one for the start and each LOOKS-th of an epoch: mean `loss` since the row before (NaN
+    at the start), `hr` on dev, `rate`, `seconds` since the start. Raises RetrieverError if the loss
+    is not a number."""
     retriever = lesson.retriever
     accelerator = device.accelerator(retriever.settings.dtype)
     adam = torch.optim.AdamW(retriever.parameters(), lr=settings.rate, weight_decay=0.01)
     module, optimizer = accelerator.prepare(lesson, adam)
-    kept = {"retriever": retriever, "optimizer": optimizer}
-    if accelerator.scaler:  # of float16 on a GPU
-        kept["scaler"] = accelerator.scaler
-    batches: list[Tensor] = []
+    batches, count = list[Tensor](), len(lesson.asked.questions)
     for epoch in range(settings.epochs):
         order = torch.Generator().manual_seed(1000 * seed + epoch)
-        batches += torch.randperm(len(lesson.texts), generator=order).split(settings.batch)
+        batches += torch.randperm(count, generator=order).split(settings.batch)
     ends = np.linspace(0, len(batches), LOOKS * settings.epochs + 1).round().astype(int)
-    rows: list[Row] = []
-    if saved := device.load_checkpoint(folder / CHECKPOINT):
-        rows = saved["rows"]
-        for name, part in kept.items():
-            part.load_state_dict(saved[name])
-    began = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
-    for look in tqdm(range(len(rows), len(ends)), desc="Step 2", leave=False):
+    rows, began = list[Row](), time.monotonic()
+    for look in tqdm(range(len(ends)), desc="Step 2", leave=False):
         losses = []
         retriever.train()
         for batch in batches[ends[look - 1] : ends[look]] if look else []:
@@ -145,9 +126,7 @@ def train(lesson: Lesson, settings: DistillSettings, seed: int, folder: Path) ->
         seconds = round(time.monotonic() - began, 2)
         rows.append({**row, "hr": lesson.hr(), "rate": settings.rate, "seconds": seconds})
         if device.is_main():
-            write_whole(folder / METRICS, "".join(json.dumps(row) + "\n" for row in rows))
-        states = {name: part.state_dict() for name, part in kept.items()}
-        device.save_checkpoint(folder / CHECKPOINT, {**states, "rows": rows})
+            write_jsonl(folder / METRICS, rows)
     return rows
 
 
@@ -172,17 +151,15 @@ def make_step2(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
     asked = Asked.open(inputs, "distill", distill.questions, settings["k"])
     encoding = RetrieverSettings(**settings["retriever"])
     retriever = Retriever.load(inputs["retriever"] / "model", encoding)
-    searched = IndexSettings(**settings["index"])
-    index = Index.open(inputs["vectors"], searched, inputs["index"])
+    index = Index.open(inputs["vectors"], IndexSettings(**settings["index"]), inputs["index"])
     torch.manual_seed(settings["seed"])
     loss = loss_of(asked, read_looks(inputs), settings)
     lesson = Lesson(retriever, asked, index, distill.side, loss)
     rows = train(lesson, distill, settings["seed"], folder)
     found = lesson.find("test", min(DEPTH, len(asked.corpus.passages)))
-    if settings["keep"]:
-        retriever.save(folder / "model")
     if device.is_main():
+        if settings["keep"]:
+            retriever.save(folder / "model")
         write_arrays(folder / "ranking.safetensors", {"test": found})
         curve = [{name: row[name] for name in ("epoch", "loss", "hr")} for row in rows]
         write_json(folder / "curve.json", curve)
-        (folder / CHECKPOINT).unlink()

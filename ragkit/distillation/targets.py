@@ -75,10 +75,8 @@ def standardise(scores: Floats) -> Floats:
 
 def temperature_for(scores: Floats, share: float) -> float:
     """The temperature at which the softmax of standardised scores has the wanted mean entropy.
-
     `share` is that entropy as a share of log k, below 1. Where so many questions have equal scores
-    that no temperature meets it: the sharpest. Raises DataError if a score is not a number.
-    """
+    that no temperature meets it: the sharpest. Raises DataError if a score is not a number."""
     if not np.isfinite(scores).all():
         raise DataError("A target's scores are not all numbers: look at the reader behind them.")
 
@@ -147,13 +145,11 @@ def attention_scores(
 
 def ordered(looks: Looks, settings: AttentionSettings) -> Floats:
     """Passage scores `[questions, k]` under `settings.order`: how the passages stood in the prompt,
-    and what is done against the place's share in the attention.
-
-    `rank`, `reversed` (best last), `shuffled`: one pass, as it is. `balanced`: the mean of the
-    standardised scores in rank and reversed order. `calibrated`: minus the scores under an empty
-    question (Zhao et al. 2021; ICR). `levelled`: one pass in shuffled order, minus the mean of
-    each place over all questions, which needs no label: content and place are independent there.
-    """
+    and what is done against the place's share in the attention. `rank`, `reversed` (best last),
+    `shuffled`: one pass, as it is. `balanced`: the mean of the standardised scores in rank and
+    reversed order. `calibrated`: minus the scores under an empty question (Zhao et al. 2021; ICR).
+    `levelled`: one pass in shuffled order, minus the mean of each place over all questions, which
+    needs no label: content and place are independent there."""
     heads = chosen_heads(looks["heads"], settings) if settings.heads == "chosen" else None
     parts = [attention_scores(looks[one], settings, heads) for one in LOOKS[settings.order]]
     if settings.order == "balanced":
@@ -173,10 +169,8 @@ def likelihood(scores: Scores) -> Floats:
 
 
 def scores_of(target: str, looks: Looks, asked: Asked, attention: AttentionSettings) -> Floats:
-    """What a target is made of `[questions, k]`: a reader's scores, or a control's.
-
-    `looks` are the stored scores of the target's reader, by role; empty for a control without one.
-    """
+    """What a target is made of `[questions, k]`: a reader's scores, or a control's. `looks` are the
+    stored scores of the target's reader, by role; empty for a control without one."""
     if target == "uniform":
         return np.zeros(asked.candidates.shape)
     if target == "oracle":
@@ -200,9 +194,7 @@ def holding(questions: Sequence[Question], found: Sequence[Sequence[Passage]]) -
 
 def target_of(target: str, scores: Floats, distill: DistillSettings, shuffle_seed: int) -> Floats:
     """A named target's distributions over the candidates `[questions, k]`, each summing to 1.
-
-    `scores` are what it is made of; `distill` says its mean entropy (see `temperature_for`).
-    """
+    `scores` are what it is made of; `distill` says its mean entropy (see `temperature_for`)."""
     made = from_scores(scores, distill.entropy, distill.standardise)
     shuffle = np.random.default_rng(shuffle_seed)
     return shuffle.permuted(made, axis=1) if target == "shuffled" else made

@@ -25,12 +25,10 @@ Found = Sequence[list[Passage]]  # the passages of each question
 
 
 def token_contributions(reader: Reader, prompts: list[Prompt]) -> Tensor:
-    """Token contributions of every row type, without and with the value norm, from one pass.
-
-    `[norm (off, on), layers, ROWS, prompts, heads, tokens]`, padded on the right. The prompts end
-    with their answers and an end token. `last_prompt` has not seen the answer, whose first token it
-    predicts; `predicting` predict each token of it (ATLAS-style); `consuming` have read them.
-    """
+    """Token contributions of every row type, without and with the value norm, from one pass. `[norm
+    (off, on), layers, ROWS, prompts, heads, tokens]`, padded on the right. The prompts end with
+    their answers and an end token. `last_prompt` has not seen the answer, whose first token it
+    predicts; `predicting` predict each token of it (ATLAS-style); `consuming` have read them."""
     before = torch.tensor([[p.answer_start - 1] for p in prompts])
     # of an empty answer the end token alone is predicted, and read
     answers = torch.tensor([[max(1, len(p.ids) - 1 - p.answer_start)] for p in prompts])
@@ -43,8 +41,7 @@ def places_of(order: str, n: int, k: int, seed: int) -> NDArray[np.int64]:
     """The place in the prompt of each of k passages, best first, of n questions `[n, k]`."""
     ranks = np.tile(np.arange(k), (n, 1))
     shuffled = np.random.default_rng(seed).permuted(ranks, axis=1)
-    known = {"rank": ranks, "empty": ranks, "reversed": ranks[:, ::-1].copy()}
-    return (known | {"shuffled": shuffled})[order]
+    return {"rank": ranks, "empty": ranks, "reversed": ranks[:, ::-1], "shuffled": shuffled}[order]
 
 
 def look(
@@ -52,13 +49,11 @@ def look(
 ) -> Scores:
     """Scores of every question's passages, best first in `found`, which stand in the prompt in an
     order: `rank`, `reversed`, `shuffled` by a seed, or `empty`: `rank`, and no word is asked.
-
     `attention` `[questions, ROWS, norm (off, on), layers, heads, k]`, summed over a passage's
     tokens, whose number is in `tokens` `[questions, k]`; `outside` `[questions, ROWS]`: share of
-    attention that falls on no passage's own text (sinks, template); `holds`, `places`
-    `[questions, k]`: whether a passage holds an answer as text, and its place in the prompt;
-    `trimmed` `[questions]`: tokens cut off a prompt too long.
-    """
+    attention that falls on no passage's own text (sinks, template); `holds`, `places` `[questions,
+    k]`: whether a passage holds an answer as text, and its place in the prompt; `trimmed`
+    `[questions]`: tokens cut off a prompt too long."""
     holds, k = holding(questions, found).astype(np.uint8), len(found[0])
     if order == "empty":
         questions = [replace(q, text="", cloze="", answers=("",)) for q in questions]

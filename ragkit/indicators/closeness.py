@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from ragkit.data.corpus import Asked, Passage, Question, block
 from ragkit.data.files import write_arrays, write_json
-from ragkit.distillation.teacher import Array, token_contributions
+from ragkit.distillation.teacher import Array, Found, token_contributions
 from ragkit.indicators import measures
 from ragkit.indicators.measures import Bools, Embed, Floats, Ints, Tokens
 from ragkit.models import device
@@ -25,7 +25,6 @@ from ragkit.settings import ReaderSettings, RetrieverSettings
 
 Words = Sequence[tuple[int, int]]  # where they stand in a text, by their characters
 Spans = Sequence[Words]  # the nouns of each question
-Found = Sequence[Sequence[Passage]]  # the passages of each question
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -55,8 +54,7 @@ def look_at_tokens(reader: Reader, questions: Sequence[Question], found: Found) 
             shares = (sums / plain.sum(0)[:, None]).astype(np.float32)
             yield own[passage_tokens(prompt)[0]], shares[None]
 
-    pairs = list(zip(questions, found, strict=True))
-    prompts = [reader.prompt(q, list(passages), q.answers[0]) for q, passages in pairs]
+    prompts = [reader.prompt(q, p, q.answers[0]) for q, p in zip(questions, found, strict=True)]
     seen = device.spread(prompts, reader.settings.at_once, look, "tokens")
     parts = []
     for number, (prompt, passages, one) in enumerate(zip(prompts, found, seen, strict=True)):
@@ -92,7 +90,7 @@ def within_spans(
     the spans of its text, such as its nouns."""
     asking = copy.copy(reader)
     asking.style = "question"
-    pieces = asking.pieces(question, list(passages))
+    pieces = asking.pieces(question, passages)
     texts, owners = zip(*pieces, strict=True)
     before = len("".join(texts[: owners.index(PART["question"])]))
     offsets = asking.tokenizer("".join(texts), return_offsets_mapping=True)["offset_mapping"]
@@ -148,7 +146,7 @@ def contextual_closeness(
 
     def look(batch: Iterable[Any]) -> Iterator[Arrays]:
         for question, passages, spans in batch:
-            prompt = reader.prompt(question, list(passages), question.answers[0])
+            prompt = reader.prompt(question, passages, question.answers[0])
             ids, mask = reader.batch([prompt])
             seen = reader.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
             states, owner = seen.last_hidden_state[0].double().cpu().numpy(), np.array(prompt.owner)

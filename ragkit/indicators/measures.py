@@ -1,7 +1,6 @@
-"""Does a reader attend to what is close to the answer (Indicator 1), to the question's nouns (2)?
-
-A token's attention is its lift: its contribution over the mean of the question's passage tokens.
-Its closeness is the cosine to the nearest wanted token in one frozen space. All is measured per
+"""Does a reader attend to what is close to the answer (Indicator 1), to the question's nouns (2)? A
+token's attention is its lift: its contribution over the mean of the question's passage tokens. Its
+closeness is the cosine to the nearest wanted token in one frozen space. All is measured per
 question, for tokens of one prompt are no independent sample; they come question after question, and
 `question` `[tokens]` numbers them. What is undefined is NaN. At the end: means with intervals, for
 which questions about one entity are no independent sample either: whole groups are resampled."""
@@ -19,13 +18,11 @@ import pandas as pd
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from ragkit.distillation.targets import over_layers
+from ragkit.distillation.targets import Bools, Floats, over_layers
 from ragkit.errors import DataError
 from ragkit.settings import ROWS, AttentionSettings
 
-Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 Embed = Callable[[Ints], Floats]  # the vectors of tokens `[ids, d]`
 Wanted = Sequence[Sequence[int]]  # tokens, for each question
 PLACES = ("passages", "titles", "question", "template", "answer", "first token")
@@ -153,8 +150,7 @@ def spearman(x: Floats, y: Floats, question: Ints | None = None, n: int = 1) -> 
 
 
 def closest(close: Floats, question: Ints, share: float) -> Bools:
-    """The closest share of each question's tokens with a closeness `[tokens]`, at least one; ties
-    come along."""
+    """The closest share of each question's tokens `[tokens]`, at least one, with all that tie."""
     counts = np.maximum(1, np.round(share * np.bincount(question, np.isfinite(close))))
     return ranks(-close, question, "min") <= counts[question]
 
@@ -265,15 +261,3 @@ def interval(values: Floats, groups: NDArray[Any] | None = None, resamples: int 
         return percentiles(np.empty(0), mean, n)
     by_seed = draws(rows, labels, resamples) * drawn(seeds, resamples, seed=1)
     return percentiles(by_seed.sum(1) / seeds, mean, n)
-
-
-@UNDEFINED
-def design_effect(values: Floats, groups: NDArray[Any]) -> float:
-    """How many times the variance of a mean of `values` (`[n]`, or the mean of `[seeds, n]`) by
-    groups is that of as many independent values; NaN where they do not vary."""
-    each = np.atleast_2d(values).mean(0)
-    known = np.isfinite(each)
-    off = each[known] - each[known].mean()
-    by_group = np.bincount(np.unique(groups[known], return_inverse=True)[1], off)
-    grouped, alone = (one @ one * len(one) / (len(one) - 1) for one in (by_group, off))
-    return float(grouped / alone)

@@ -2,7 +2,7 @@
 
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,14 @@ from ragkit.data.files import write_json
 from ragkit.data.text import exact_match
 from ragkit.models import device
 from ragkit.models.fid import open_reader
-from ragkit.models.reader import Reader
-
-
-def answered(reader: Reader, pairs: Sequence[Pair]) -> list[str]:
-    """The reader's answers to questions with their passages."""
-    return reader.answer([reader.prompt(question, found) for question, found in pairs])
 
 
 def make_answers(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """Answers to the first test questions, with the k best passages of a ranking or with none."""
     k = 0 if settings["closed_book"] else settings["k"]
-    pairs = Asked.open(inputs, "test", settings["answered"], k).pairs
-    answers = answered(open_reader(inputs, settings), pairs)
+    asked = Asked.open(inputs, "test", settings["answered"], k)
+    reader = open_reader(inputs, settings)
+    answers = reader.answer(list(map(reader.prompt, asked.questions, asked.passages)))
     if device.is_main():
         write_json(folder / "answers.json", answers)
 
@@ -57,7 +52,8 @@ def make_premises(folder: Path, inputs: Mapping[str, Path], settings: Mapping[st
     asked = Asked.open(inputs, "dev", settings["answered"])
     reader, exact = open_reader(inputs, settings), dict[str, list[float | None]]()
     for name, pairs in premise_cases(asked, settings["k"], settings["seed"]).items():
-        told = zip(pairs, answered(reader, pairs), strict=True)
+        answers = reader.answer([reader.prompt(*pair) for pair in pairs])
+        told = zip(pairs, answers, strict=True)
         known = {q.id: exact_match(answer, q.answers) for (q, _), answer in told}
         exact[name] = [known.get(q.id) for q in asked.questions]
     if device.is_main():

@@ -1,9 +1,7 @@
 """What a run computes on: one process, or several (torchrun and Accelerate) that walk through the
 same stages: `spread` deals out lists of work, `share` the batches of a training, and only the main
-process writes files. And how models and checkpoints get there: what is wrong with them is said."""
+process writes files. And how models get there: what is wrong with them is said."""
 
-import logging
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -21,7 +19,6 @@ from tqdm.auto import tqdm
 from ragkit.errors import ProfileError, RagkitError
 from ragkit.settings import Device
 
-log = logging.getLogger(__name__)
 PATIENCE = timedelta(days=14)  # of the others, while the main process works alone
 
 
@@ -30,10 +27,8 @@ def start(device: Device, threads: int) -> None:
     this process computes on another device."""
     PartialState(cpu=device == "cpu", timeout=PATIENCE)
     if (here := PartialState().device.type) != device:
-        raise ProfileError(
-            f"device is {device!r}, but this process computes on {here!r}. Set that, or "
-            "start another process: for 'cuda' one whose torch finds a GPU."
-        )
+        told = f"device is {device!r}, but this process computes on {here!r}. Set that, or start"
+        raise ProfileError(f"{told} another process: for 'cuda' one whose torch finds a GPU.")
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
 
@@ -119,36 +114,7 @@ def loading(name: str) -> Iterator[None]:
 
 
 def refuse_missing(name: str, loaded: Mapping[str, Any]) -> None:
-    """Raises RagkitError if weights were missing, by the loading info of `from_pretrained`; not for
-    BERT's pooler, which nothing here uses."""
+    """Raises RagkitError if weights were missing, as transformers says; BERT's pooler may be."""
     if lacks := sorted(one for one in loaded["missing_keys"] if not one.startswith("pooler.")):
         told = f"Model {name!r} lacks {len(lacks)} of its weights ({', '.join(lacks[:3])}...): "
         raise RagkitError(told + "they would be random. Save or fetch it again.")
-
-
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Writes `state` (tensors, numbers, texts, lists, dicts) and torch's generators, by the main
-    process. Aside, and renamed: a kill leaves the old checkpoint or the new one."""
-    if is_main():
-        whole = {"state": state, "cpu": torch.get_rng_state()}
-        if device().type == "cuda":
-            whole["cuda"] = torch.cuda.get_rng_state()
-        torch.save(whole, aside := path.with_name(f"{path.name}.new"))
-        aside.replace(path)
-
-
-def load_checkpoint(path: Path) -> dict[str, Any] | None:
-    """What `save_checkpoint` wrote, in memory, with torch's generators as they were; None if there
-    is no checkpoint, or only a damaged one, which the log then says."""
-    if not path.is_file():
-        return None
-    try:
-        whole = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:
-        log.warning("The checkpoint %s is damaged (%r); the training starts again.", path, error)
-        return None
-    torch.set_rng_state(whole["cpu"])
-    if device().type == "cuda" and "cuda" in whole:
-        torch.cuda.set_rng_state(whole["cuda"])
-    log.info("going on from the checkpoint %s", path)
-    return whole["state"]

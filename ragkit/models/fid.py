@@ -1,6 +1,5 @@
-"""The encoder-decoder reader, fusion-in-decoder, and the loading of readers of either kind.
-
-Each passage is encoded with the question, the decoder attends to all; passage scores come from its
+"""The encoder-decoder reader, fusion-in-decoder, and the loading of readers of either kind. Each
+passage is encoded with the question, the decoder attends to all; passage scores come from its
 cross-attention. Source: Izacard and Grave, 'Leveraging Passage Retrieval with Generative Models for
 Open Domain Question Answering'."""
 
@@ -16,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
 from ragkit.attention.record import observe_cross
-from ragkit.data.corpus import Corpus, Passage, Question
+from ragkit.data.corpus import Passage, Question
 from ragkit.data.text import readable
 from ragkit.models import device
 from ragkit.models.reader import CLOZE, PART, Prompt, Reader
@@ -67,7 +66,7 @@ class FidReader(Reader):
     def generated(self, prompts: Sequence[Prompt]) -> list[str]:
         """The answers to one batch of prompts."""
         caches = transformers.DynamicCache(), transformers.DynamicCache()
-        given = {"max_new_tokens": self.answer_tokens, **self.encoded(prompts)}
+        given = {"max_new_tokens": self.settings.answer_tokens, **self.encoded(prompts)}
         # its own cache would have the encoder's number of layers
         given["past_key_values"] = transformers.EncoderDecoderCache(*caches)
         return [self.text_of(row) for row in self.model.generate(**given)[:, 1:]]
@@ -116,12 +115,10 @@ def open_reader(
     inputs: Mapping[str, Path], settings: Mapping[str, Any], to_train: bool = False
 ) -> Reader:
     """The reader `settings["which"]` of a stage: kept by `step1`, if that is among the inputs, else
-    untaught; asked by clozes where its name ends so. Answers are as long as those for distillation.
-    """
+    untaught; asked by clozes where its name ends so."""
     chosen, which = ReaderSettings(**settings["reader"]), settings.get("which", "")
     trained = which.removesuffix(CLOZE)
     kept = inputs["step1"] / trained.replace(" ", "-") if "step1" in inputs else chosen.model
     reader = load_reader(kept, chosen, to_train)
     reader.style = "question" if which == trained else "cloze"
-    reader.fit(Corpus.load("", inputs["passages"], inputs["questions"]).questions["distill"])
     return reader

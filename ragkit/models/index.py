@@ -136,8 +136,7 @@ def make_index(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
 def make_candidates(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """The first DEPTH passages of every question of every part."""
     corpus = Corpus.load("", inputs["passages"], inputs["questions"])
-    searched = IndexSettings(**settings["index"])
-    index = Index.open(inputs["vectors"], searched, inputs["index"])
+    index = Index.open(inputs["vectors"], IndexSettings(**settings["index"]), inputs["index"])
     encoding = RetrieverSettings(**settings["retriever"])
     retriever = Retriever.load(inputs["retriever"] / "model", encoding)
     queries = {part: retriever.encode([q.text for q in corpus.questions[part]]) for part in PARTS}

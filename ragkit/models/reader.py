@@ -21,7 +21,6 @@ from ragkit.models import device
 from ragkit.settings import ReaderSettings
 
 CLOZE = " cloze"  # ends the names of readers that are asked by clozes
-ANSWER_TOKENS = 32  # where neither the settings nor the questions say it
 PART = {"other": -1, "question": -2, "answer": -3, "title": -4}  # owners that are no passage
 Piece = tuple[str, int]  # a text of a prompt, and its owner
 Coded = tuple[list[int], list[int]]  # tokens, and the owner of each
@@ -46,14 +45,13 @@ class Prompt:
 class Reader:
     """A causal language model with its tokenizer and the way its prompts are written.
     `style` is `question` (passages, question, answer) or `cloze` (passages, the beginning of a
-    statement; only the embedded worlds have those). It answers in `answer_tokens` at most."""
+    statement; only the embedded worlds have those)."""
 
     def __init__(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: ReaderSettings
     ) -> None:
         self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
-        self.style, self.answer_tokens = "question", settings.answer_tokens or ANSWER_TOKENS
-        self.known = int(model.get_input_embeddings().weight.shape[0])
+        self.style, self.known = "question", int(model.get_input_embeddings().weight.shape[0])
         end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
         text = model.config.get_text_config(decoder=True)
         limit = getattr(text, "max_position_embeddings", None) or 0
@@ -71,13 +69,6 @@ class Reader:
         special = {"pad_token_id": self.pad, "eos_token_id": self.end}
         greedy = {"do_sample": False, "num_beams": 1, "decoder_start_token_id": self.start}
         model.generation_config = GenerationConfig(**greedy, **special)  # not the folder's own
-
-    def fit(self, questions: Sequence[Question]) -> None:
-        """Lets answers be as long as the longest first gold one, if the settings leave it open."""
-        if self.settings.answer_tokens is None:
-            answers = [" " + readable(q.answers[0]) for q in questions]
-            encoded = self.tokenizer(answers, add_special_tokens=False)["input_ids"]
-            self.answer_tokens = max(map(len, encoded)) + 1  # with the end token
 
     def pieces(self, question: Question, passages: Sequence[Passage]) -> list[Piece]:
         """The prompt as texts with their owners; its end is what the answer goes on from."""
@@ -112,15 +103,14 @@ class Reader:
     def prompt(
         self, question: Question, passages: Sequence[Passage], answer: str | None = None
     ) -> Prompt:
-        """The prompt, with the answer and an end token behind it if given, cut as one text.
-
-        A prompt longer than the reader's context loses tokens at the end of its passages, the same
+        """The prompt, with the answer and an end token behind it if given, cut as one text. A
+        prompt longer than the reader's context loses tokens at the end of its passages, the same
         share from each; never of the question. Raises ReaderError if that alone does not fit."""
         told = [] if answer is None else [(" " + answer, PART["answer"])]
         ids, owner = self.tokens([*self.pieces(question, passages), *told])
         start = owner.index(PART["answer"]) if PART["answer"] in owner else len(ids)
         tail = [] if answer is None else [*ids[start:], self.end]
-        room = self.settings.context - max(len(tail), self.answer_tokens)
+        room = self.settings.context - max(len(tail), self.settings.answer_tokens)
         return self.joined([(ids[:start], owner[:start])], room, tail)
 
     def joined(self, blocks: Sequence[Coded], room: int, tail: list[int]) -> Prompt:
@@ -165,7 +155,8 @@ class Reader:
     def generated(self, prompts: Sequence[Prompt]) -> list[str]:
         """The answers to one batch of prompts."""
         ids, mask = self.batch(prompts, "left")
-        out = self.model.generate(ids, attention_mask=mask, max_new_tokens=self.answer_tokens)
+        most = self.settings.answer_tokens
+        out = self.model.generate(ids, attention_mask=mask, max_new_tokens=most)
         return [self.text_of(row) for row in out[:, ids.shape[1] :]]
 
     def text_of(self, row: Tensor) -> str:

@@ -1,7 +1,6 @@
 """The retriever: a sentence-transformers model, from outside or trained here by cropping."""
 
 import random
-import string
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,17 +14,16 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import batch_to_device
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from ragkit.data.corpus import PASSAGES, Passage, Passages
 from ragkit.data.text import readable
-from ragkit.data.worlds import SPEC, open_prose, plain_words
+from ragkit.data.worlds import open_prose
 from ragkit.errors import RetrieverError
 from ragkit.models import device
-from ragkit.settings import RetrieverSettings
+from ragkit.settings import RetrieverSettings, asset
 
 # the embedded one before its training
 BERT: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -73,8 +71,7 @@ class Retriever(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Writes it as a folder that sentence-transformers reads."""
-        if device.is_main():
-            self.encoder.save(str(folder), create_model_card=False)
+        self.encoder.save(str(folder), create_model_card=False)
 
     @classmethod
     def load(cls, name: str | Path, settings: RetrieverSettings) -> "Retriever":
@@ -110,29 +107,12 @@ class Retriever(nn.Module):
         return retriever.eval()
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """A lower-casing WordPiece tokenizer over the worlds' vocabulary.
-
-    Names become a start and an ending piece, years two pieces; letters are kept as a fallback, so
-    that any other word can be written too.
-    """
+def embedded_tokenizer() -> PreTrainedTokenizerFast:
+    """That of all embedded models: a lower-casing WordPiece tokenizer over the worlds' vocabulary.
+    How it was made: `notebooks/appendix/pretraining.ipynb`."""
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "bos", "eos")}
-    tokens = [*special.values(), *string.punctuation]
-    for letter in string.ascii_lowercase + string.digits:
-        tokens += [letter, "##" + letter]
-    tokens += sorted(plain_words())
-    for kind in SPEC["names"].values():
-        tokens += kind.get("starts", []) + ["##" + end for end in kind.get("ends", [])]
-    tokens += [str(n) for n in range(10, 60)] + [f"##{n:02d}" for n in range(100)]
-    vocabulary = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    signs = [normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]
-    tokenizer.normalizer = normalizers.Sequence(signs)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    start = [("[BOS]", vocabulary["[BOS]"])]
-    tokenizer.post_processor = processors.TemplateProcessing("[BOS] $A", special_tokens=start)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=1024, **special)
+    file = str(asset("reader/tokenizer.json"))
+    return PreTrainedTokenizerFast(tokenizer_file=file, model_max_length=1024, **special)
 
 
 def crop(passage: Passage, rng: random.Random) -> str:
@@ -152,7 +132,7 @@ def train_by_cropping(
     2022), with in-batch negatives."""
     rng = random.Random(f"crops {seed}")
     torch.manual_seed(seed)
-    tokenizer = build_tokenizer()
+    tokenizer = embedded_tokenizer()
     config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **BERT)
     config.max_position_embeddings = settings.passage_tokens
     unit = settings.model_copy(update={"normalise": settings.normalise is not False})

@@ -1,14 +1,12 @@
 """Step 1: the reader learns to answer from passages; never questions of the measured parts."""
 
 import copy
-import json
 import logging
 import random
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.utils import WEIGHTS_NAME
 
 from ragkit.data.corpus import Asked, Pair, Passage, Question, passage_text
-from ragkit.data.files import write_whole
+from ragkit.data.files import write_jsonl
 from ragkit.data.worlds import build_world
 from ragkit.errors import ReaderError
 from ragkit.models import device
@@ -125,8 +123,7 @@ class Progress(TrainerCallback):
         if step in self.kept:
             self.keep("fine-tuned" if step == steps else f"step-{step}")
         if step in self.marks and device.is_main():
-            rows = [row for row in history if row["step"] in self.marks]
-            write_whole(self.file, "".join(json.dumps(row) + "\n" for row in rows))
+            write_jsonl(self.file, (row for row in history if row["step"] in self.marks))
         if step == steps:
             control.should_save = False  # it is done
 
@@ -158,11 +155,10 @@ def arguments(settings: ReaderSettings, folder: Path, seed: int) -> TrainingArgu
 def fine_tune(
     reader: Reader, draw: Callable[[random.Random], Pair], folder: Path, seed: int
 ) -> None:
-    """Teaches the reader to answer questions; its loss is in nats a token.
-    `draw` gives a question with its passages. The reader as it stands after each of `kept_steps`
-    is kept in `step-N`, at the end in `fine-tuned`, the log in METRICS. A checkpoint lets a killed
-    run go on with the same steps. Raises ReaderError if the loss is not a number, or the processes
-    of the run cannot share a batch."""
+    """Teaches the reader to answer questions; its loss is in nats a token. `draw` gives a question
+    with its passages. The reader as it stands after each of `kept_steps` is kept in `step-N`, at
+    the end in `fine-tuned`, the log in METRICS. A checkpoint lets a killed run go on with the same
+    steps. ReaderError if the loss is no number, or the processes cannot share a batch."""
     settings, rank = reader.settings, reader.settings.lora_rank
     torch.manual_seed(seed)
     if rank:  # adapters in the linear layers learn, no other weight
@@ -186,11 +182,10 @@ def fine_tune(
                 part.save_pretrained(folder / name)
         device.agreed()
 
-    whole: dict[int, str] = {}  # checkpoints by their steps: its state is written last
-    for state in folder.glob("checkpoint-*/trainer_state.json"):
-        with suppress(ValueError):
-            whole[json.loads(state.read_text("utf8"))["global_step"]] = str(state.parent)
-    if newest := whole[max(whole)] if whole else None:
+    # of a checkpoint the trainer's state is written last: without it, it is not whole
+    whole = [str(state.parent) for state in folder.glob("checkpoint-*/trainer_state.json")]
+    newest = max(whole, key=lambda path: int(path.rpartition("-")[2]), default=None)
+    if newest:
         log.info("going on from the checkpoint %s", newest)
     loss = Loss(reader)
     learnt = [weight for weight in loss.parameters() if weight.requires_grad]

@@ -17,10 +17,9 @@ import pandas as pd
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from ragkit.data import corpus
 from ragkit.data.corpus import Corpus, Pair, Passage, Question
-from ragkit.data.files import read_jsonl, write_whole
-from ragkit.data.text import words
+from ragkit.data.files import read_jsonl, text_and_answers, write_whole
+from ragkit.data.text import same_question, words
 from ragkit.distillation import targets
 from ragkit.distillation.teacher import look
 from ragkit.errors import DataError, NounsError, ReaderError, StoreError
@@ -74,7 +73,7 @@ def read_asked(path: Path) -> list[Pair]:
     asked = []
     for line, row in read_jsonl(path):
         where, passages = f"{path}, line {line}", []
-        text, answers = corpus.text_and_answers(row, where)
+        text, answers = text_and_answers(row, where)
         given, gold = row.get("passages", row.get("ctxs")), row.get("gold") or []
         if not isinstance(given, list) or not FEWEST <= len(given) <= MOST:
             raise DataError(f"{where}: 'passages' must be a list of {FEWEST} to {MOST} objects.")
@@ -99,7 +98,7 @@ def usable(reader: Reader, asked: list[Pair], counts: Counter[str]) -> list[Pair
     needs care. Raises DataError if none is left."""
     kept: dict[str, Pair] = {}
     for question, passages in asked:
-        answer, key = question.answers[0], corpus.same_question(question.text)
+        answer, key = question.answers[0], same_question(question.text)
         try:
             prompt = reader.prompt(question, passages, answer)
         except ReaderError:

@@ -9,7 +9,7 @@ from ragkit.data import worlds as world
 from ragkit.data.corpus import PARTS, Corpus, passage_settings
 from ragkit.data.text import holds_answer
 from ragkit.errors import DataError
-from ragkit.models.retriever import build_tokenizer
+from ragkit.models.retriever import embedded_tokenizer
 from ragkit.models.step1 import WORLD
 from ragkit.profile import load_profile
 from ragkit.settings import WorldSet
@@ -84,7 +84,7 @@ def test_held_out_wordings_are_not_in_the_distillation_part():
 
 @pytest.mark.parametrize("kind", ["first", "last", "town", "river", "company", "press", "medal"])
 def test_every_name_word_is_two_tokens(kind):
-    tokenizer = build_tokenizer()
+    tokenizer = embedded_tokenizer()
     for reserved in (True, False):
         for word in world.name_words(kind, reserved):
             pieces = tokenizer.tokenize(word)

@@ -70,12 +70,6 @@ def test_the_variance_is_that_of_clusters():
     means = values.reshape(200, 6).mean(1)
     expected = means.var() / 200
     assert measures.draws(values, groups, 20_000).var() == pytest.approx(expected, rel=0.05)
-    effect = expected / (values.var() / len(values))
-    assert measures.design_effect(values, groups) == pytest.approx(effect, rel=0.01)
-    assert measures.design_effect(values, np.arange(1200)) == pytest.approx(1)
-    assert np.isnan(measures.design_effect(np.ones(12), groups[:12]))
-    seeds = np.stack([values + 1, values - 1])  # what seeds share out is no effect of groups
-    assert measures.design_effect(seeds, groups) == pytest.approx(effect, rel=0.01)
 
 
 def test_intervals_over_groups_cover_and_those_over_questions_do_not():

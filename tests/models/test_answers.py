@@ -81,7 +81,7 @@ def test_a_ranking_of_step_2_is_taken_before_candidates(stages, tmp_path):
         save_file({"test": np.full((8, 2), place)}, tmp_path / f"{name}.safetensors")
         asked = Asked.open(inputs, "test", 3, 1)
         assert asked.candidates.tolist() == [[place]] * 3
-        assert asked.pairs == [(q, [stages[1].passages[place]]) for q in asked.questions]
+        assert asked.passages == [[stages[1].passages[place]] for _ in asked.questions]
 
 
 def test_premises_show_gold_passages_and_none(stages, tmp_path):

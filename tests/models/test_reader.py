@@ -12,7 +12,7 @@ from ragkit.data.corpus import Passage, Question
 from ragkit.errors import RagkitError, ReaderError
 from ragkit.models.fid import load_reader
 from ragkit.models.reader import PART, Reader
-from ragkit.models.retriever import build_tokenizer
+from ragkit.models.retriever import embedded_tokenizer
 from ragkit.settings import EMBEDDED, ReaderSettings
 
 PASSAGES = [
@@ -24,7 +24,7 @@ QUESTION = Question("q", "where was orla venn born", ("Ulm",), (0,), cloze="Orla
 
 def make(**settings):
     torch.manual_seed(0)
-    tokenizer = build_tokenizer()
+    tokenizer = embedded_tokenizer()
     config = FalconConfig.from_pretrained(EMBEDDED["embedded"])
     config._attn_implementation = "sdpa"
     return Reader(FalconForCausalLM(config), tokenizer, ReaderSettings(**settings))
@@ -72,7 +72,7 @@ def test_batched_answers_equal_single_ones():
 
 def test_the_embedded_reader_loads_and_matches_the_tokenizer():
     one = load_reader("embedded", ReaderSettings())
-    assert one.tokenizer.get_vocab() == build_tokenizer().get_vocab()
+    assert one.tokenizer.get_vocab() == embedded_tokenizer().get_vocab()
     assert one.model.config.alibi
 
 

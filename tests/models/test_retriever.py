@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from ragkit.data.corpus import Passage
 from ragkit.errors import RagkitError, RetrieverError
-from ragkit.models.retriever import Retriever, build_tokenizer, crop, train_by_cropping
+from ragkit.models.retriever import Retriever, crop, embedded_tokenizer, train_by_cropping
 from ragkit.settings import RetrieverSettings
 
 PASSAGES = [
@@ -115,7 +115,7 @@ def test_a_plain_folder_of_transformers_is_mean_pooled(tmp_path):
     """As Contriever's."""
     config = BertConfig(vocab_size=5000, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
-    build_tokenizer().save_pretrained(tmp_path)
+    embedded_tokenizer().save_pretrained(tmp_path)
     made = Retriever.load(tmp_path, SETTINGS).encode(TEXTS)
     assert np.allclose(made, by_hand(tmp_path, "mean", False), atol=1e-5)
 

@@ -33,7 +33,7 @@ from ragkit.distillation import targets
 from ragkit.errors import DataError
 from ragkit.indicators import measures
 from ragkit.indicators.measures import interval
-from ragkit.models.retriever import build_tokenizer
+from ragkit.models.retriever import embedded_tokenizer
 from ragkit.pages import judge as judging
 from ragkit.pages.judge import (
     ABOVE,
@@ -79,7 +79,7 @@ def judge(reader, rows, nouns, **more):
 def llama(folder, change=lambda model: None, positions=256):
     """A tiny Llama with random weights and the embedded tokenizer, saved."""
     torch.manual_seed(0)
-    tokenizer = build_tokenizer()
+    tokenizer = embedded_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
         intermediate_size=32, max_position_embeddings=positions, initializer_range=0.3,
@@ -288,7 +288,7 @@ def test_a_space_with_another_tokenizer(reader, nouns, tmp_path):
 
 def test_an_encoder_decoder(nouns, tmp_path):
     """Fusion-in-decoder: its cross-attention, with all blocks' tokens."""
-    tokenizer, sizes = build_tokenizer(), {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4}
+    tokenizer, sizes = embedded_tokenizer(), {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4}
     special = {
         "pad_token_id": 0,
         "decoder_start_token_id": 0,
