@@ -51,7 +51,10 @@ def make_passages(folder: Path, inputs: Mapping[str, Path], settings: Mapping[st
     elif isinstance(chosen["passages"], str):
         passages = read_tsv(Path(chosen["passages"]))
     else:
-        passages = passages_of(HubTable(**chosen["passages"]), chosen["passage_split"])
+        table, columns = HubTable(**chosen["passages"]), ("id", "title", "text")
+        batches = load(table, chosen["passage_split"], columns).with_format("arrow").iter(1000)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        passages = with_text(rows, f"{table.dataset}: a passage of the table")
     write_passages(folder / PASSAGES, passages)
 
 
@@ -134,17 +137,9 @@ def load(table: HubTable, split: str, columns: Sequence[str]) -> Dataset:
     return found.select_columns(list(own)).rename_columns(renamed)
 
 
-def passages_of(table: HubTable, split: str) -> Iterator[Passage]:
-    """The passages of a table, batch by batch; those without text are left out."""
-    rows = load(table, split, ("id", "title", "text")).with_format("arrow")
-    for batch in rows.iter(batch_size=1000):
-        yield from with_text(batch.to_pylist(), f"{table.dataset}: a passage of the table")
-
-
-def with_text(rows: Iterable[Any], where: str) -> list[Passage]:
+def with_text(rows: Iterable[Any], where: str) -> Iterator[Passage]:
     """Passages of objects with `text`, perhaps `title` and an id, where there is text. Null counts
     as empty; other types raise DataError."""
-    passages = []
     for row in rows:
         if not isinstance(row, Mapping) or "text" not in row:
             raise DataError(f"{where}: no 'text'. A passage is an object with 'title' and 'text'.")
@@ -155,8 +150,7 @@ def with_text(rows: Iterable[Any], where: str) -> list[Passage]:
                 raise DataError(f"{where} ({', '.join(names)}): {told}. Mend it.")
         title, text = row.get("title") or "", row["text"] or ""
         if text.strip():
-            passages.append(Passage([*names, f"{title}: {text}"][0], title, text))
-    return passages
+            yield Passage([*names, f"{title}: {text}"][0], title, text)
 
 
 def hub_rows(settings: HubSet, columns: Sequence[str]) -> tuple[list[Row], Counter[str]]:

@@ -209,9 +209,9 @@ def open_prose(world: str, n: int, rng: random.Random) -> list[str]:
 
 def size(settings: WorldSet) -> int:
     """How many passages a world has."""
-    kinds = [*SPEC["worlds"][settings.world]["entities"]] * settings.entities
-    facts = [kind for kind, _ in relations(settings.world)]  # the kinds take turns
-    return settings.wordings_per_fact * sum(map(facts.count, kinds[: settings.entities]))
+    kinds = SPEC["worlds"][settings.world]["entities"].values()
+    facts = [len(kind["relations"]) for kind in kinds] * settings.entities  # kinds take turns
+    return settings.wordings_per_fact * sum(facts[: settings.entities])
 
 
 def build_world(settings: WorldSet, reserved: bool = True) -> Corpus:
