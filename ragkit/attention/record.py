@@ -150,12 +150,10 @@ def contributions(record: Record, rows: Tensor, norm: bool = True) -> Tensor:
     return pool(record.alpha, record.norms, rows[None])[int(norm)][0].mean(-2)
 
 
-def passage_scores(tokens: Tensor, owner: Tensor, k: int, pooling: str = "sum") -> Tensor:
-    """Passage scores `[..., k]` from token contributions `[..., tokens]`. `owner` `[tokens]` is a
-    token's passage, or negative; `pooling` is "sum" or "mean". Without a token a passage gets 0."""
+def passage_scores(tokens: Tensor, owner: Tensor, k: int) -> Tensor:
+    """Passage scores `[..., k]`, sums of token contributions `[..., tokens]`. `owner` `[tokens]` is
+    a token's passage, or negative. Without a token a passage gets 0."""
     if k < 1 or owner.shape != tokens.shape[-1:]:
         told = f"{tokens.shape[-1]} tokens with {len(owner)} owners"
         raise AttentionError(f"Scores of {k} passages cannot be made from {told}.")
-    own = (owner[:, None] == torch.arange(k, device=owner.device)).to(tokens)
-    sums = tokens @ own
-    return sums / own.sum(0).clamp(min=1) if pooling == "mean" else sums
+    return tokens @ (owner[:, None] == torch.arange(k, device=owner.device)).to(tokens)

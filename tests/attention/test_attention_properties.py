@@ -178,11 +178,10 @@ def test_groups_and_passages_without_tokens():
     with pytest.raises(AttentionError, match="group of rows is empty"):
         pooled(lambda visit: observe(model, ids, mask, last, visit), torch.zeros(1, 1, 1))
     tokens = contributions(record(model, ids, mask, last), torch.ones(1, 1))[:, 0]
-    for pooling in ("sum", "mean"):
-        scores = passage_scores(tokens, torch.tensor([-1, 0, 0, -2, 2, 2]), 3, pooling)
-        assert scores.shape == (3, 3)
-        assert scores.isfinite().all()
-        assert (scores[:, 1] == 0).all()
+    scores = passage_scores(tokens, torch.tensor([-1, 0, 0, -2, 2, 2]), 3)
+    assert scores.shape == (3, 3)
+    assert scores.isfinite().all()
+    assert (scores[:, 1] == 0).all()
     with pytest.raises(AttentionError, match="0 passages"):
         passage_scores(tokens, torch.tensor([-1] * 6), 0)
     with pytest.raises(AttentionError, match="6 tokens with 5 owners"):
