@@ -1,9 +1,12 @@
 """What a run would fetch, need and take, before it is begun: the graph, walked without making it.
-Seconds are units of work times rates, which stages recorded that earlier runs made here with the
-same models. Where there are none they are arithmetic: a stage's operations over a machine's."""
+Seconds are units of work times rates. Rates come from stages that earlier runs recorded here with
+the same models; where there are none, from two small runs of the same graph; and where data or
+models are not here yet, from arithmetic: a stage's operations over a machine's."""
 
 import math
 import shutil
+import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import cache
@@ -22,7 +25,7 @@ from ragkit.experiment.lab import Lab
 from ragkit.experiment.run import workers_of
 from ragkit.experiment.store import KINDS, Stage, read_record
 from ragkit.profile import Profile
-from ragkit.settings import EMBEDDED, HubSet, HubTable, asset
+from ragkit.settings import EMBEDDED, HubSet, HubTable, WorldSet, asset
 
 BASE = 0.8e9  # bytes of a process that has loaded torch and transformers
 PASSAGE, QUESTION, ANSWER = 150, 20, 16  # tokens of 100 words of Wikipedia; asked; written
@@ -107,39 +110,60 @@ def downloads(profile: Profile) -> dict[str, float]:
 
 def make(lab: Lab) -> tuple[pd.DataFrame, str]:
     """What is missing of a run: COLUMNS and seconds, a row a stage; and where seconds come from."""
-    missing, seen = [one for one in lab.stages if lab.store.why_not(one)], recorded(lab)
-    table = pd.DataFrame([needs(one, lab.profile) for one in missing], columns=COLUMNS)
-    if not set(table["kind"]) <= set(seen["kind"]):
-        import torch  # only who plans without records waits for it
+    profile, missing = lab.profile, [one for one in lab.stages if lab.store.why_not(one)]
+    table = pd.DataFrame([needs(one, profile) for one in missing], columns=COLUMNS)
+    if downloads(profile) or any(isinstance(one, HubSet) for one in profile.sets):
+        import torch  # only who plans waits for it
 
         one, how = torch.randn(1024, 1024), "by arithmetic on this processor"
         a_second = 20 * 2 * 1024**3 / timeit(lambda: one @ one, number=20)
-        if lab.profile.device == "cuda":
+        if profile.device == "cuda":
             how = f"by arithmetic on one GPU ({GPU})"
             a_second = SHARE_OF_PEAK * 1e12 * HUB["gpus"][GPU]["tflops"]
-        told = f"{how}, which says little of small models: a first run here records their rates"
-        return table.assign(seconds=table["operations"] / a_second), told
+        return table.assign(seconds=table["operations"] / a_second), how
+    seen, how = recorded(lab, lab.runs), "by stages that earlier runs recorded here"
+    if not set(table["kind"]) <= set(seen["kind"]):
+        seen, how = measured(lab), "by two small runs of the same stages, measured now"
     table["seconds"] = 0.0
     for kind, points in seen.groupby("kind"):  # seconds at the start and a unit, not negative
         known = np.stack([np.ones(len(points)), points["units"]], axis=1)
         start, rate = nnls(known, points["seconds"])[0]
         rows = table["kind"] == kind
         table.loc[rows, "seconds"] = start + rate * table.loc[rows, "units"]
-    return table, "by stages that earlier runs recorded here"
+    return table, how
 
 
-def recorded(lab: Lab) -> pd.DataFrame:
-    """What earlier runs took for stages with the lab's models: columns kind, units, seconds."""
+def recorded(lab: Lab, runs: Path) -> pd.DataFrame:
+    """What the runs in a folder took for stages with the lab's models: kind, units, seconds."""
 
     def made_with(kind: str, settings: Any) -> tuple[Any, ...]:
         return kind, *(settings.get(name, {}).get("model") for name in ("reader", "retriever"))
 
     wanted = {made_with(one.kind, one.settings) for one in lab.stages}
     rows = []
-    for saved in map(read_record, lab.runs.glob("*/stages/*/*")):
+    for saved in map(read_record, runs.glob("*/stages/*/*")):
         if saved and made_with(saved["kind"], saved["record"].get("settings", {})) in wanted:
             rows.append((saved["kind"], sum(saved["units"].values()), saved["seconds"]))
     return pd.DataFrame(rows, columns=["kind", "units", "seconds"])
+
+
+def measured(lab: Lab) -> pd.DataFrame:
+    """The same, of the first stages of each kind in two runs on a few questions of one set."""
+    profile, first = lab.profile, lab.profile.sets[0]
+    with tempfile.TemporaryDirectory() as folder:
+        for times in (1, 8):
+            few = {p: min(16 * times, getattr(first, p)) for p in ("distill", "dev", "test")}
+            few |= {"entities": 30 * times} if isinstance(first, WorldSet) else {}
+            reader = profile.reader.model_copy(update={"steps": 4 * times})
+            crops = profile.retriever.model_copy(update={"crop_steps": 8 * times})
+            less = {"sets": (first.model_copy(update=few),), "reader": reader, "retriever": crops}
+            less |= {"encoder_decoder": None}  # of the decoder's size, about
+            small, seen = Lab(profile.model_copy(update=less), folder), Counter[str]()
+            for stage in small.stages:
+                seen[stage.kind] += 1
+                if seen[stage.kind] <= 2:  # the first of a kind also pays for what is loaded once
+                    small.open_stage(stage)
+        return recorded(lab, Path(folder))
 
 
 def lines(lab: Lab) -> Iterator[str]:

@@ -78,3 +78,13 @@ def test_nothing_is_missing_of_a_finished_run(smoke):
     lab = Lab("smoke", smoke)
     assert plan.make(lab)[0].empty
     assert "Time: 0:00:00 from" in "\n".join(plan.lines(lab))
+
+
+@pytest.mark.slow
+def test_tiny_is_foreseen_within_a_factor_of_1_5(tmp_path, ragkit):
+    """On a quiet machine: plan, run, compare."""
+    table, how = plan.make(Lab("tiny", tmp_path))
+    assert how == "by two small runs of the same stages, measured now"
+    ended = ragkit("reproduce", "--profile", "tiny", "--runs", tmp_path)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert 1 / 1.5 < ratio(table, tmp_path / "tiny") < 1.5
