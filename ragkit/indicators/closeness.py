@@ -32,10 +32,10 @@ def passage_tokens(prompt: Prompt) -> tuple[Ints, Ints, Bools]:
     """The places in a prompt of its passages' tokens, titles included, the passage of each, and
     whether it is one of the title's."""
     owner = np.array(prompt.owner)
-    title = owner == PART["title"]
-    number = np.cumsum(title & ~np.r_[False, title[:-1]]) - 1  # the first title opens the first
+    title, texts = owner == PART["title"], np.flatnonzero(owner >= 0)
     places = np.flatnonzero(title | (owner >= 0))
-    return places, np.where(title, number, owner)[places], title[places]
+    after = np.append(texts, 0)[np.searchsorted(texts, places)]  # a title's text comes next
+    return places, owner[after], title[places]
 
 
 def look_at_tokens(reader: Reader, questions: Sequence[Question], found: Found) -> Tokens:

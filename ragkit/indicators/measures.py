@@ -155,16 +155,6 @@ def closest(close: Floats, question: Ints, share: float) -> Bools:
     return ranks(-close, question, "min") <= counts[question]
 
 
-def alike(close: Floats, control: Floats, question: Ints, exact: Bools, share: float) -> Bools:
-    """Where the closest share and its control's are the same exact tokens `[questions]`: whatever
-    the reader attends to, such a question cannot tell a space from its control. Leave it out."""
-    known = np.isfinite(close + control)
-    near = (np.where(known, one, np.nan) for one in (close, control))
-    mine, other = (closest(one, question, share) for one in near)
-    telling = np.bincount(question, (mine != other) | (mine & ~exact))
-    return (telling == 0) & (np.bincount(question, mine) > 0)
-
-
 def indicator(
     attention: Floats, close: Floats, question: Ints, exact: Bools, share: float
 ) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Is a reader of one's own fit to teach a retriever? Both indicators on a few hundred questions.
+"""Is a reader of one's own fit to teach a retriever? Its attention on a few hundred questions.
 
 from ragkit.pages import judge
 judge.write_html(judge.judge("path/to/reader", "questions.jsonl"), Path("judgement.html"))
@@ -7,23 +7,26 @@ judge.write_html(judge.judge("path/to/reader", "questions.jsonl"), Path("judgeme
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from ragkit.data.corpus import Passage, Question
+from ragkit.data.corpus import Corpus, Pair, Passage, Question
 from ragkit.data.files import read_jsonl, text_and_answers, write_whole
-from ragkit.data.text import holds_answer, same_question, words
+from ragkit.data.text import same_question, words
+from ragkit.distillation import targets
+from ragkit.distillation.teacher import look
 from ragkit.errors import DataError, NounsError, ReaderError, StoreError
 from ragkit.experiment.rules import LINE
 from ragkit.indicators import measures
 from ragkit.indicators.closeness import Spans, look_at_tokens, space, wanted_ids
-from ragkit.indicators.measures import Embed, Floats, Interval, Tokens, Wanted, interval
+from ragkit.indicators.measures import Interval, Tokens, interval
 from ragkit.indicators.nouns import find_nouns, load_nouns
 from ragkit.models import device
 from ragkit.models.fid import load_reader
@@ -33,49 +36,40 @@ from ragkit.settings import EMBEDDED, ROWS, AttentionSettings, IndicatorSettings
 
 log = logging.getLogger(__name__)
 FEWEST, MOST = 2, 20  # passages of a question
-ENOUGH = 30  # questions below which no line is drawn
-ABOVE, BELOW, UNSURE = "above the line", "below the line", "cannot tell"
+ENOUGH = 30  # questions: fewer decide nothing, for a bootstrap's interval of them is too narrow
+ABOVE, BELOW, UNSURE = "above", "not above", "undecided"
+# Ways to read the attention, and what a verdict adds where no way before is above both lines.
+WAYS = {"rank order": "", "balanced": " when balanced", "chosen heads": " by chosen heads"}
+FIT, UNFIT = "fit to teach", "unfit to teach"
+FIRST, CHANCE = "the first passage", "one drawn at random"  # what the top passage is held against
 GOALS = {"answer": "Indicator 1 (the answer)", "nouns": "Indicator 2 (the question's nouns)"}
-SPEARMAN = f"Indicator 2, Spearman. The line: the paper's {LINE}"
 SHARE, READ = IndicatorSettings().share, AttentionSettings()  # as profiles do by default
-EXAMPLES = 3  # shown on the page: the first questions, so that none is picked
-DARKEST = 5.0  # lift from which tokens are equally dark: one sink would leave all others white
+STRONGEST = 5.0  # lift from which shades are equal: one sink would leave all others without any
 CHAT = "The reader has a chat template, but is asked by ragkit's plain prompt, without it."
-Asked = tuple[Question, list[Passage]]
-Tables = dict[str, dict[str, pd.DataFrame]]  # of a goal, what `measure` gives
-
-
-class Check(NamedTuple):
-    """One reason of a verdict: ABOVE, BELOW or UNSURE, and the numbers behind it in words."""
-
-    name: str
-    verdict: str
-    told: str
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What `judge` found. `nouns` are each question's, by their characters, None without a finder.
-    The `checks` make the verdict, `direct` stands beside it. `counts` says what was left out or
-    cut, `how` what was judged by what."""
+    """What `judge` found. `nouns` are each question's, by their characters, None without a finder;
+    `tops` (see `tops_of`) make the verdict, `tables` are the indicators' by their goal. `counts`
+    says what was left out or cut, `how` what was judged by what."""
 
     reader: Reader
-    asked: list[Asked]
+    asked: list[Pair]
     tokens: Tokens
     nouns: Spans | None
-    tables: Tables
+    tables: dict[str, pd.DataFrame]
+    tops: pd.DataFrame
     verdict: str
-    checks: list[Check]
-    direct: Check
     counts: Mapping[str, int]
     how: dict[str, str]
 
 
-def read_asked(path: Path) -> list[Asked]:
+def read_asked(path: Path) -> list[Pair]:
     """Questions with their passages, from a file (see `read_jsonl`). Keys: `question`; `answer` or
-    `answers` (see `text_and_answers`; the first counts); `passages` or DPR's `ctxs`, FEWEST to MOST
-    objects with `text` and `title`; where known, `gold`: places of the passages that state the
-    answer. Raises DataError that names line and key."""
+    `answers` (see `text_and_answers`; the first counts); `passages` or DPR's `ctxs`, best first,
+    FEWEST to MOST objects with `text` and `title`; where known, `gold`: places of the passages that
+    state the answer. Raises DataError that names line and key."""
     asked = []
     for line, row in read_jsonl(path):
         where, passages = f"{path}, line {line}", []
@@ -99,17 +93,10 @@ def read_asked(path: Path) -> list[Asked]:
     return asked
 
 
-def holding(question: Question, passages: Sequence[Passage]) -> set[int]:
-    """Places of the passages with the answer: gold if known, else those whose text holds one."""
-    return set(question.gold) or {
-        place for place, one in enumerate(passages) if holds_answer(one.text, question.answers)
-    }
-
-
-def usable(reader: Reader, asked: list[Asked], counts: Counter[str]) -> list[Asked]:
+def usable(reader: Reader, asked: list[Pair], counts: Counter[str]) -> list[Pair]:
     """The questions that a reader can be asked, each once; `counts` takes up the others, and what
     needs care. Raises DataError if none is left."""
-    kept: dict[str, Asked] = {}
+    kept: dict[str, Pair] = {}
     for question, passages in asked:
         answer, key = question.answers[0], same_question(question.text)
         try:
@@ -127,7 +114,6 @@ def usable(reader: Reader, asked: list[Asked], counts: Counter[str]) -> list[Ask
         else:
             kept[key] = (question, passages)
             counts["cut"] += prompt.trimmed > 0
-            counts["in no passage"] += not holding(question, passages)
     if not kept:
         told = ", ".join(f"{count} {what}" for what, count in counts.items())
         context = f"the reader's context has {reader.settings.context} tokens"
@@ -145,74 +131,66 @@ def load(name: str) -> Reader:
     return load_reader(name, ReaderSettings(model=name, context=context))
 
 
-def measure(
-    tokens: Tokens, attention: Floats, embed: Embed, wanted: Wanted
-) -> dict[str, pd.DataFrame]:
-    """An indicator, a row a question, in the `measured` space; under the control `permuted`, the
-    vectors dealt out anew for each question; and by `overlap` with the wanted tokens alone. `lead`
-    is the measured lift minus the control's, undefined where both have the same closest tokens."""
-    question, exact = tokens.question, measures.exact(tokens, wanted)
-    close = measures.closeness_to(tokens, wanted, embed)
-    dealt = measures.closeness_to(tokens, wanted, embed, np.random.default_rng(0))
-    overlap = np.where((np.bincount(question, exact) > 0)[question], exact, np.nan)
-    measured, permuted, same = (
-        measures.indicator(attention, one, question, exact, share)
-        for one, share in ((close, SHARE), (dealt, SHARE), (overlap, 0.0))  # 0: all equally close
-    )
-    alike = measures.alike(close, dealt, question, exact, SHARE)
-    measured["lead"] = (measured["attention"] - permuted["attention"]).mask(alike)
-    overlapping = same[["attention", "Spearman"]]
-    return {"measured": measured, "permuted": permuted, "overlap": overlapping}
+def look_at_all(reader: Reader, asked: list[Pair]) -> tuple[list[targets.Looks], Tokens]:
+    """The looks in rank and in reversed order, and all tokens in rank order: three passes. One
+    question at a time, for a bar that foretells the minutes from the first on. `holds` marks gold
+    passages here; where none is known, those that hold an answer."""
+    looks, parts = list[targets.Looks](), list[dict[str, Any]]()
+    for number, (question, passages) in enumerate(tqdm(asked, "attention")):
+        places, one = range(len(passages)), ([question], [passages])
+        gold = Corpus("", passages, {}).gold(question, places)
+        holds = {"holds": targets.oracle_scores([places], [gold])}
+        looks.append({way: {**look(reader, *one, way), **holds} for way in ("rank", "reversed")})
+        seen = look_at_tokens(reader, *one).texts
+        parts.append(vars(seen) | {"question": seen.question + number})
+    return looks, Tokens(**{name: np.concatenate([x[name] for x in parts]) for name in parts[0]})
 
 
-def mean_of(values: Any) -> Interval:
-    """The mean of what is defined."""
-    known = np.asarray(values, dtype=np.float64)
-    return interval(known[np.isfinite(known)])
+def top(scores: measures.Floats) -> measures.Floats:
+    """The passage with most attention, as weights `[k]` that sum to 1: a tie shares them."""
+    return (scores == scores.max()) / (scores == scores.max()).sum()
 
 
-def check(name: str, values: Any, line: float, told: str) -> Check:
-    """On which side of a line the mean of what is defined lies, given enough questions."""
-    value = mean_of(values)
-    if value.n < ENOUGH:
-        shown = f": {value}" if value.n > 1 else ""
-        why = f"too few to tell: at least {ENOUGH} with a value are needed"
-        return Check(name, UNSURE, f"{told}{shown} over {value.n} questions, {why}.")
-    found = ABOVE if value.low > line else BELOW if value.high < line else UNSURE
-    return Check(name, found, f"{told}: {value} over {value.n} questions.")
+def tops_of(looks: list[targets.Looks]) -> pd.DataFrame:
+    """A row a question. Where some passages hold the answer, not all: whether that with most
+    attention does, by each of WAYS, beside FIRST and CHANCE; heads are chosen on the first half of
+    these questions, tried on the other. Of every question, without its answer: `agreement`, whether
+    both orders have the same top passage, and `even`, their attention's `targets.entropy`."""
+    held, rows = [one["rank"]["holds"][0] for one in looks], []
+    telling = [number for number, holds in enumerate(held) if 0 < holds.mean() < 1]
+    half, heads = telling[: (len(telling) + 1) // 2], None
+    if half:
+        shares = np.mean([targets.shares_of_heads(looks[i]["rank"], READ) for i in half], axis=0)
+        heads = shares >= np.sort(shares, axis=None)[-min(READ.chosen, shares.size)]
+    for number, one in enumerate(looks):
+        both = np.concatenate([targets.attention_scores(seen, READ) for seen in one.values()])
+        filled, k = both + 1e-12, both.shape[1]  # without any attention: spread evenly
+        even = targets.entropy(filled / filled.sum(1, keepdims=True))
+        rows.append({"agreement": top(both[0]) @ top(both[1]), "even": even})
+        if number in telling:
+            picked = (both[0], targets.standardise(both).mean(0), np.arange(k) == 0, np.ones(k))
+            tried = dict(zip(("rank order", "balanced", FIRST, CHANCE), picked, strict=True))
+            if number not in half:
+                tried["chosen heads"] = targets.attention_scores(one["rank"], READ, heads)[0]
+            rows[-1] |= {name: top(scores) @ held[number] for name, scores in tried.items()}
+    return pd.DataFrame(rows, columns=["agreement", "even", *WAYS, FIRST, CHANCE])
 
 
-def direct_check(asked: list[Asked], tokens: Tokens, attention: Floats) -> Check:
-    """Does the passage with most attention hold the answer more often than one drawn at random?
-    Only questions with the answer in some passages and not in all can tell."""
-    gains = []
-    places = measures.by_question(tokens.question, len(asked))
-    for mine, (question, passages) in zip(places, asked, strict=True):
-        found = holding(question, passages)
-        if 0 < len(found) < len(passages):
-            scores = np.bincount(tokens.owner[mine], attention[mine], len(passages))
-            gains.append((scores.argmax() in found) - len(found) / len(passages))
-    name = "The passage with most attention holds the answer. The line: chance"
-    return check(name, gains, 0.0, "How much more often than one drawn at random")
+def found_of(tops: pd.DataFrame, way: str) -> tuple[str, list[Interval]]:
+    """How much more often than FIRST and CHANCE a way's top passage holds the answer: ABOVE if both
+    intervals lie above 0, BELOW if one does not reach above it; else, of few questions, and where
+    the first passage always holds it (which nothing can exceed) UNSURE."""
+    leads = [interval(tops[way] - tops[line]) for line in (FIRST, CHANCE)]
+    low, high = min(lead.low for lead in leads), min(lead.high for lead in leads)
+    found = BELOW if high <= 0 else ABOVE if low > 0 else UNSURE
+    return found if leads[0].n >= ENOUGH and tops[FIRST].min() < 1 else UNSURE, leads
 
 
-def checks_of(tables: Tables) -> list[Check]:
-    """Each indicator's lift against its control, Indicator 2's Spearman against LINE."""
-    checks = []
-    told = "Lift minus that of the tokens that are closest with the space's vectors dealt out anew"
-    for goal, table in tables.items():
-        name = f"{GOALS[goal]}, lift of the closest {SHARE:.0%}. The line: its control"
-        checks.append(check(name, table["measured"]["lead"], 0.0, told))
-    if "nouns" in tables:
-        told = "Mean Spearman between attention and closeness to the question's nouns"
-        checks.append(check(SPEARMAN, tables["nouns"]["measured"]["Spearman"], LINE, told))
-    return checks
-
-
-def verdict_of(checks: list[Check]) -> str:
-    """ABOVE if every check is, BELOW if any is, else UNSURE."""
-    found = {one.verdict for one in checks}
-    return BELOW if BELOW in found else ABOVE if found == {ABOVE} else UNSURE
+def verdict_of(tops: pd.DataFrame) -> str:
+    """FIT by the first way that is above both lines; UNFIT if each fails one, else UNSURE."""
+    found = {way: found_of(tops, way)[0] for way in WAYS}
+    fit = [FIT + told for way, told in WAYS.items() if found[way] == ABOVE]
+    return fit[0] if fit else UNFIT if set(found.values()) == {BELOW} else UNSURE
 
 
 def judge(
@@ -222,10 +200,10 @@ def judge(
 
     `nouns` is a spaCy pipeline, by name or folder; without one Indicator 2 is not computed.
     Closeness is measured in the input embeddings of the reader `other`, by default its own: readers
-    compare only within one space. It cannot know whether passages are true.
+    compare only within one space. What it cannot know stands on its page.
     """
     given, reader, counts = read_asked(Path(questions)), load(name), Counter[str]()
-    model, unsure = load(other) if other else reader, []
+    model = load(other) if other else reader
     how = {"Reader": name, "Closeness is measured in the input embeddings of": other or "its own"}
     if getattr(reader.tokenizer, "chat_template", None):
         how["Prompt"] = CHAT
@@ -237,28 +215,29 @@ def judge(
         spans = find_nouns(load_nouns(nouns), [one.text for one in texts])
         how["Nouns found by"] = nouns
     except NounsError as error:
-        unsure = [Check(SPEARMAN, UNSURE, f"Not computed. {error}")]
+        how["Indicator 2"] = f"Not computed. {error}"
         log.warning("Indicator 2 is not computed. %s", error)
-    log.info("reading  %d prompts, one pass over each", len(asked))
-    tokens = look_at_tokens(reader, texts, [passages for _, passages in asked]).texts
+    log.info("reading  %d prompts, as ranked, reversed, and by their tokens", len(asked))
+    looks, tokens = look_at_all(reader, asked)
+    counts["in no passage"] = sum(not one["rank"]["holds"].any() for one in looks)
     embed, attention = space(reader, model), tokens.attention(READ)
     ids, occur = np.unique(tokens.ids, return_counts=True)
     counts["vectors"] = int(occur[np.isnan(embed(ids)).any(1)].sum())
-    tables: Tables = {}
+    tables = {}
     for goal, wanted in wanted_ids(reader, texts, spans).items():
         log.info("measuring %s", GOALS[goal])
-        tables[goal] = measure(tokens, attention, embed, wanted)
-    checks, direct = unsure + checks_of(tables), direct_check(asked, tokens, attention)
-    found = (tables, verdict_of(checks), checks, direct)
-    return Judgement(reader, asked, tokens, spans, *found, counts, how)
+        close, exact = measures.closeness_to(tokens, wanted, embed), measures.exact(tokens, wanted)
+        tables[goal] = measures.indicator(attention, close, tokens.question, exact, SHARE)
+    tops = tops_of(looks)
+    return Judgement(reader, asked, tokens, spans, tables, tops, verdict_of(tops), counts, how)
 
 
 def write_html(judged: Judgement, path: Path) -> None:
     """Writes a judgement as one page that runs no script and loads nothing, with the first
-    questions' tokens the darker the more attention."""
+    questions' tokens shaded by their attention."""
     tokens, examples = judged.tokens, []
-    shade = np.nan_to_num(measures.lift(tokens.attention(READ), tokens.question)).clip(0, DARKEST)
-    for number, (question, passages) in enumerate(judged.asked[:EXAMPLES]):
+    shade = np.nan_to_num(measures.lift(tokens.attention(READ), tokens.question)).clip(0, STRONGEST)
+    for number, (question, passages) in enumerate(judged.asked[:3]):  # so that none is picked
         mine, titles = tokens.question == number, [passage.title for passage in passages]
         texts = judged.reader.tokenizer.convert_ids_to_tokens(tokens.ids[mine].tolist())
         shown = html.marked_tokens(texts, shade[mine].tolist(), tokens.owner[mine].tolist(), titles)
@@ -266,7 +245,7 @@ def write_html(judged: Judgement, path: Path) -> None:
         nouns = [question.text[start:end] for start, end in spans]
         examples.append({"asked": question, "nouns": nouns, "shown": shown})
     mass = dict(zip(measures.PLACES, tokens.mass[:, ROWS.index(READ.rows)].mean(0), strict=True))
-    told = {"judge": globals(), "judged": judged, "mass": mass, "examples": examples}
+    told = {"judge": globals(), "judged": judged, "mass": mass, "examples": examples, "line": LINE}
     title, body = f"Judgement of {judged.how['Reader']}", html.fill("judge", **told)
     write_whole(path, html.page(title, body, [("Judgement", "#main")], "#main"))
 
@@ -278,6 +257,8 @@ def write(reader: str, questions: str, nouns: str, space: str | None, out: Path)
         raise StoreError(f"The page cannot be written to {out}: {why}. Choose another --out.")
     judged = judge(reader, questions, nouns, space)
     write_html(judged, out)
-    for one in (*judged.checks, judged.direct):
-        log.info("%-14s %s. %s", one.verdict, one.name, one.told)
+    for way in WAYS:
+        found, (first, chance) = found_of(judged.tops, way)
+        told = f"{interval(judged.tops[way])}, over {FIRST} {first}, over {CHANCE} {chance}"
+        log.info("%-9s %s: %s", found, way, told)
     log.info("verdict: %s (%d questions). The page: %s", judged.verdict, len(judged.asked), out)

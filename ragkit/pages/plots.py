@@ -4,6 +4,7 @@ Every figure is one column of panels, WIDTH inches wide, so that its text stays 
 phone shows it 360 pixels wide. A figure's function gives it with its alt text; `show` keeps both.
 """
 
+from itertools import product
 from pathlib import Path
 from textwrap import fill
 from typing import Any
@@ -12,7 +13,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from adjustText import adjust_text
 from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -23,11 +23,13 @@ from ragkit.settings import asset
 
 PALETTE, MARKERS = sns.color_palette("colorblind"), ["o", "s", "^", "D"]
 WIDTH = 5.6
-LABEL_MOVES = 300  # of names of points: a count, no seconds, so that a busy machine draws the same
 Look = dict[str, Any]  # options of matplotlib's and seaborn's functions
 RULE: Look = {"color": "0.3", "lw": 1, "ls": ":"}  # a line that says where nothing happens
 WITHIN: Look = {"y": "value", "estimator": "median", "errorbar": ("pi", 100)}  # see `bounds`
-LEADER: Look = {"arrowstyle": "-", "color": "0.7", "lw": 0.8}  # from a name to its point
+TIMES: dict[str, Look] = {  # how a system is drawn in a histogram
+    "before distillation": {"color": "0.2", "lw": 1.6, "ls": "--"},
+    "after distillation": {"color": PALETTE[0], "lw": 1.6},
+}
 
 
 def use_theme() -> None:
@@ -39,7 +41,7 @@ def use_theme() -> None:
 def column(heights: list[float], sharex: bool = True) -> tuple[Figure, list[Axes]]:
     """Panels of these heights (inches), one below the other."""
     figure = plt.figure(figsize=(WIDTH, sum(heights)), layout="constrained")
-    axes = figure.subplots(len(heights), height_ratios=heights, sharex=sharex, squeeze=False)
+    axes: Any = figure.subplots(len(heights), height_ratios=heights, sharex=sharex, squeeze=False)
     return figure, list(axes[:, 0])
 
 
@@ -120,18 +122,49 @@ def heat_map(
     return figure, f"Heat map of the {label}, by {rows} and {columns}. {said}"
 
 
-def deciles(table: pd.DataFrame) -> tuple[Figure, str]:
-    """Lift by closeness; columns set, goal, reader, tenth (10 is closest), mean, low, high."""
+def by_closeness(table: pd.DataFrame) -> tuple[Figure, str]:
+    """Lift by closeness; columns set, goal, reader, percent (100: the closest tokens), mean, low,
+    high."""
     long = bounds(table.assign(panel=table["set"] + ": closeness to the " + table["goal"]))
-    look: Look = {"x": "tenth", "hue": "reader", "style": "reader", "markers": True, **WITHIN}
-    labels = ("tenth of the passage tokens, 10 = closest", "lift (1 = average)")
-    figure = panels(sns.lineplot, long, 2.6, 1, labels, dashes=False, **look)
-    plt.setp(figure.axes, xticks=range(1, 11))
+    look: Look = {"x": "percent", "hue": "reader", "style": "reader", "ms": 5, **WITHIN}
+    look |= {"markers": dict(zip(table["reader"].unique(), MARKERS, strict=False))}
+    labels = ("passage tokens in order of closeness (%, 100: closest)", "lift (1 = average)")
+    figure = panels(sns.lineplot, long, 2.4, 1, labels, dashes=False, **look)
     for axis in figure.axes:
         axis.axhline(1, **RULE)
-    said = "Lift of passage tokens by tenth of closeness, with 95 percent intervals. The closest:"
+    said = "Lift of passage tokens by closeness, with 95 percent intervals. The closest:"
     form = "{set}, {goal}, {reader}: {mean:.2f} from {low:.2f} to {high:.2f}"
-    return figure, told(said, table[table["tenth"] == 10], form)
+    return figure, told(said, table[table["percent"] == 100], form)
+
+
+def histograms(table: pd.DataFrame, label: str) -> tuple[Figure, str]:
+    """How a number spreads over questions: a row a reader, a column a source, with the means before
+    and after distillation; columns source, reader, system, time (of TIMES), low, high (of a bin),
+    share (of questions), mean."""
+    sources, readers = table["source"].unique(), table["reader"].unique()
+    figure = plt.figure(figsize=(WIDTH, 1.5 * len(readers) + 1), layout="constrained")
+    rows, columns = len(readers), len(sources)
+    axes: Any = figure.subplots(rows, columns, sharex="col", sharey=True, squeeze=False)
+    for (row, reader), (column, source) in product(enumerate(readers), enumerate(sources)):
+        axis, here = axes[row, column], table[table["source"] == source]
+        edges, means = np.unique(here[["low", "high"]]), []
+        for time, bins in here[here["reader"] == reader].groupby("time", sort=False):
+            heights = np.zeros(len(edges) - 1)
+            heights[np.searchsorted(edges, bins["low"])] = bins["share"]
+            axis.stairs(heights, edges, **TIMES[time], label=time)
+            axis.stairs(heights, edges, fill=time != next(iter(TIMES)), color=PALETTE[0], alpha=0.3)
+            axis.axvline(bins["mean"].iloc[0], **TIMES[time] | {"lw": 2.5})
+            means.append(f"{bins['mean'].iloc[0]:.2f}".replace("nan", "undefined"))
+        known = " → ".join(means) or "not run"
+        axis.set_title(known if row else f"{source}\n{known}", size=11)
+    for axis, reader in zip(axes[:, 0], readers, strict=True):
+        axis.set_ylabel(reader)
+    figure.supxlabel(label, size=12)
+    handles, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside upper center", ncols=2, frameon=False)
+    ends = table.drop_duplicates(["source", "system"])
+    said = f"Shares of questions by {label}, before and after distillation. Means:"
+    return figure, told(said, ends, "{source}, {system}: {mean:.2f}")
 
 
 def dots(table: pd.DataFrame, row: str, label: str, line: float) -> tuple[Figure, str]:
@@ -158,29 +191,26 @@ def dots(table: pd.DataFrame, row: str, label: str, line: float) -> tuple[Figure
 
 def followings(table: pd.DataFrame, measure: str, line: float | None = None) -> tuple[Figure, str]:
     """An indicator of every reader against the gain in HR@5 that it teaches; `line`: a threshold.
-    Columns set, reader (its name stands at the points of the first signal), value, gain, low, high
-    (of the gain) and signal."""
-    signals = table["signal"].unique()
-    colours, signs = (dict(zip(signals, some, strict=False)) for some in (PALETTE, MARKERS))
-    look: Look = {"x": "value", "y": "gain", "hue": "signal", "style": "signal", "s": 50}
-    labels = (f"{measure}\n(a number: a reader after so many steps of Step 1)", "gain in HR@5")
-    look |= {"palette": colours, "markers": signs}
-    figure = panels(sns.scatterplot, table, 4.0, 2, labels, **look)
-    parts = [part for _, part in table.groupby("set", sort=False)]
-    for axis, part in zip(figure.axes, parts, strict=True):
-        axis.vlines(part["value"], part["low"], part["high"], part["signal"].map(colours), lw=1.2)
-        for point in part[part["signal"] == signals[0]].itertuples():
-            axis.text(point.value, point.gain, point.reader.removeprefix("step "), size=10)
-        axis.margins(x=0.2)
+    Columns set or panel, reader (the checkpoints of Step 1 are joined in their order), value, gain,
+    low, high (of the gain), signal: told by colour, or if it is one only, the kind of reader."""
+    panel = "panel" if "panel" in table else "set"
+    kind = table["reader"].str.replace(r"step \d+", "on the way (joined)", regex=True)
+    kind = table["signal"] if table["signal"].nunique() > 1 else kind
+    drawn = table.assign(kind=kind)
+    colours = dict(zip(kind.unique(), PALETTE, strict=False))
+    look: Look = {"x": "value", "y": "gain", "hue": "kind", "style": "kind", "s": 60}
+    look |= {"palette": colours, "markers": dict(zip(colours, [*MARKERS, "v", "P"], strict=False))}
+    figure = panels(sns.scatterplot, drawn, 2.4, 2, (measure, "gain in HR@5"), zorder=3, **look)
+    for axis, (_, part) in zip(figure.axes, drawn.groupby(panel, sort=False), strict=True):
+        axis.vlines(part["value"], part["low"], part["high"], part["kind"].map(colours), lw=1.2)
+        for _, path in part[~part["reader"].str.endswith("cloze")].groupby("signal"):
+            axis.plot(path["value"], path["gain"], color="0.6", lw=1)
         axis.axhline(0, **RULE)
         if line is not None:
             axis.axvline(line, **RULE | {"ls": "--"})
-    for axis, part in zip(figure.axes, parts, strict=True):
-        x, y = part["value"].to_numpy(), part["gain"].to_numpy()
-        look = {"expand": (1.15, 1.5), "iter_lim": LABEL_MOVES, "arrowprops": LEADER}
-        adjust_text(list(axis.texts), x, y, ax=axis, **look)
     said = f"{measure} of each reader against the gain in HR@5 of the retriever it taught."
-    return figure, told(said, table, "{set}, {reader}, {signal}: {value:.2f}, gain {gain:+.3f}")
+    form = f"{{{panel}}}, {{reader}}, {{signal}}: {{value:.2f}}, gain {{gain:+.3f}}"
+    return figure, told(said, table, form)
 
 
 def specification(table: pd.DataFrame, choices: list[str], label: str) -> tuple[Figure, str]:

@@ -199,12 +199,20 @@ def test_the_heads_that_look_at_holders_are_chosen():
         assert heads_of(targets.chosen_heads(look, other)) != heads
         again = planted(seen(RNG, n=200), heads, other)
         assert heads_of(targets.chosen_heads(again, other)) == heads
-    scores = in_order({"rank": look, "heads": look}, "rank", heads="chosen", chosen=3)
-    picked = look["attention"][:, 0, 1]
-    expected = np.mean([picked[:, layer, head] for layer, head in heads], axis=0)
-    assert np.allclose(scores, expected)
-    other = in_order({"rank": look, "heads": again}, "rank", heads="chosen", chosen=1)
-    assert not np.allclose(scores, other)
+
+
+def test_heads_are_chosen_by_one_look_and_read_in_another():
+    heads, others = {(0, 3), (2, 1)}, {(4, 0), (1, 1)}
+    looks = {"heads": planted(seen(RNG, n=200), heads)}
+    looks |= {order: planted(seen(RNG, n=50), others) for order in ("rank", "reversed")}
+    parts = {}
+    for order in ("rank", "reversed"):
+        picked = looks[order]["attention"][:, 0, 1]
+        parts[order] = np.mean([picked[:, layer, head] for layer, head in heads], axis=0)
+        scores = in_order(looks, order, heads="chosen", chosen=2)
+        assert np.allclose(scores, parts[order])
+    expected = sum(zscore(part, axis=1) for part in parts.values()) / 2
+    assert np.allclose(in_order(looks, "balanced", heads="chosen", chosen=2), expected, atol=1e-5)
 
 
 def test_shares_by_hand_over_questions_that_tell():

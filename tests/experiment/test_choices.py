@@ -1,13 +1,37 @@
-"""Specifications agree with the indicators they vary, and the choice that decides is found."""
+"""Notebook 08: specifications agree with the indicators they vary, the choice that decides is
+found, and every deviation from the paper names variations that there are."""
 
+from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 
-from ragkit.experiment import choices
+from ragkit.distillation.targets import READERS
+from ragkit.indicators import measures
 from ragkit.indicators.measures import SPACES, Tokens, indicator
 from ragkit.profile import VARIATIONS, Profile, varied
-from ragkit.settings import AttentionSettings, WorldSet
+from ragkit.settings import LAYERS, ROWS, AttentionSettings, WorldSet, asset
+
+NOTEBOOK = Path(__file__).parent.parent.parent / "notebooks" / "08_choices.ipynb"
+
+
+def said_in_the_notebook(part, **names):
+    """What its cells of a part define."""
+    names |= {"np": np, "pd": pd, "product": product, "measures": measures, "SPACES": SPACES}
+    names |= {"READERS": READERS, "LAYERS": LAYERS, "ROWS": ROWS, "Analysis": object}
+    names |= {"AttentionSettings": AttentionSettings}
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        if cell.id.startswith(part) and cell.cell_type == "code":
+            exec(compile(cell.source, cell.id, "exec"), names)
+    return SimpleNamespace(**names)
+
+
+choices = said_in_the_notebook("multiverse")
 
 
 class Stub:
@@ -58,7 +82,7 @@ def test_a_specification_is_the_indicator_under_its_choices(space):
             ("attention, closest 20%", "attention"),
             ("Spearman, closest 20%", "Spearman closest"),
         ):
-            key = (measure, ("consuming", "no norm", "middle"), space, kept)
+            key = ("consuming", "no norm", "middle", space, kept, measure)
             made = every[choices.KEYS.index(key)]
             assert made == pytest.approx(table[column + suffix].to_numpy(), abs=1e-6)
 
@@ -81,3 +105,23 @@ def test_a_variation_takes_one_choice_otherwise(name):
     changed = [one for one in sections if getattr(profile, one) != getattr(other, one)]
     assert changed == list(VARIATIONS[name])
     Profile.model_validate(other.model_dump())
+
+
+def test_deviations_say_how_far_each_variation_moves_the_gain(tmp_path):
+    rows = []
+    for variation, poor, good in [("as it is", 0.0, 0.1), ("reverse KL", 0.02, 0.05)]:
+        for name, more in (("a", 0.0), ("b", 0.01)):
+            for reader, mean in zip(READERS, (poor, good), strict=True):
+                shift = more if variation != "as it is" else 0.0
+                rows.append((name, variation, reader, mean + shift))
+    trained = pd.DataFrame(rows, columns=["set", "variation", "reader", "mean"])
+    html = SimpleNamespace(table=lambda frame: frame)
+    given = {"trained": trained, "yaml": yaml, "asset": asset, "figures": tmp_path, "html": html}
+    said_in_the_notebook("deviations", **given)
+    table = pd.read_csv(tmp_path / "08_deviations.csv").set_index("choice")
+    moved = "reverse KL: off-the-shelf +0.020 to +0.030, fine-tuned -0.050 to -0.040"
+    assert table.loc["divergence", "moves"] == moved
+    assert table.loc["prompt", "moves"] == "not run here"
+    assert table.loc["reader", "moves"] == "not varied"
+    known = yaml.safe_load(asset("deviations.yaml").read_text("utf8"))
+    assert {name for row in known for name in row.get("varied", [])} <= set(VARIATIONS)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from scipy.spatial.distance import cdist
+from tiny_models import fid
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -116,6 +117,18 @@ def test_tokens_hold_what_the_recorder_gives(reader):
         titles = plain[1:][owner[1:] == PART["title"]].sum()
         assert seen.mass[number, 1, measures.PLACES.index("titles")] == pytest.approx(titles, 1e-4)
     assert np.allclose(seen.mass.sum(-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder-decoder"])
+def test_a_passage_without_a_title_shifts_no_others(reader, kind):
+    one = fid() if kind == "encoder-decoder" else reader
+    passages = [Passage("0", "", "Ulm is a town."), *PASSAGES[:2]]
+    prompt = one.prompt(QUESTIONS[0], passages, "Ulm")
+    places, owner, title = closeness.passage_tokens(prompt)
+    for number, passage in enumerate(passages):
+        own = np.array(prompt.ids)[places[title & (owner == number)]]
+        told = one.tokenizer.decode(own).replace(":", "").split()
+        assert "".join(told) == passage.title.lower().replace(" ", "")
 
 
 def test_a_tokens_end_is_its_last_character(reader):
@@ -304,3 +317,23 @@ def test_an_encoder_decoder_has_no_contextual_closeness(tmp_path, inputs, monkey
     closeness.make_closeness(tmp_path, mine | roles, SETTINGS)
     made = load_file(tmp_path / "closeness.safetensors")
     assert {name.split("/")[1] for name in made} == {"exact", *SPACES, *CONTROLS} - {"contextual"}
+
+
+def test_an_encoder_decoders_tokens_are_measured_in_the_off_the_shelf_decoders_space(
+    tmp_path, inputs, reader
+):
+    """Its settings say which reader saw the tokens, and beside it which one's space is taken."""
+    other = fid()
+    step1 = tmp_path / "step1"
+    for part in (other.model, other.tokenizer):
+        part.save_pretrained(step1 / "fine-tuned")
+    changes = {"which": "fine-tuned", "reader": ReaderSettings(model="elsewhere").model_dump()}
+    mine = inputs | {"step1": step1}
+    seen, made = make(tmp_path, mine, **changes)
+    assert seen.contribution.shape[-1] == 3  # layers of its decoder
+    vectors = {"input": reader, "own": other}
+    wanted = [reader.tokenizer(a, add_special_tokens=False).input_ids for a in WANTED["answer"]]
+    for space, model in vectors.items():
+        table = model.model.get_input_embeddings().weight.detach().double().numpy()
+        expected = measures.closeness_to(seen, wanted, lambda ids, table=table: table[ids])
+        assert np.allclose(made[f"answer/{space}"], expected)

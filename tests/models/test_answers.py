@@ -71,7 +71,7 @@ def test_a_reader_is_asked_by_clozes_where_its_name_ends_so(stages, tmp_path, mo
             assert opened.pop() == folder
             assert reader.style == style
             said = reader.tokenizer.decode(reader.prompt(question, []).ids)
-            assert said.rstrip().endswith("answer:") is (style == "question")
+            assert ("answer" in said) is (style == "question")
     assert fid.open_reader(stages[0], SETTINGS).style == "question"  # as Step 1 opens it
 
 

@@ -29,11 +29,24 @@ from ragkit import __main__
 from ragkit.attention.record import record
 from ragkit.data.corpus import Passage, Question
 from ragkit.data.sets import read_questions, read_tsv
+from ragkit.distillation import targets
 from ragkit.errors import DataError
-from ragkit.indicators import closeness, measures
+from ragkit.indicators import measures
+from ragkit.indicators.measures import interval
 from ragkit.models.retriever import embedded_tokenizer
 from ragkit.pages import judge as judging
-from ragkit.pages.judge import ABOVE, BELOW, ENOUGH, UNSURE, Check, mean_of, read_asked
+from ragkit.pages.judge import (
+    ABOVE,
+    BELOW,
+    CHANCE,
+    ENOUGH,
+    FIRST,
+    FIT,
+    UNFIT,
+    UNSURE,
+    WAYS,
+    read_asked,
+)
 
 NASTY = "<script src='https://example.com/x.js'>alert(1)</script>"
 SVG_NAMES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # no browser opens them
@@ -98,7 +111,7 @@ def nouns(tmp_path_factory):
 
 
 def test_one_question_by_hand(reader, nouns, tmp_path):
-    """Attention from the recorder, then written out: lift, cosine, closest tenth, Spearman."""
+    """Attention from the recorder, then written out: lift, cosine, closest share, Spearman."""
     asked = row()
     judged = judge(reader, [asked], nouns)
     one = judging.load(reader)
@@ -112,42 +125,34 @@ def test_one_question_by_hand(reader, nouns, tmp_path):
     units = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
     tokens = np.array(prompt.ids)[inside]
     lift = attention / attention.mean()
-    got = {
-        (goal, space, number): mean_of(table[number]).mean
-        for goal, tables in judged.tables.items()
-        for space, table in tables.items()
-        for number in table
-    }
     for goal, text in (("answer", "Ulm"), ("nouns", "orla venn")):
         wanted = one.tokenizer(text, add_special_tokens=False).input_ids
-        exact = np.isin(tokens, wanted)
+        exact, got = np.isin(tokens, wanted), judged.tables[goal].iloc[0]
         assert exact.any()
-        present = np.unique([*tokens, *wanted])
-        dealt = units.copy()
-        dealt[present] = units[np.random.default_rng(0).permutation(present)]
-        for space, vectors in (("measured", units), ("permuted", dealt)):
-            # a token's repeats tie, and so do the wanted tokens themselves
-            close = (vectors[tokens] @ vectors[wanted].T).max(1).round(12)
-            for ending, kept in (("", np.ones(len(tokens), bool)), (" (no exact)", ~exact)):
-                near = np.argsort(-close[kept], kind="stable")[: round(0.1 * kept.sum())]
-                near = close[kept] >= close[kept][near].min()
-                top = got[goal, space, "attention" + ending]
-                assert top == pytest.approx(lift[kept][near].mean(), rel=1e-4)
-                by_scipy = stats.spearmanr(lift[kept], close[kept]).statistic
-                assert got[goal, space, "Spearman" + ending] == pytest.approx(by_scipy, abs=1e-6)
-        assert got[goal, "overlap", "attention"] == pytest.approx(lift[exact].mean(), rel=1e-4)
-        lead = got[goal, "measured", "attention"] - got[goal, "permuted", "attention"]
-        assert np.nan_to_num(got[goal, "measured", "lead"]) == pytest.approx(lead)  # or left out
+        # a token's repeats tie, and so do the wanted tokens themselves
+        close = (units[tokens] @ units[wanted].T).max(1).round(12)
+        for ending, kept in (("", np.ones(len(tokens), bool)), (" (no exact)", ~exact)):
+            near = np.argsort(-close[kept], kind="stable")[: max(1, round(0.05 * kept.sum()))]
+            near = close[kept] >= close[kept][near].min()
+            assert got["attention" + ending] == pytest.approx(lift[kept][near].mean(), rel=1e-4)
+            by_scipy = stats.spearmanr(lift[kept], close[kept]).statistic
+            assert got["Spearman" + ending] == pytest.approx(by_scipy, abs=1e-6)
+    owner = np.array(prompt.owner)[inside]
+    scores = np.bincount(owner, attention)
+    (row_of,) = judged.tops.to_dict("records")
+    assert row_of["rank order"] == (scores.argmax() == 0)  # Ulm stands in the first passage alone
+    assert (row_of[FIRST], row_of[CHANCE]) == (1, pytest.approx(1 / 3))
+    assert np.isnan(row_of["chosen heads"])  # the only question chose them
     alpha = seen.alpha[:, 0, :, 0].mean((0, 1)).numpy()
     mass = dict(zip(measures.PLACES, judged.tokens.mass[0, 0], strict=True))
     assert mass["passages"] == pytest.approx(alpha[inside].sum(), abs=1e-5)
     assert mass["first token"] == pytest.approx(alpha[0], abs=1e-5)
     assert sum(mass.values()) == pytest.approx(1, abs=1e-5)
     assert judged.verdict == UNSURE
-    assert all("too few to tell" in one.told for one in judged.checks)
     judging.write_html(judged, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text("utf8")
     assert "Nouns: orla, venn." in page
+    assert "too few to tell" in page
     spelt = re.sub(r"<[^>]*>|\s", "", page)
     assert all("".join(text.lower().split()) in spelt for text in TEXTS)
 
@@ -158,12 +163,12 @@ def test_questions_with_other_numbers_of_passages_do_not_touch_each_other(reader
     together = judge(reader, rows, nouns)
     alone = [judge(reader, [one], nouns) for one in rows]
     for goal in ("answer", "nouns"):
-        own = pd.concat([one.tables[goal]["measured"] for one in alone], ignore_index=True)
-        table = together.tables[goal]["measured"]
-        names = [
-            name for name in table if "closest" not in name and name not in ("lead", "question")
-        ]
-        pd.testing.assert_frame_equal(table[names], own[names], atol=1e-4)
+        for name in ("attention", "Spearman", "Spearman (no exact)"):
+            own = [one.tables[goal][name][0] for one in alone]
+            assert together.tables[goal][name].tolist() == pytest.approx(own, abs=1e-4)
+    for name in ("rank order", "balanced", "agreement", "even", FIRST, CHANCE):
+        own = [one.tops[name][0] for one in alone]
+        assert together.tops[name].tolist() == pytest.approx(own, abs=1e-4, nan_ok=True)
 
 
 def test_dprs_ctxs_and_triviaqas_answers_are_read(tmp_path):
@@ -204,8 +209,8 @@ def test_files_that_hold_no_questions(tmp_path):
         read_asked(lines(tmp_path / "q.jsonl", []))
 
 
-def number(judged, goal, name, space="measured"):
-    return mean_of(judged.tables[goal][space][name])
+def number(judged, goal, name):
+    return interval(judged.tables[goal][name])
 
 
 def test_odd_answers_and_questions_are_counted(reader, nouns):
@@ -217,7 +222,7 @@ def test_odd_answers_and_questions_are_counted(reader, nouns):
     assert judged.counts["only signs"] == 1
     assert judged.counts["in no passage"] == 2
     assert number(judged, "answer", "Spearman").n == 4
-    assert judged.tables["nouns"]["measured"]["Spearman"].isna().tolist() == [False] * 3 + [True]
+    assert judged.tables["nouns"]["Spearman"].isna().tolist() == [False] * 3 + [True]
 
 
 def test_a_repeated_question_is_one_question(reader, nouns):
@@ -253,7 +258,7 @@ def test_constant_attention_is_left_out(change, nouns, tmp_path):
     assert judged.verdict == UNSURE
     judging.write_html(judged, tmp_path / "page.html")
     text = re.sub(r"<[^>]*>", "", (tmp_path / "page.html").read_text("utf8")).lower()
-    assert not re.search(r"\bnan\b", text.split("the numbers")[1])
+    assert not re.search(r"\bnan\b", text.split("why")[1])
 
 
 def test_constant_closeness_and_a_question_of_two_tokens_are_left_out(reader, nouns):
@@ -261,14 +266,6 @@ def test_constant_closeness_and_a_question_of_two_tokens_are_left_out(reader, no
         judged = judge(reader, [row(texts=texts), row(PLACES[1])], nouns)
         assert number(judged, "answer", "Spearman").n == 1
     assert number(judged, "answer", "attention").n == 2
-
-
-def test_a_control_that_cannot_differ_is_left_out(reader, nouns):
-    """Where the answer fills the closest tenth, it does so whatever the vectors are."""
-    texts = ["Ulm Ulm Ulm the town", "Ulm by the river Ulm"]
-    judged = judge(reader, [row(texts=texts), row(PLACES[1])], nouns)
-    assert np.isnan(judged.tables["answer"]["measured"]["lead"][0])
-    assert np.isfinite(judged.tables["answer"]["measured"]["attention"]).all()
 
 
 def test_a_space_with_another_tokenizer(reader, nouns, tmp_path):
@@ -320,13 +317,12 @@ def test_prompts_that_do_not_fit(nouns, tmp_path):
 def test_without_a_noun_finder_the_rest_is_computed(reader, nouns, caplog, tmp_path):
     judged = judge(reader, [row(question) for question in PLACES], "no_such_pipeline")
     assert set(judged.tables) == {"answer"}
-    assert judged.checks[0].verdict == judged.verdict == UNSURE
-    assert re.match(r"Not computed\. .*no_such_pipeline.*--nouns", judged.checks[0].told)
+    assert re.match(r"Not computed\. .*no_such_pipeline.*--nouns", judged.how["Indicator 2"])
     assert "Indicator 2 is not computed" in caplog.text
     judging.write_html(judged, tmp_path / "page.html")
     assert "Not computed" in (tmp_path / "page.html").read_text("utf8")
     outer = judge(reader, [row()], str(Path(nouns).parent))  # a package's folder holds it
-    assert nouns in outer.checks[0].told
+    assert nouns in outer.how["Indicator 2"]
 
 
 def test_a_chat_reader_and_what_the_verdict_cannot_know(reader, caplog, tmp_path):
@@ -343,66 +339,153 @@ def test_a_chat_reader_and_what_the_verdict_cannot_know(reader, caplog, tmp_path
         assert "poisoned" in page.read_text("utf8")
 
 
+def planted(n, scores, heads=1):
+    """Looks at n questions of four passages. `scores(question, gold, order)` `[heads, k]` or `[k]`
+    is the attention of each head, and `gold` the passage that holds the answer."""
+    looks = []
+    for question in range(n):
+        gold = question % 4
+        looks.append({})
+        for order in ("rank", "reversed"):
+            by_head = np.broadcast_to(scores(question, gold, order), (heads, 4)).astype(np.float32)
+            attention = np.broadcast_to(by_head, (1, 3, 2, 1, heads, 4))
+            tokens = np.ones((1, 4), dtype=np.int64)
+            holds = (np.arange(4) == gold)[None].astype(float)
+            looks[-1][order] = {"attention": attention, "tokens": tokens, "holds": holds}
+    return looks
+
+
+def on(place, strength=1.0):
+    return strength * (np.arange(4) == place) + 0.1
+
+
+def place_first(question, gold, order):
+    """Twice as much attention to what the prompt begins with as to the answer."""
+    return on(gold) + on(0 if order == "rank" else 3, 2.0)
+
+
+def four_heads_know(question, gold, order):
+    """Four others are louder, and look at the first passage."""
+    return np.stack([on(gold, 0.5 if question < 64 else 5.0)] * 4 + [on(0, 20.0)] * 4)
+
+
 @pytest.mark.parametrize(
-    ("values", "verdict"),
+    ("scores", "verdict", "found"),
     [
-        ([0.35, 0.45] * (ENOUGH // 2), ABOVE),
-        ([0.0, 0.6] * (ENOUGH // 2), UNSURE),
-        ([0.1, 0.2] * (ENOUGH // 2) + [np.nan], BELOW),
-        ([0.35, 0.45] * (ENOUGH // 2 - 1) + [np.nan], UNSURE),
-        ([np.nan], UNSURE),
+        (lambda q, gold, o: on(gold), FIT, [ABOVE] * 3),
+        (place_first, FIT + WAYS["balanced"], [BELOW, ABOVE, BELOW]),
+        (lambda q, gold, o: on(0), UNFIT, [BELOW] * 3),
+        (lambda q, gold, o: on((gold + 1) % 4), UNFIT, [BELOW] * 3),
+        # by chance as often as the first passage: the interval reaches to both sides of it
+        (lambda q, gold, o: on((gold + q // 4) % 4), UNSURE, [UNSURE] * 3),
+        # silent: a tie of all, which is chance itself, is no more than chance
+        (lambda q, gold, o: np.zeros(4), UNFIT, [BELOW] * 3),
     ],
 )
-def test_which_side_of_the_line(values, verdict):
-    found = judging.check("name", values, 0.3, "Mean")
-    assert found.verdict == verdict
-    assert ("too few" in found.told) == (np.isfinite(values).sum() < ENOUGH)
-    assert "nan" not in found.told
+def test_every_verdict_can_be_reached(scores, verdict, found):
+    tops = judging.tops_of(planted(128, scores))
+    assert [judging.found_of(tops, way)[0] for way in WAYS] == found
+    assert judging.verdict_of(tops) == verdict
 
 
-def test_one_reason_below_is_enough():
-    checks = [Check("", verdict, "") for verdict in (ABOVE, UNSURE, BELOW)]
-    assert judging.verdict_of(checks) == BELOW
-    assert judging.verdict_of(checks[:2]) == UNSURE
-    assert judging.verdict_of(checks[:1]) == ABOVE
+def test_heads_are_chosen_on_one_half_and_tried_on_the_other():
+    def swapped(question, gold, order):  # those that know in the second half know it better
+        return four_heads_know(question, gold, order)[:: 1 if question < 64 else -1]
+
+    for scores, found in ((four_heads_know, ABOVE), (swapped, BELOW)):
+        tops = judging.tops_of(planted(128, scores, heads=8))
+        assert tops["chosen heads"].notna().tolist() == [False] * 64 + [True] * 64
+        assert judging.found_of(tops, "rank order")[0] == BELOW
+        assert judging.found_of(tops, "chosen heads")[0] == found
+        assert judging.verdict_of(tops) == (FIT + WAYS["chosen heads"] if found == ABOVE else UNFIT)
 
 
-@pytest.fixture
-def seen(reader, tmp_path):
-    """ENOUGH questions as a reader saw them: the reader, the questions, their tokens."""
-    one, orders = judging.load(reader), (TEXTS, TEXTS[::-1], TEXTS[1:])
-    rows = [row(texts=texts) for texts in orders for _ in range(ENOUGH // 3)]
-    asked = read_asked(lines(tmp_path / "q.jsonl", rows))
-    return one, asked, closeness.look_at_tokens(one, *zip(*asked, strict=True))
+def test_too_few_questions_decide_nothing():
+    """However clear they are; nor do questions that all or none of the passages answer."""
+    looks = planted(2 * ENOUGH, lambda q, gold, o: on(gold))
+    assert judging.verdict_of(judging.tops_of(looks)) == FIT
+    few = judging.tops_of(looks[: ENOUGH - 1])
+    assert judging.verdict_of(few) == UNSURE
+    for number, one in enumerate(looks[ENOUGH - 1 :]):
+        for look in one.values():
+            look["holds"] = np.full((1, 4), float(number % 2))
+    padded = judging.tops_of(looks)
+    assert padded[FIRST].notna().sum() == ENOUGH - 1
+    assert padded["agreement"].notna().all()
+    assert judging.verdict_of(padded) == UNSURE
 
 
-def test_attention_that_follows_closeness_lies_above_and_the_contrary_below(seen):
-    one, asked, tokens = seen
-    wanted = {
-        goal: [one.tokenizer(text, add_special_tokens=False).input_ids] * len(asked)
-        for goal, text in (("answer", "ulm"), ("nouns", "venn"))
-    }
-    embed = closeness.space(one, one)
-    close = sum(measures.closeness_to(tokens, ids, embed) for ids in wanted.values())
-    follows, shuns = close - close.min() + 0.1, close.max() - close + 0.1
-    for attention, verdict in ((follows, ABOVE), (shuns, BELOW)):
-        tables = {
-            goal: judging.measure(tokens, attention, embed, ids) for goal, ids in wanted.items()
-        }
-        assert judging.verdict_of(judging.checks_of(tables)) == verdict
+def test_a_first_passage_that_always_holds_the_answer_decides_nothing(reader, nouns, tmp_path):
+    looks = planted(8 * ENOUGH, lambda q, gold, o: on((gold + 1) % 4))
+    always = judging.tops_of(looks[::4])  # the gold passage is the first
+    assert judging.verdict_of(always) == UNSURE
+    judging.write_html(replace(judge(reader, [row()], nouns), tops=always), tmp_path / "page.html")
+    assert "not the right one first" in (tmp_path / "page.html").read_text("utf8")
+    assert judging.verdict_of(judging.tops_of(looks)) == UNFIT
 
 
-def test_the_direct_check_by_hand(seen):
-    """Ulm stands in one of three passages, the first or the last; questions without say nothing."""
-    _, asked, tokens = seen
-    on_first = np.where(tokens.owner == 0, 5.0, 0.1)
-    found = judging.direct_check(asked, tokens, on_first)
-    assert re.search(r": 0\.167 \[.* over 20 questions", found.told)
-    assert found.verdict == UNSURE  # two thirds of ENOUGH questions
-    nowhere = [(replace(question, answers=("zzz",)), found) for question, found in asked]
-    assert "over 0 questions" in judging.direct_check(nowhere, tokens, on_first).told
-    gold = [(replace(question, gold=(0,)), found) for question, found in asked]
-    assert judging.direct_check(gold, tokens, on_first).verdict == ABOVE
+def test_the_numbers_of_a_look_by_hand():
+    looks = planted(8, place_first)
+    tops = judging.tops_of(looks)
+    assert tops["rank order"].tolist() == tops[FIRST].tolist() == [1, 0, 0, 0] * 2
+    assert tops["balanced"].tolist() == [1] * 8
+    assert tops[CHANCE].tolist() == [0.25] * 8
+    assert tops["agreement"].tolist() == [0] * 8  # first in one order, last in the other
+    share = np.array([3.2, 0.2, 0.2, 0.2]) / 3.8
+    other = np.array([1.2, 0.2, 0.2, 2.2]) / 3.8
+    even = np.mean([-(one * np.log(one)).sum() / np.log(4) for one in (share, other)])
+    assert tops["even"][0] == pytest.approx(even)
+    silent = judging.tops_of(planted(4, lambda q, gold, o: np.zeros(4)))
+    assert silent["rank order"].tolist() == silent["agreement"].tolist() == [0.25] * 4
+    assert silent["even"].tolist() == pytest.approx([1] * 4)
+
+
+def test_both_orders_are_looked_at(reader, tmp_path):
+    """By the recorder with the passages turned round; a gold passage goes before the words."""
+    one, (asked,) = judging.load(reader), read_asked(lines(tmp_path / "q.jsonl", [row(gold=[2])]))
+    (looked,), tokens = judging.look_at_all(one, [asked])
+    (question, passages), scores = asked, {}
+    for order, shown in (("rank", passages), ("reversed", passages[::-1])):
+        prompt = one.prompt(question, shown)
+        ids, mask = one.batch([prompt])
+        seen = record(one.model, ids, mask, torch.tensor([[len(prompt.ids) - 1]]))
+        by_token = (seen.alpha[:, 0, :, 0] * seen.norms[:, 0]).mean((0, 1)).double().numpy()
+        owner = np.array(prompt.owner)
+        scores[order] = np.bincount(owner[owner >= 0], by_token[owner >= 0])
+        got = targets.attention_scores(looked[order], judging.READ)[0]
+        assert got == pytest.approx(scores[order][:: 1 if order == "rank" else -1], rel=1e-4)
+        assert looked[order]["holds"].tolist() == [[0, 0, 1]]
+    assert np.bincount(tokens.owner, tokens.attention(judging.READ)) == pytest.approx(
+        scores["rank"], rel=1e-4
+    )
+
+
+def test_the_page_says_every_verdict_in_words(reader, nouns, tmp_path):
+    judged, pages = judge(reader, [row(), row(PLACES[1])], nouns), set()
+    for verdict in (*(FIT + told for told in WAYS.values()), UNFIT, UNSURE):
+        judging.write_html(replace(judged, verdict=verdict), tmp_path / "page.html")
+        said = (tmp_path / "page.html").read_text("utf8").split("<h2>Why")[0]
+        assert f">{verdict}</span>" in said
+        pages.add(said.split("</span>")[1])
+    assert len(pages) == 5
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([0.35, 0.45], ", above the line"),
+        ([0.1, 0.2], ", not above the line"),
+        ([0.0, 0.6], "does not decide on which side"),
+        ([0.35], "too few to tell"),
+    ],
+)
+def test_the_papers_line_stands_beside_the_verdict(values, words, reader, nouns, tmp_path):
+    judged = judge(reader, [row()], nouns)
+    table = pd.DataFrame({name: values * (ENOUGH // 2) for name in judged.tables["nouns"]})
+    judging.write_html(replace(judged, tables={"nouns": table}), tmp_path / "page.html")
+    told = " ".join((tmp_path / "page.html").read_text("utf8").split())
+    assert words in told.split("This reader: ")[1].split("</p>")[0]
+    assert judged.verdict == UNSURE
 
 
 def test_the_page_is_escaped_and_loads_nothing(nouns, tmp_path):
@@ -437,7 +520,7 @@ def command(monkeypatch, *arguments):
 
 
 def test_the_command_tells_what_it_does_and_writes_the_page(
-    reader, nouns, tmp_path, monkeypatch, caplog
+    reader, nouns, tmp_path, monkeypatch, caplog, capfd
 ):
     caplog.set_level("INFO")
     questions = lines(tmp_path / "q.jsonl", [row(), row(PLACES[1], texts=TEXTS[:2])])
@@ -445,10 +528,11 @@ def test_the_command_tells_what_it_does_and_writes_the_page(
     given = (reader, questions, "--nouns", nouns, "--space", reader, "--out", page)
     assert command(monkeypatch, *given) == 0
     assert f"verdict: {UNSURE} (2 questions" in caplog.text
-    assert "Indicator 2, Spearman. The line: the paper's" in caplog.text
-    for sign in ("loading ", "cutting  2 questions", "reading  2 prompts", "measuring Indicator 2"):
+    signs = ("loading ", "cutting  2 questions", "reading  2 prompts", "measuring Indicator 2")
+    for sign in (*signs, "rank order: ", "balanced: ", "chosen heads: "):
         assert sign in caplog.text
     assert "Is this reader fit to teach a retriever?" in page.read_text("utf8")
+    assert "1/2 [" in capfd.readouterr().err  # the bar moves from the first question on
 
 
 @pytest.mark.parametrize(
@@ -493,6 +577,5 @@ def test_a_trained_llama_on_real_text(nouns, tmp_path):
     assert number(judged, "answer", "Spearman").n == 40
     assert np.isfinite(number(judged, "nouns", "attention").mean)
     assert judged.counts["cut"] > 0
-    assert abs(number(judged, "answer", "Spearman (no exact)", "permuted").mean) < 0.1
     judging.write_html(judged, tmp_path / "page.html")
     assert judged.verdict in (tmp_path / "page.html").read_text("utf8")

@@ -35,10 +35,10 @@ def test_dots_lie_on_the_means_and_reach_over_the_intervals(table):
     plt.close(figure)
 
 
-def test_lines_of_tenths_follow_the_means_in_their_intervals(table):
-    tenths = table.assign(goal="answer", tenth=table["way"].map({"a": 8, "b": 9, "c": 10}))
-    figure, alt = plots.deciles(tenths)
-    for axis, (_, part) in zip(figure.axes, tenths.groupby("set"), strict=True):
+def test_lines_by_closeness_follow_the_means_in_their_intervals(table):
+    given = table.assign(goal="answer", percent=table["way"].map({"a": 90, "b": 95, "c": 100}))
+    figure, alt = plots.by_closeness(given)
+    for axis, (_, part) in zip(figure.axes, given.groupby("set"), strict=True):
         assert set(part["mean"].round(6)) <= drawn(axis, "y")
         edges = np.concatenate([band.get_paths()[0].vertices[:, 1] for band in axis.collections])
         for bound in part[["low", "high"]].to_numpy().ravel():
@@ -47,17 +47,42 @@ def test_lines_of_tenths_follow_the_means_in_their_intervals(table):
     plt.close(figure)
 
 
-def test_points_that_share_a_value_stay_apart():
-    rows = [("one", "weak", 0.5, 0.1), ("one", "good", 0.5, 0.3), ("one", "step 5", 0.2, 0.0)]
-    table = pd.DataFrame(rows, columns=["set", "reader", "value", "gain"]).assign(
-        signal="attention"
-    )
+def test_points_that_share_a_value_stay_apart_and_checkpoints_are_joined():
+    readers = ("weak", "weak cloze", "step 5", "step 9", "good")
+    table = pd.DataFrame({"set": "one", "reader": readers, "value": [0.5, 0.5, 0.2, 0.3, 0.4]})
+    table = table.assign(gain=[0.1, 0.3, 0.0, -0.1, 0.2], signal="attention")
     table = table.assign(low=table["gain"] - 0.1, high=table["gain"] + 0.1)
-    figure, _ = plots.followings(table, "Spearman", 0.3)
+    figure, alt = plots.followings(table, "Spearman", 0.3)
     (axis,) = figure.axes
-    points = axis.collections[0].get_offsets()
-    assert sorted(map(tuple, points.round(6).tolist())) == [(0.2, 0.0), (0.5, 0.1), (0.5, 0.3)]
-    assert {text.get_text() for text in axis.texts} >= {"weak", "good", "5"}
+    points = sorted(map(tuple, axis.collections[0].get_offsets().round(6).tolist()))
+    assert points == sorted(table[["value", "gain"]].itertuples(index=False, name=None))
+    path = max((line.get_xydata() for line in axis.lines), key=len)
+    assert path.round(6).tolist() == [[0.5, 0.1], [0.2, 0.0], [0.3, -0.1], [0.4, 0.2]]
+    assert "one, weak cloze, attention: 0.50, gain +0.300" in alt
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["weak", "weak cloze", "on the way (joined)", "good"]
+    plt.close(figure)
+
+
+def test_histograms_have_the_shares_at_their_bins_and_the_means_over_them():
+    row = {"source": "paper", "reader": "weak", "system": "weak first", "mean": 0.25}
+    bins = {"low": [0.0, 0.5], "high": [0.5, 1.0], "share": [0.75, 0.25]}
+    table = pd.DataFrame({**row, "time": "before distillation", **bins})
+    later = {"system": "weak later", "time": "after distillation", "mean": 0.75}
+    table = pd.concat([table, table.assign(**later).iloc[1:].assign(share=1.0)])
+    other = pd.DataFrame({**row, **later, "reader": "good", "system": "good later", **bins})
+    figure, alt = plots.histograms(pd.concat([table, other.assign(source="here")]), "rho")
+    places = ("weak paper", "weak here", "good paper", "good here")
+    axes = dict(zip(places, figure.axes, strict=True))
+    first, _, then, _ = (patch.get_data() for patch in axes["weak paper"].patches)
+    assert first.values.tolist() == [0.75, 0.25]
+    assert then.values.tolist() == [0.0, 1.0]  # a bin that is not in the table holds no question
+    assert then.edges.tolist() == [0.0, 0.5, 1.0]
+    assert drawn(axes["weak paper"], "x") == {0.25, 0.75}
+    side = plt.rcParams["axes.titlelocation"]
+    titles = [axis.get_title(side) for axis in axes.values()]
+    assert titles == ["paper\n0.25 → 0.75", "here\nnot run", "not run", "0.75"]
+    assert alt.endswith("paper, weak later: 0.75; here, good later: 0.75.")
     plt.close(figure)
 
 
