@@ -179,7 +179,7 @@ class ReaderSettings(Section):
     at_once: Count = 16  # prompts in one pass: less needs less memory
     gradient_checkpointing: bool = False  # Step 1 computes activations twice, to keep fewer
     lora_rank: Annotated[int, Field(ge=0)] = 0  # of Step 1's adapters; 0 trains every weight
-    answer_tokens: Count = 8
+    answer_tokens: Count | None = 8  # null: as many as the set's own answers need
     layout: Literal["passages first", "question first"] = "passages first"
     steps: Count = 800
     batch: Count = 8

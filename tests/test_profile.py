@@ -168,8 +168,8 @@ def test_relative_paths_start_from_the_profiles_folder(tmp_path, monkeypatch):
 
 
 def test_changes_are_made_before_validation(tmp_path):
-    profile = load_profile("smoke", ["sets.0.distill=20", "encoder_decoder=null", "k=3"])
-    assert (profile.sets[0].distill, profile.encoder_decoder, profile.k) == (20, None, 3)
+    profile = load_profile("smoke", ["sets.0.distill=20", "reader.answer_tokens=null", "k=3"])
+    assert (profile.sets[0].distill, profile.reader.answer_tokens, profile.k) == (20, None, 3)
     save_profile(profile, tmp_path / "saved.yaml")
     assert load_profile(str(tmp_path / "saved.yaml")) == profile
     for change, words in (

@@ -3,6 +3,7 @@
 import csv
 import logging
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -24,6 +25,7 @@ from ragkit.settings import FileSet, HubSet, HubTable, QuestionSet, WorldSet
 
 log = logging.getLogger(__name__)
 GOLD_KEYS = ("gold_id", "gold_passage_id", "psg_id")  # of a question's gold passage in files
+CSV_FIELD = re.compile('"(?:[^"]|"")*"')  # in quotes, those within doubled
 ID_KEYS = ("id", "docid", "psg_id", "passage_id")
 Row = tuple[str, str, dict[str, Any]]  # of a table of the hub: its part, its name, its values
 
@@ -184,11 +186,12 @@ def from_hub(settings: HubSet) -> tuple[list[Passage], dict[str, list[Question]]
 
 
 def read_tsv(path: Path) -> Iterator[Passage]:
-    """Passages of a DPR-format TSV (`id`, `text`, `title`, with that header, CSV's quotes), plain
-    or gzipped; the log says how many of no text were left out. DataError names file and line."""
-    number, empty = 1, list[int]()
+    """Passages of a DPR-format TSV (`id`, `text`, `title`, with that header), plain or gzipped; the
+    log says how many of no text were left out. DataError names file and line."""
+    is_csv, number, empty = has_csv_quotes(path), 1, list[int]()
+    style: Any = csv.QUOTE_MINIMAL if is_csv else csv.QUOTE_NONE
     with open_text(path) as file:
-        rows = csv.reader(file, delimiter="\t", strict=True)
+        rows = csv.reader(file, delimiter="\t", quoting=style, strict=True)
         try:
             if (header := next(rows, [])) != ["id", "text", "title"]:
                 raise csv.Error(f"expected the header id, text, title; found {header}")
@@ -196,14 +199,42 @@ def read_tsv(path: Path) -> Iterator[Passage]:
             for row in rows:
                 if len(row) != 3:
                     raise csv.Error(f"expected 3 fields, between tabs; found {row}")
+                if not is_csv and line_quotes("\t".join(row)):
+                    raise csv.Error("quotes are doubled here, as in CSV")
                 if row[1].strip():
                     yield Passage(row[0], row[2], row[1])
                 else:
                     empty.append(number)
                 number = rows.line_num + 1
         except csv.Error as error:
-            told = f"{error} (quotes are CSV's, those within a text in quotes doubled)"
-            raise DataError(f"{path}, line {number}: {told}. Mend the row.") from None
+            kind = "CSV's, and doubled within the text" if is_csv else "part of the text"
+            told = f"{error} (the file's quotes are {kind}). Mend the row."
+            raise DataError(f"{path}, line {number}: {told}") from None
     if empty:
         left_out = f"{len(empty)} passages without text were left out"
         log.warning("%s: %s (the first at line %d).", path, left_out, empty[0])
+
+
+def line_quotes(line: str) -> bool | None:
+    """Whether a line's quotes must be CSV's (True) or part of the text (False); None: either."""
+    fields = line.rstrip("\r\n").split("\t")
+    quoted = [field for field in fields if '"' in field]
+    if len(fields) != 3:
+        return True  # the beginning of a row of several lines, or a tab within quotes
+    if not all(CSV_FIELD.fullmatch(field) for field in quoted):
+        return False
+    return len(quoted) == 3 or any('""' in field[1:-1] for field in quoted) or None
+
+
+def has_csv_quotes(path: Path) -> bool:
+    """Whether a TSV's quotes are CSV's (DPR's own file), by the first line that tells."""
+    unclear = 0
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if '"' in line and (tells := line_quotes(line)) is not None:
+                return tells
+            unclear = unclear or number * ('"' in line)
+    if unclear:
+        told = "are these quotes CSV's or part of the text? No line of the file tells. Take them"
+        raise DataError(f"{path}, line {unclear}: {told} away, or double those within a text.")
+    return False

@@ -11,9 +11,8 @@ from numpy.typing import NDArray
 from ragkit.data.corpus import CUTS, hits, reciprocal_ranks
 from ragkit.data.text import exact_match, f1
 from ragkit.distillation.targets import oracle_scores
-from ragkit.experiment.graph import CEILING, Of, answered
+from ragkit.experiment.graph import Of, answered
 from ragkit.experiment.lab import Lab, read_json
-from ragkit.settings import WorldSet
 
 
 def per_question(lab: Lab, set_name: str) -> pd.DataFrame:
@@ -76,18 +75,6 @@ def premises(lab: Lab, set_name: str) -> pd.DataFrame:
         exact = exact_by_case(lab, set_name, which)
         rows += [(f"{which}: EM, {case}", float(np.nanmean(em))) for case, em in exact.items()]
     return pd.DataFrame(rows, columns=["premise", "value"]).assign(set=set_name)
-
-
-def ceiling(lab: Lab, set_name: str) -> pd.DataFrame:
-    """How far the oracle, the best teacher, takes HR on dev: columns trained, seed, HR, set. In a
-    world once with both sides trained too; real text would be encoded anew at every look."""
-    distill, rows = lab.profile.distill, []
-    cases = [(distill.side, seed, lab) for seed in distill.seeds]
-    if distill.side == "query" and isinstance(lab.sets[set_name], WorldSet):
-        cases.append(("both", distill.seeds[0], lab.with_graph(lab.graph.varied(CEILING))))
-    for trained, seed, each in cases:
-        rows.append((trained, seed, each.distilled(set_name, "oracle", seed)[1][-1]["hr"]))
-    return pd.DataFrame(rows, columns=["trained", "seed", "HR"]).assign(set=set_name)
 
 
 def mixed_golds(lab: Lab, set_name: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

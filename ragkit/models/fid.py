@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
 from ragkit.attention.record import observe_cross
-from ragkit.data.corpus import Passage, Question
+from ragkit.data.corpus import Corpus, Passage, Question
 from ragkit.data.text import readable
 from ragkit.models import device
 from ragkit.models.reader import CLOZE, PART, Prompt, Reader
@@ -66,7 +66,7 @@ class FidReader(Reader):
     def generated(self, prompts: Sequence[Prompt]) -> list[str]:
         """The answers to one batch of prompts."""
         caches = transformers.DynamicCache(), transformers.DynamicCache()
-        given = {"max_new_tokens": self.settings.answer_tokens, **self.encoded(prompts)}
+        given = {"max_new_tokens": self.answer_tokens, **self.encoded(prompts)}
         # its own cache would have the encoder's number of layers
         given["past_key_values"] = transformers.EncoderDecoderCache(*caches)
         return [self.text_of(row) for row in self.model.generate(**given)[:, 1:]]
@@ -115,10 +115,12 @@ def open_reader(
     inputs: Mapping[str, Path], settings: Mapping[str, Any], to_train: bool = False
 ) -> Reader:
     """The reader `settings["which"]` of a stage: kept by `step1`, if that is among the inputs, else
-    untaught; asked by clozes where its name ends so."""
+    untaught; asked by clozes where its name ends so. Answers are as long as those for distillation.
+    """
     chosen, which = ReaderSettings(**settings["reader"]), settings.get("which", "")
     trained = which.removesuffix(CLOZE)
     kept = inputs["step1"] / trained.replace(" ", "-") if "step1" in inputs else chosen.model
     reader = load_reader(kept, chosen, to_train)
     reader.style = "question" if which == trained else "cloze"
+    reader.fit(Corpus.load("", inputs["passages"], inputs["questions"]).questions["distill"])
     return reader

@@ -21,6 +21,7 @@ from ragkit.models import device
 from ragkit.settings import ReaderSettings
 
 CLOZE = " cloze"  # ends the names of readers that are asked by clozes
+ANSWER_TOKENS = 32  # where neither the settings nor the questions say it
 PART = {"other": -1, "question": -2, "answer": -3, "title": -4}  # owners that are no passage
 Piece = tuple[str, int]  # a text of a prompt, and its owner
 Coded = tuple[list[int], list[int]]  # tokens, and the owner of each
@@ -45,13 +46,14 @@ class Prompt:
 class Reader:
     """A causal language model with its tokenizer and the way its prompts are written.
     `style` is `question` (passages, question, answer) or `cloze` (passages, the beginning of a
-    statement; only the embedded worlds have those)."""
+    statement; only the embedded worlds have those). It answers in `answer_tokens` at most."""
 
     def __init__(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, settings: ReaderSettings
     ) -> None:
         self.model, self.tokenizer, self.settings = model.eval(), tokenizer, settings
-        self.style, self.known = "question", int(model.get_input_embeddings().weight.shape[0])
+        self.style, self.answer_tokens = "question", settings.answer_tokens or ANSWER_TOKENS
+        self.known = int(model.get_input_embeddings().weight.shape[0])
         end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
         text = model.config.get_text_config(decoder=True)
         limit = getattr(text, "max_position_embeddings", None) or 0
@@ -69,6 +71,13 @@ class Reader:
         special = {"pad_token_id": self.pad, "eos_token_id": self.end}
         greedy = {"do_sample": False, "num_beams": 1, "decoder_start_token_id": self.start}
         model.generation_config = GenerationConfig(**greedy, **special)  # not the folder's own
+
+    def fit(self, questions: Sequence[Question]) -> None:
+        """Lets answers be as long as the longest first gold one, if the settings leave it open."""
+        if self.settings.answer_tokens is None:
+            answers = [" " + readable(q.answers[0]) for q in questions]
+            encoded = self.tokenizer(answers, add_special_tokens=False)["input_ids"]
+            self.answer_tokens = max(map(len, encoded)) + 1  # with the end token
 
     def pieces(self, question: Question, passages: Sequence[Passage]) -> list[Piece]:
         """The prompt as texts with their owners; its end is what the answer goes on from."""
@@ -110,7 +119,7 @@ class Reader:
         ids, owner = self.tokens([*self.pieces(question, passages), *told])
         start = owner.index(PART["answer"]) if PART["answer"] in owner else len(ids)
         tail = [] if answer is None else [*ids[start:], self.end]
-        room = self.settings.context - max(len(tail), self.settings.answer_tokens)
+        room = self.settings.context - max(len(tail), self.answer_tokens)
         return self.joined([(ids[:start], owner[:start])], room, tail)
 
     def joined(self, blocks: Sequence[Coded], room: int, tail: list[int]) -> Prompt:
@@ -155,8 +164,7 @@ class Reader:
     def generated(self, prompts: Sequence[Prompt]) -> list[str]:
         """The answers to one batch of prompts."""
         ids, mask = self.batch(prompts, "left")
-        most = self.settings.answer_tokens
-        out = self.model.generate(ids, attention_mask=mask, max_new_tokens=most)
+        out = self.model.generate(ids, attention_mask=mask, max_new_tokens=self.answer_tokens)
         return [self.text_of(row) for row in out[:, ids.shape[1] :]]
 
     def text_of(self, row: Tensor) -> str:

@@ -51,12 +51,10 @@ def test_a_dpr_file_plain_or_gzipped(tmp_path):
         ("a\tb\n", "line 1: expected the header"),
         (HEADER, "no passages"),
         (HEADER + "1\tone\tA\n2\ttwo\tB\n1\tthree\tC\n", "Passages 1 and 3 have the same id '1'"),
-        (
-            HEADER + '1\t"never closed\n' + "x\n" * 100_000,
-            "line 2: field larger .*quotes are CSV's",
-        ),
-        (HEADER + '1\t"A ""b"""\tT\n2\t"C" d\tU\n', "line 3: .*quotes are CSV's"),
-        (HEADER + '1\t"C is\tU\n2\t"D" d\tU\n', "line 2: .*quotes are CSV's"),
+        (HEADER + '1\t"never closed\n' + "x\n" * 100_000, "line 2: field larger .*are CSV's"),
+        (HEADER + '1\t"Brann"\tB\n', "line 2: are these quotes CSV's or part of the text"),
+        (HEADER + '1\t"A ""b"""\tT\n2\t"C" d\tU\n', "line 3: .*the file's quotes are CSV's"),
+        (HEADER + '2\t"C" d\tU\n1\t"A ""b"""\tT\n', "line 3: quotes are doubled .*of the text"),
     ],
 )
 def test_bad_passages_are_named(tmp_path, text, words):
@@ -212,23 +210,24 @@ def test_marks_at_the_start_and_line_ends(tmp_path):
         rows_of(tmp_path / "q.jsonl")
 
 
-def test_quotes_are_those_of_csv(tmp_path):
-    csv_rows = [
-        ("1", '"The Song of Ossa is an opera.', "The Song"),
-        ("2", '"Brann" is a name, ""oddly"".', '"Brann"'),
-        ("3", 'a 6" gun', "G"),
-        ("4", 'two\nlines, a \t tab, "q"', "T\nU"),
-        ("5", "", "none"),
-        ("6", "z", '"'),
-    ]
+RAW = [
+    ("1", '"The Song of Ossa is an opera.', "The Song"),
+    ("2", '"Brann" is a name, ""oddly"".', '"Brann"'),
+    ("3", 'a 6" gun', "G"),
+]
+
+
+def test_quotes_are_read_as_the_file_means_them(tmp_path):
+    raw = write(tmp_path, "raw.tsv", HEADER + "".join("\t".join(row) + "\n" for row in RAW))
+    more = [("4", 'two\nlines, a \t tab, "q"', "T\nU"), ("5", "", "none"), ("6", "z", '"')]
+    csv_rows = [*RAW, *more]
     for quoting in (csv.QUOTE_MINIMAL, csv.QUOTE_ALL):
         with (tmp_path / "quoted.tsv").open("w", newline="") as file:
             writer = csv.writer(file, delimiter="\t", quoting=quoting)
             writer.writerows([("id", "text", "title"), *csv_rows])
         found = [(p.id, p.text, p.title) for p in read_tsv(tmp_path / "quoted.tsv")]
         assert found == [row for row in csv_rows if row[1]]
-    bare = write(tmp_path, "bare.tsv", HEADER + '3\ta 6" ""gun""\tG\n')
-    assert [p.text for p in read_tsv(bare)] == ['a 6" ""gun""']
+    assert [(p.id, p.text, p.title) for p in read_tsv(raw)] == RAW
 
 
 def test_hits_and_ranks():

@@ -150,6 +150,19 @@ def test_the_rest_of_a_cloze_ends_with_its_sentence(tmp_path):
     assert one.text_of(torch.tensor(ids)) == "Tilda Brann"
 
 
+def test_answers_may_be_as_long_as_the_set_needs(tmp_path):
+    folder = write(tmp_path, byte_level())
+    one = load(folder, answer_tokens=None)
+    longest = "Tilda Brann, born in 1961 near the river Ossa in the north"
+    asked = [replace(QUESTION, answers=(answer, longest * 2)) for answer in ("Ossa", longest)]
+    one.fit(asked)
+    ids = one.tokenizer(" " + longest, add_special_tokens=False)["input_ids"]
+    assert one.answer_tokens == len(ids) + 1 > 8
+    fixed = load(folder, answer_tokens=8)
+    fixed.fit(asked)
+    assert fixed.answer_tokens == 8
+
+
 @pytest.mark.parametrize("style", ["question", "cloze"])
 def test_question_first_is_another_prompt_for_every_style(tmp_path, style):
     folder = write(tmp_path, byte_level())
