@@ -173,9 +173,8 @@ def indicator(
 
 
 def deciles(attention: Floats, close: Floats, question: Ints, parts: int = 10) -> Floats:
-    """Mean lift of each tenth (or so many `parts`) of a question's tokens by closeness
-    `[questions, parts]`, farthest first; ties share the part of their mean rank. Tokens without a
-    closeness are left out."""
+    """Mean lift of each tenth (or so many `parts`) of a question's tokens by closeness `[questions,
+    parts]`, farthest first; ties share the part of their mean rank. NaN closeness is left out."""
     lifts, n = lift(attention, question), len(np.bincount(question))
     known = np.isfinite(close) & np.isfinite(lifts)
     lifts, close, question = lifts[known], close[known], question[known]
@@ -219,8 +218,7 @@ def drawn(n: int, resamples: int, seed: int = 0) -> Floats:
 @UNDEFINED
 def draws(values: Floats, groups: NDArray[Any], resamples: int) -> Floats:
     """Bootstrap means `[resamples, ...]` of `values` `[..., n]`, NaN left out. Whole groups (labels
-    `[n]`) are drawn, the same ones for all rows. Rounded to 12 digits: what lies at a line does so
-    on every machine."""
+    `[n]`) are drawn, the same for all rows. Rounded to 12 digits: equal on every machine."""
     rows, label = values.reshape(-1, len(groups)), np.unique(groups, return_inverse=True)[1]
     n, there = int(label.max()) + 1, np.isfinite(rows)
     sums, sizes = (  # [groups, rows]
@@ -239,9 +237,8 @@ def percentiles(cloud: Floats, mean: float, n: int) -> Interval:
 
 
 def interval(values: Floats, groups: NDArray[Any] | None = None, resamples: int = 2000) -> Interval:
-    """Mean of `values` `[n]` or `[seeds, n]`, NaN left out, resampled by groups (labels `[n]`; by
-    default each value is its own) and over seeds: both sources of chance. Of fewer than two groups
-    there are no bounds."""
+    """Mean of `values` `[n]` or `[seeds, n]`, NaN left out, resampled by groups (labels `[n]`;
+    default: each value its own) and over seeds. Below two groups there are no bounds."""
     rows = np.atleast_2d(values)
     seeds, size = rows.shape
     known, labels = np.isfinite(rows).any(0), np.arange(size) if groups is None else groups
