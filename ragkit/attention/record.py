@@ -124,8 +124,7 @@ def record(
 def pool(alpha: Tensor, norms: Tensor, uses: Tensor) -> tuple[Tensor, Tensor]:
     """Token contributions by head `[groups, ..., batch, heads, tokens]`, without and with the value
     norm: means of `alpha` `[..., batch, heads, rows, tokens]` (times `norms` `[..., batch, heads,
-    tokens]`), of a layer or of all, over a group's rows, weighed by `uses` `[groups, batch, rows]`.
-    """
+    tokens]`) over a group's rows, weighed by `uses` `[groups, batch, rows]`."""
     share = (uses / uses.sum(-1, keepdim=True)).to(alpha)
     by_head = torch.einsum("...bhrt,gbr->g...bht", alpha, share)
     return by_head, by_head * norms

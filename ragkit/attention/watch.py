@@ -76,8 +76,7 @@ class Watch(TorchFunctionMode):
 
     def see_eager(self, module: nn.Module, *tensors: Any, **options: Any) -> tuple[Tensor, Any]:
         """A reader's own eager attention, seen first; transformers sets the arguments. Raises
-        AttentionError if it is handed something that is not known here, such as learned sinks: our
-        rows would be another model's."""
+        AttentionError if one is not known here, such as sinks: rows would be another model's."""
         own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         unknown = [name for name in options if options[name] is not None and name not in KNOWN]
         if own is None or unknown:

@@ -41,8 +41,7 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a file, or of a JSON array (DPR's own), with the lines on which they begin;
-    DataError names file and line."""
+    """Objects of a file, or of a JSON array (DPR's own), with their lines, which errors name."""
     with open_text(path) as file:
         text = file.read()
     opening, gap, decoder = re.match(r"\s*\[", text), re.compile(r"[\s,]*"), json.JSONDecoder()

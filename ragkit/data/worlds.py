@@ -213,10 +213,9 @@ def size(settings: WorldSet) -> int:
 
 
 def build_world(settings: WorldSet, reserved: bool = True) -> Corpus:
-    """A question set of a world, of reserved names (the measured sets) or of the others (training).
-    Each test question has an entity of its own until half of all are taken, each of dev until a
-    sixth are; the others serve distillation. The sizes of the parts change no passage. Raises
-    DataError if there are too few questions."""
+    """A question set of a world, of reserved names (measured) or of others (training). Each test
+    question has an entity of its own until half are taken, each of dev until a sixth are; the rest
+    serve distillation. The parts' sizes change no passage. DataError if questions are too few."""
     rng = random.Random(f"world {settings.world} {settings.seed}")
     entities = make_entities(settings.world, settings.entities, rng, reserved)
     entities = rng.sample(entities, len(entities))

@@ -87,8 +87,7 @@ def temperature_for(scores: Floats, share: float) -> float:
 
 
 def from_scores(scores: Floats, share: float, standard: bool = True) -> Floats:
-    """A target at the temperature that gives the wanted mean entropy, of scores as they are or
-    `standard`: standardised in each question."""
+    """A target at the wanted mean entropy, of scores as they are or `standard`ised by question."""
     given = standardise(scores) if standard else scores
     return softmax(given, temperature_for(given, share))
 
@@ -108,8 +107,7 @@ def over_layers(values: NDArray[np.float32], layers: str) -> Floats:
 
 
 def by_head(look: Scores, settings: AttentionSettings) -> NDArray[Any]:
-    """Passage scores of every head `[questions, layers, heads, k]` under one choice of rows, norm
-    and pooling."""
+    """Scores by head `[questions, layers, heads, k]` under one choice of rows, norm and pooling."""
     picked = look["attention"][:, ROWS.index(settings.rows), int(settings.norm)]
     mean = settings.pooling == "mean"
     return picked / np.maximum(look["tokens"], 1)[:, None, None] if mean else picked

@@ -105,9 +105,8 @@ def within_spans(
 def wanted_ids(
     reader: Reader, questions: Sequence[Question], nouns: Spans | None
 ) -> dict[str, list[list[int]]]:
-    """The tokens that closeness is measured to, by goal: each question's first answer, as it stands
-    behind its prompt without the end token, and its nouns. Raises ReaderError for a question longer
-    than the reader's context."""
+    """The tokens that closeness is measured to, by goal: each question's first answer as behind its
+    prompt, without the end token, and its nouns. ReaderError for too long a question."""
     prompts = [reader.prompt(question, [], question.answers[0]) for question in questions]
     wanted = {"answer": [prompt.ids[prompt.answer_start : -1] for prompt in prompts]}
     if nouns is not None:

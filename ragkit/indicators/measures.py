@@ -155,16 +155,6 @@ def closest(close: Floats, question: Ints, share: float) -> Bools:
     return ranks(-close, question, "min") <= counts[question]
 
 
-def alike(close: Floats, control: Floats, question: Ints, exact: Bools, share: float) -> Bools:
-    """Where the closest share and its control's are the same exact tokens `[questions]`: whatever
-    the reader attends to, such a question cannot tell a space from its control. Leave it out."""
-    known = np.isfinite(close + control)
-    near = (np.where(known, one, np.nan) for one in (close, control))
-    mine, other = (closest(one, question, share) for one in near)
-    telling = np.bincount(question, (mine != other) | (mine & ~exact))
-    return (telling == 0) & (np.bincount(question, mine) > 0)
-
-
 def indicator(
     attention: Floats, close: Floats, question: Ints, exact: Bools, share: float
 ) -> pd.DataFrame:
@@ -183,9 +173,8 @@ def indicator(
 
 
 def deciles(attention: Floats, close: Floats, question: Ints, parts: int = 10) -> Floats:
-    """Mean lift of each tenth (or so many `parts`) of a question's tokens by closeness
-    `[questions, parts]`, farthest first; ties share the part of their mean rank. Tokens without a
-    closeness are left out."""
+    """Mean lift of each tenth (or so many `parts`) of a question's tokens by closeness `[questions,
+    parts]`, farthest first; ties share the part of their mean rank. NaN closeness is left out."""
     lifts, n = lift(attention, question), len(np.bincount(question))
     known = np.isfinite(close) & np.isfinite(lifts)
     lifts, close, question = lifts[known], close[known], question[known]
@@ -229,8 +218,7 @@ def drawn(n: int, resamples: int, seed: int = 0) -> Floats:
 @UNDEFINED
 def draws(values: Floats, groups: NDArray[Any], resamples: int) -> Floats:
     """Bootstrap means `[resamples, ...]` of `values` `[..., n]`, NaN left out. Whole groups (labels
-    `[n]`) are drawn, the same ones for all rows. Rounded to 12 digits: what lies at a line does so
-    on every machine."""
+    `[n]`) are drawn, the same for all rows. Rounded to 12 digits: equal on every machine."""
     rows, label = values.reshape(-1, len(groups)), np.unique(groups, return_inverse=True)[1]
     n, there = int(label.max()) + 1, np.isfinite(rows)
     sums, sizes = (  # [groups, rows]
@@ -249,9 +237,8 @@ def percentiles(cloud: Floats, mean: float, n: int) -> Interval:
 
 
 def interval(values: Floats, groups: NDArray[Any] | None = None, resamples: int = 2000) -> Interval:
-    """Mean of `values` `[n]` or `[seeds, n]`, NaN left out, resampled by groups (labels `[n]`; by
-    default each value is its own) and over seeds: both sources of chance. Of fewer than two groups
-    there are no bounds."""
+    """Mean of `values` `[n]` or `[seeds, n]`, NaN left out, resampled by groups (labels `[n]`;
+    default: each value its own) and over seeds. Below two groups there are no bounds."""
     rows = np.atleast_2d(values)
     seeds, size = rows.shape
     known, labels = np.isfinite(rows).any(0), np.arange(size) if groups is None else groups

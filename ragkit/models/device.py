@@ -23,8 +23,7 @@ PATIENCE = timedelta(days=14)  # of the others, while the main process works alo
 
 
 def start(device: Device, threads: int) -> None:
-    """Takes the profile's device and threads; joins the other processes of the run. ProfileError if
-    this process computes on another device."""
+    """Takes device and threads, joins the run's processes; ProfileError on another device."""
     PartialState(cpu=device == "cpu", timeout=PATIENCE)
     if (here := PartialState().device.type) != device:
         told = f"device is {device!r}, but this process computes on {here!r}. Set that, or start"

@@ -43,9 +43,8 @@ class FidReader(Reader):
         return self.joined(blocks, self.settings.context, tail)
 
     def encoded(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """As arguments of the model: the encoder's states of each prompt's blocks in a row
-        `[prompts, tokens, size]`, and their mask, right-padded. The blocks' own padding is left
-        out, for cross-attention knows no places."""
+        """As arguments of the model: the encoder's states of each prompt's blocks `[prompts,
+        tokens, size]`, right-padded, without the blocks' own padding, and their mask."""
         blocks, place = list[Tensor](), self.model.device
         for prompt in prompts:
             blocks += torch.tensor(prompt.ids[: prompt.answer_start]).split(prompt.blocks)
@@ -89,9 +88,8 @@ class FidReader(Reader):
 
 
 def load_reader(name: str | Path, settings: ReaderSettings, to_train: bool = False) -> Reader:
-    """A reader from a folder or hub name, or one of EMBEDDED, on the run's device and its fused
-    attention path if it has one. In `settings.dtype`; with float32 weights if it is `to_train`.
-    Raises RagkitError if it cannot be loaded."""
+    """A reader from a folder or hub name, or one of EMBEDDED, on the run's device, in
+    `settings.dtype` (float32 if it is `to_train`). Raises RagkitError if it cannot be loaded."""
     path = str(EMBEDDED.get(str(name), name))
     given: dict[str, Any] = {"trust_remote_code": False}
     given |= {} if Path(path).is_dir() else {"revision": settings.revision}

@@ -128,8 +128,7 @@ def train_by_cropping(
     passages: Sequence[Passage], settings: RetrieverSettings, seed: int
 ) -> Retriever:
     """The embedded retriever, a small BERT with mean pooling and unit length: two random crops of a
-    passage attract, those of others repel. Contriever's recipe without labels (Izacard et al.
-    2022), with in-batch negatives."""
+    passage attract, those of others in the batch repel (Contriever, Izacard et al. 2022)."""
     rng = random.Random(f"crops {seed}")
     torch.manual_seed(seed)
     tokenizer = embedded_tokenizer()
@@ -157,8 +156,7 @@ def train_by_cropping(
 
 def make_retriever(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """The initial retriever, in `folder/model`. The embedded one is trained on the passages and, in
-    a world, on as much prose that holds the words of questions: a word it never met would be noise
-    in every vector."""
+    a world, on as much prose with questions' words: one never met would be noise in vectors."""
     if not device.is_main():  # it is small, or only copied
         return
     chosen, seed = RetrieverSettings(**settings["retriever"]), settings["seed"]

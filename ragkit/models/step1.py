@@ -1,12 +1,14 @@
 """Step 1: the reader learns to answer from passages; never questions of the measured parts."""
 
 import copy
+import json
 import logging
 import random
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,10 +184,11 @@ def fine_tune(
                 part.save_pretrained(folder / name)
         device.agreed()
 
-    # of a checkpoint the trainer's state is written last: without it, it is not whole
-    whole = [str(state.parent) for state in folder.glob("checkpoint-*/trainer_state.json")]
-    newest = max(whole, key=lambda path: int(path.rpartition("-")[2]), default=None)
-    if newest:
+    whole: dict[int, str] = {}  # checkpoints by their steps: its state is written last
+    for state in folder.glob("checkpoint-*/trainer_state.json"):
+        with suppress(ValueError):
+            whole[json.loads(state.read_text("utf8"))["global_step"]] = str(state.parent)
+    if newest := whole[max(whole)] if whole else None:
         log.info("going on from the checkpoint %s", newest)
     loss = Loss(reader)
     learnt = [weight for weight in loss.parameters() if weight.requires_grad]

@@ -193,26 +193,6 @@ def test_stored_results_are_read_without_the_heavy_libraries():
     assert told.stdout.strip() == "[]"
 
 
-def test_a_control_that_cannot_differ_is_seen():
-    """Ten tokens a question, the closest fifth: as many exact ones, more, fewer, none known."""
-    close = np.linspace(0.5, 0, 10)
-    close = np.stack([close, close, close, np.full(10, np.nan)])
-    exact = np.zeros((4, 10), dtype=bool)
-    exact[0, :2] = exact[1, :3] = exact[2, :1] = True
-    close[exact] = 1
-    control = np.where(exact, 1, np.linspace(0, 0.5, 10))
-    question = np.repeat(np.arange(4), 10)
-    given = [close.ravel(), control.ravel(), question, exact.ravel()]
-    assert measures.alike(*given, 0.2).tolist() == [True, True, False, False]
-    assert measures.alike(*given, 0.5).tolist() == [False] * 4
-    attention = np.random.default_rng(0).random(40)
-    tops = [
-        measures.indicator(attention, one, question, exact.ravel(), 0.2)["attention"]
-        for one in given[:2]
-    ]
-    assert (tops[0] == tops[1]).tolist() == [True, True, False, False]
-
-
 def test_a_lead_is_over_tokens_of_the_same_question_and_cell():
     lifts = np.array([4.0, 1, 3, 9, 2, 5, np.nan, 8, 7])
     near = np.array([1, 0, 0, 0, 1, 0, 0, 1, 0], dtype=bool)
