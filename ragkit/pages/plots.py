@@ -211,25 +211,3 @@ def followings(table: pd.DataFrame, measure: str, line: float | None = None) -> 
     said = f"{measure} of each reader against the gain in HR@5 of the retriever it taught."
     form = f"{{{panel}}}, {{reader}}, {{signal}}: {{value:.2f}}, gain {{gain:+.3f}}"
     return figure, told(said, table, form)
-
-
-def specification(table: pd.DataFrame, choices: list[str], label: str) -> tuple[Figure, str]:
-    """Every combination of choices, sorted by its result, with the option that it took of each;
-    columns mean, low, high, and those of `choices`."""
-    ordered = table.sort_values("mean").reset_index(drop=True)
-    taken = ordered[choices].melt(var_name="choice", ignore_index=False)
-    options = taken["choice"] + ": " + taken["value"].astype(str)
-    figure, (top, below) = column([3.0, 0.26 * options.nunique()])
-    above, under = ordered["low"] > 0, ordered["high"] < 0
-    colour = np.select([above, under], [PALETTE.as_hex()[0], PALETTE.as_hex()[3]], "#999999")
-    top.vlines(ordered.index, ordered["low"], ordered["high"], color=colour, lw=1)
-    top.scatter(ordered.index, ordered["mean"], c=colour, s=8, zorder=3)
-    top.axhline(0, color="0.2", lw=1)
-    top.set_ylabel(label)
-    sns.scatterplot(x=taken.index, y=options, ax=below, color="0.25", marker="|", linewidth=1)
-    below.tick_params(axis="y", labelsize=10)
-    below.set(xlabel="specifications, sorted", ylabel="")
-    below.grid(visible=False)
-    said = f"Specification curve of {len(ordered)} combinations of choices: {label}."
-    counts = f"{above.sum()} lie clearly above zero, {under.sum()} clearly below"
-    return figure, f"{said} {counts}, {len(ordered) - above.sum() - under.sum()} neither."
