@@ -1,8 +1,8 @@
 """Stages of answers, made by the embedded reader from the folders of other stages."""
 
 import json
-from types import SimpleNamespace
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
