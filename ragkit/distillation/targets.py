@@ -146,8 +146,7 @@ def ordered(looks: Looks, settings: AttentionSettings) -> Floats:
     and what is done against the place's share in the attention. `rank`, `reversed` (best last),
     `shuffled`: one pass, as it is. `balanced`: the mean of the standardised scores in rank and
     reversed order. `calibrated`: minus the scores under an empty question (Zhao et al. 2021; ICR).
-    `levelled`: one pass in shuffled order, minus the mean of each place over all questions, which
-    needs no label: content and place are independent there."""
+    `levelled`: one shuffled pass, minus each place's mean over all questions: label-free."""
     heads = chosen_heads(looks["heads"], settings) if settings.heads == "chosen" else None
     parts = [attention_scores(looks[one], settings, heads) for one in LOOKS[settings.order]]
     if settings.order == "balanced":

@@ -2,8 +2,7 @@
 token's attention is its lift: its contribution over the mean of the question's passage tokens. Its
 closeness is the cosine to the nearest wanted token in one frozen space. All is measured per
 question, for tokens of one prompt are no independent sample; they come question after question, and
-`question` `[tokens]` numbers them. What is undefined is NaN. At the end: means with intervals, for
-which questions about one entity are no independent sample either: whole groups are resampled."""
+`question` `[tokens]` numbers them. What is undefined is NaN. At the end: means with intervals."""
 
 import math
 from collections.abc import Callable, Sequence

@@ -1,8 +1,5 @@
-"""Is a reader of one's own fit to teach a retriever? Its attention on a few hundred questions.
-
-from ragkit.pages import judge
-judge.write_html(judge.judge("path/to/reader", "questions.jsonl"), Path("judgement.html"))
-"""
+"""Is a reader of one's own fit to teach a retriever? Its attention on a few hundred questions:
+`judge.write_html(judge.judge("path/to/reader", "questions.jsonl"), Path("judgement.html"))`."""
 
 import logging
 import os

@@ -86,21 +86,6 @@ def show(figure: Figure, alt: str, folder: Path, name: str, table: pd.DataFrame)
     return HTML(html.figure(folder / f"{name}.svg"))
 
 
-def curves(table: pd.DataFrame, measure: str, label: str) -> tuple[Figure, str]:
-    """A measure along the epochs of Step 2, its mean and range over seeds, a panel a set; columns
-    set, system, seed, epoch and the measure."""
-    systems = table["system"].unique()
-    shades = sns.color_palette("cubehelix", len(systems) + 2)[: len(systems)]  # told apart in grey
-    look: Look = {"x": "epoch", "y": measure, "errorbar": ("pi", 100), "markers": True, "ms": 8}
-    look |= {"hue": "system", "style": "system", "palette": shades, "dashes": False}
-    figure = panels(sns.lineplot, table, 3.3, 2, ("epoch of Step 2", label), **look)
-    plt.setp(figure.axes, xticks=table["epoch"].unique())
-    last = table[table["epoch"] == table["epoch"].max()]
-    ends = last.groupby(["set", "system"])[measure].mean().rename("value").reset_index()
-    said = f"{label} along the epochs of Step 2, mean and range over seeds. At the end:"
-    return figure, told(said, ends, "{set}, {system}: {value:.3f}")
-
-
 def heat_map(
     shares: pd.DataFrame, label: str, marked: NDArray[np.bool_] | None = None
 ) -> tuple[Figure, str]:

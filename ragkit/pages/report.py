@@ -173,9 +173,8 @@ def make_reference(lab: Lab, figures: Path, readme: Path) -> None:
     empty = [one for one in sorted(files) if not (one.is_file() and one.stat().st_size)]
     lacking += [f"{one} is missing or empty" for one in empty]
     text = readme.read_text("utf8") if readme.is_file() else ""
-    for mark in ("ledger", "deviations"):
-        if not block(mark).search(text):
-            lacking.append(f"{readme} must hold <!-- {mark} --> and after it <!-- /{mark} -->")
+    marks = [mark for mark in ("ledger", "deviations") if not block(mark).search(text)]
+    lacking += [f"{readme} must hold <!-- {one} --> and after it <!-- /{one} -->" for one in marks]
     if lacking:
         advice = f"Run `make reproduce PROFILE={lab.profile.name}` first."
         raise StoreError(f"Nothing was published: {'; '.join(lacking)}. {advice}")
@@ -183,7 +182,8 @@ def make_reference(lab: Lab, figures: Path, readme: Path) -> None:
     tables = {"ledger": ledger, "deviations": pd.read_csv(lab.figures / DEVIATIONS)}
     for mark, table in tables.items():
         told = ["", f"| {' | '.join(table)} |", "|---" * table.shape[1] + "|"]
-        told += [f"| {' | '.join(row)} |" for row in table.fillna("").astype(str).to_numpy()]
+        cells = table.fillna("").astype(str).replace(r"\|", r"\\|", regex=True).to_numpy()
+        told += [f"| {' | '.join(row)} |" for row in cells]
         told += ["", f"Measured with {measured_by(manifest)}.", ""]
         text = block(mark).sub("\n".join(told).replace("\\", r"\\"), text, count=1)
     with replaced(figures) as aside:

@@ -1,14 +1,5 @@
-"""A page on which one turns every choice behind p_ATTN and sees what the reader would teach.
-
-It works offline: it holds the scores of some of the questions for distillation as JSON:
-
-    {"entropy", "theta", "choices": {axis: [names]}, "start": {axis: index}, "sets": [{
-        "name", "of", "examples": [{"question", "answers", "passages": [[title, text]]}],
-        "gold": [question][passage], "retr": [question][passage],
-        "readers": [{"name", "attention": [question][rows][norm][layer][pooling][passage]}]}]}
-
-`examples` belong to the first of the questions; `of` says how many there are in all.
-"""
+"""A page on which one turns every choice behind p_ATTN and sees what the reader would teach. It
+works offline, on the scores that it holds as JSON: `assets/sliders.html` says in which form."""
 
 import json
 from typing import Any

@@ -100,9 +100,10 @@ def test_premises_are_kept_question_by_question(stages, tmp_path, monkeypatch):
     asked[1] = replace(asked[1], answers=("no such words",))
     real = replace(known, questions=asked)
     monkeypatch.setattr(answers.Asked, "open", lambda *_: real)
-    reader = SimpleNamespace(prompt=lambda question, _: question)
-    reader.answer = lambda asked: [q.answers[0] if i else "" for i, q in enumerate(asked)]
-    monkeypatch.setattr(answers, "open_reader", lambda *_: reader)
+    told = SimpleNamespace(
+        prompt=lambda q, _: q, answer=lambda asked: ["", *(q.answers[0] for q in asked[1:])]
+    )
+    monkeypatch.setattr(answers, "open_reader", lambda *_: told)
     make_premises(tmp_path, {}, {**SETTINGS, "which": "fine-tuned"})
     exact = read(tmp_path / "exact.json")
     assert exact["gold among the passages"] == [0, None, 1, 1, 1, 1]
