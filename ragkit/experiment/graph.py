@@ -1,7 +1,6 @@
 """The experiment, declared once: what the stages of a profile are made of, kind by kind.
 
-The kinds stand in `assets/kinds.yaml`; whoever runs, plans or reports walks these stages. A choice
-taken otherwise, another seed of Step 1 and an index refresh are further stages.
+The kinds stand in `assets/kinds.yaml`. Choices taken otherwise and refreshes are further stages.
 """
 
 from collections.abc import Iterable, Iterator
