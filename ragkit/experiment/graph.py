@@ -1,7 +1,6 @@
 """The experiment, declared once: what the stages of a profile are made of, kind by kind.
 
-The kinds stand in `assets/kinds.yaml`; whoever runs, plans or reports walks these stages. A choice
-taken otherwise, another seed of Step 1 and an index refresh are further stages.
+The kinds stand in `assets/kinds.yaml`. Choices taken otherwise and refreshes are further stages.
 """
 
 from collections.abc import Iterable, Iterator
@@ -250,6 +249,9 @@ def of_set(graph: Graph, name: str) -> Iterator[Stage]:
         yield graph.stage("heads", Of(name, which, "rank"))
     taught = [f"{which} {signal}" for signal in BESIDE for which in READERS]
     yield from of_run(graph, name, [*graph.targets, *taught])
+    if profile.encoder_decoder:  # the fifth system of the paper's figure
+        found = graph.system(name, *targets.SYSTEMS["encoder-decoder distillation"])
+        yield graph.stage("closeness", found)
     for order, which in product(("shuffled", "empty"), graph.asked()):  # notebook 03
         yield graph.stage("teacher", Of(name, which, order))
     yield from (earlier.stage("candidates", Of(name)) for earlier in graph.passed_over(name))
@@ -267,14 +269,11 @@ def of_run(graph: Graph, name: str, chosen: Iterable[str]) -> Iterator[Stage]:
         yield graph.stage("closeness", Of(name, which))
     for which in graph.asked():
         yield graph.stage("premises", Of(name, which))
+        yield graph.stage("closeness", graph.system(name, which, f"{which} attention"))
     along = [f"{which} {signal}" for signal in TAUGHT_BY for which in graph.readers()]
     for target in dict.fromkeys([*chosen, *along]):
         for seed in graph.seeds(target):
             yield graph.step2(name, target, seed)
-    systems = [*targets.SYSTEMS.values(), *((which, f"{which} attention") for which in CLOZES)]
-    for which, target in systems:
-        if target in ("", *graph.targets):
-            yield graph.stage("closeness", graph.system(name, which, target))
     for system, which, seed in answered(graph, [t for t in chosen if t in graph.targets]):
         yield graph.stage("answers", Of(name, which, target=system, seed=seed))
 

@@ -27,13 +27,16 @@ def of_layers(look: targets.Scores) -> NDArray[Any]:
 
 
 def set_data(lab: Lab, name: str) -> dict[str, Any]:
-    """What the page needs of one question set. Questions stand in random order: the first are a
-    sample of all."""
-    import torch  # only who writes the page waits for it and for the models
+    """What the page needs of a set; its questions are in random order: the first are a sample."""
+    import torch  # only who writes the page waits for it and what follows
 
-    from ragkit.experiment import models
+    from ragkit.models import device
+    from ragkit.models.index import Index
+    from ragkit.models.retriever import Retriever
 
-    retriever, vectors = models.retriever(lab, name), models.vectors(lab, name)
+    device.start(lab.profile.device, lab.profile.threads)
+    retriever = Retriever.load(lab.open("retriever", name) / "model", lab.profile.retriever)
+    vectors = Index.open(lab.open("vectors", name))
     scores = {which: of_layers(lab.look(name, which)) for which in lab.readers()}
     asked, candidates = lab.asked(name)
     n = min(QUESTIONS, max(EXAMPLES, NUMBERS // max(one[0].size for one in scores.values())))
