@@ -55,7 +55,7 @@ def by_prompt(analysis: Analysis, asks: Callable[[Analysis, str], Iterable[Numbe
         if comparable:
             numbers += [n._replace(name=f"{prompt}: {n.name}") for n in asks(analysis, ending)]
     part = judged(numbers) if numbers else Part("not comparable", "")
-    return Part(part.verdict, ", ".join(filter(None, [part.measured, *told])))
+    return Part(part.verdict, " · ".join(filter(None, [part.measured, *told])))
 
 
 def gains_fail(analysis: Analysis, ending: str) -> Iterator[Number]:

@@ -69,7 +69,7 @@ def judged(numbers: Iterable[Number]) -> Part:
     verdict = "mixed" if held and against else "partly" if held else "undecided"
     verdict = "reproduced" if {*sides.values()} == {1} else verdict
     verdict = "not reproduced" if against and not held else verdict
-    return Part(verdict, ", ".join(told))
+    return Part(verdict, " · ".join(told))
 
 
 def together(verdicts: Sequence[str]) -> str:
