@@ -1,7 +1,5 @@
-"""The experiment, declared once: what the stages of a profile are made of, kind by kind.
-
-The kinds stand in `assets/kinds.yaml`. Choices taken otherwise and refreshes are further stages.
-"""
+"""The experiment, declared once: what the stages of a profile are made of, kind by kind (they stand
+in `assets/kinds.yaml`). Choices taken otherwise and index refreshes are further stages."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace

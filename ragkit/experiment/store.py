@@ -213,9 +213,11 @@ class Store:
         module, _, function = stage.maker.partition(":")
         peak_memory()  # counts from here on
         with room_on_disk(self.folder, f"stage {stage.name}"), room_in_memory(stage):
-            if stage.machine and not module.startswith("ragkit.data"):  # that needs no torch
+            data = module.startswith("ragkit.data")  # it needs no torch, and one process
+            if stage.machine and not data:
                 import_module("ragkit.models.device").start(**stage.machine)
-            getattr(import_module(module), function)(partial, inputs, stage.settings)
+            if MAIN or not data:  # two would write one file, while the other maps it
+                getattr(import_module(module), function)(partial, inputs, stage.settings)
             if MAIN:
                 seconds = round(time.monotonic() - started, 2)
                 saved = {"name": stage.name, "kind": stage.kind, "record": stage.record}
