@@ -16,7 +16,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from ragkit.errors import StoreError
+from ragkit.experiment import store
 from ragkit.experiment.graph import Graph, Of
+from ragkit.experiment.lab import Lab
 from ragkit.experiment.store import KINDS, Stage, Store, only_run, read_record
 from ragkit.profile import load_profile
 
@@ -252,3 +254,14 @@ def test_the_peak_memory_is_that_of_the_stage_alone(runs):
         home = Store(runs).open(stage("memory", values=values))
         peaks.append(read_record(home)["peak_mib"])
     assert peaks[0] > peaks[1] + 200
+
+
+def test_of_several_processes_one_makes_the_data(tmp_path, monkeypatch):
+    """Two would write the passages' file at once, while the other maps it into memory."""
+    run, asked = Lab("smoke", tmp_path), []
+    for maker in ("data.sets.make_passages", "models.retriever.make_retriever"):
+        monkeypatch.setattr(f"ragkit.{maker}", lambda *_, maker=maker: asked.append(maker))
+    monkeypatch.setattr(store, "MAIN", False)
+    for kind in ("passages", "retriever"):
+        run.store._make(run.graph.stage(kind, Of("almanac")), {}, "not made yet")
+    assert asked == ["models.retriever.make_retriever"]
