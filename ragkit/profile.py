@@ -32,7 +32,7 @@ class Profile(Section):
     retriever: settings.RetrieverSettings = settings.RetrieverSettings()
     index: settings.IndexSettings = settings.IndexSettings()
     reader: settings.ReaderSettings = settings.ReaderSettings()
-    encoder_decoder: settings.ReaderSettings | None = settings.ENCODER_DECODER  # fine-tuned too
+    encoder_decoder: settings.ReaderSettings | None = None  # one beside the reader, fine-tuned
     attention: settings.AttentionSettings = settings.AttentionSettings()
     distill: settings.DistillSettings = settings.DistillSettings()
     index_refreshes: Annotated[int, Field(ge=0)] = 0  # within Step 2: new candidates, a new look

@@ -193,9 +193,6 @@ class ReaderSettings(Section):
         return sorted({self.steps // 2**n for n in range(1, self.checkpoints + 1)} - {0})
 
 
-ENCODER_DECODER = ReaderSettings(model="embedded encoder-decoder", steps=400, checkpoints=0)
-
-
 class AttentionSettings(Section):
     """How rows of attention become passage scores. Our choice: the paper's is not known."""
 

@@ -85,6 +85,8 @@ def test_the_paper_is_read_by_default():
     assert profile.distill.standardise
     assert profile.encoder_decoder.model == "embedded encoder-decoder"
     assert load_profile("tiny", ["encoder_decoder=null"]).encoder_decoder is None
+    for real in ("small", "paper"):  # the embedded one knows the embedded worlds only
+        assert load_profile(real).encoder_decoder is None
 
 
 def test_an_unknown_profile_gets_the_nearest_name():
