@@ -81,8 +81,9 @@ def test_an_index_refresh_gives_the_reader_new_candidates(lab):
     moved = (before[:, : lab.profile.k] != after[:, : lab.profile.k]).any(1)
     assert moved.any()
     looks = (lab.look("trivia", "fine-tuned"), load_file(later["rank"] / "scores.safetensors"))
-    other = looks[0]["attention"] != looks[1]["attention"]
-    assert np.array_equal(other.reshape(len(other), -1).any(1), moved)
+    # the same prompt in another batch: processors differ in whether its last digits stay
+    same = np.isclose(*(one["attention"] for one in looks), rtol=1e-3, atol=1e-5)
+    assert np.array_equal(~same.reshape(len(same), -1).all(1), moved)
     curve = json.loads((lab.store.home(stage) / "curve.json").read_text())
     assert [row["epoch"] for row in curve] == [0, 0.5, 1]
 
