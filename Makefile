@@ -19,7 +19,7 @@ else
 RAGKIT := $(RUN) -m torch.distributed.run --nproc_per_node $(PROCESSES) -m ragkit
 endif
 
-.PHONY: help plan reproduce lab test slow report reference course lint bench pretrain tidy clean
+.PHONY: help plan reproduce lab test slow report reference course nouns lint bench pretrain tidy clean
 help:            ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -53,16 +53,20 @@ lint: $(READY)       ## ruff, mypy, and the order of the rooms
 lab: $(READY)        ## JupyterLab on working copies of the notebooks; those in lab/ are kept
 	mkdir -p lab
 	for one in notebooks/*.ipynb; do [ -e lab/$${one##*/} ] || cp $$one lab/; done
-	$(RUN) -m jupyter lab lab
+	$(RUN) -m jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) lab
 
 report: $(READY)     ## write the report of PROFILE again
 	$(RUN) -m ragkit report --profile '$(PROFILE)'
 
-reference: $(READY)  ## make the run of PROFILE the reference in figures/ and in the README
-	$(RUN) -m ragkit reference --profile '$(PROFILE)'
+reference: $(READY)  ## make the run of PROFILE (with its SET) its reference in figures/ and in the README
+	$(RUN) -m ragkit reference --profile '$(PROFILE)' $(CHANGES)
 
 course: $(READY)     ## student and solution notebooks and a lesson plan, tried on the finished run of PROFILE
 	$(RUN) -m ragkit course --profile '$(PROFILE)'
+
+nouns: $(READY)      ## train a noun finder for real text: TREEBANK=file.conllu OUT=folder
+	mkdir -p runs
+	$(RUN) -m papermill notebooks/appendix/nouns.ipynb runs/nouns.ipynb -p TREEBANK '$(abspath $(TREEBANK))' -p OUT '$(abspath $(OUT))'
 
 tidy: $(READY)       ## remove what the run of PROFILE does not need any more
 	$(RUN) -m ragkit tidy --profile '$(PROFILE)'

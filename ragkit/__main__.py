@@ -33,10 +33,11 @@ def command_line() -> argparse.ArgumentParser:
         changed = "change a value of the profile, KEY=VALUE; the run gets a folder of its own"
         command.add_argument("--set", action="append", default=[], dest="changes", help=changed)
     judged = commands.add_parser("judge", help="is a reader of your own fit to teach a retriever?")
-    judged.add_argument("reader", help="a folder, a hub name, or 'embedded'")
+    judged.add_argument("reader", help="a folder, a GGUF file, a hub name, or 'embedded'")
     judged.add_argument("questions", help="JSONL with question, answer and passages")
     judged.add_argument("--nouns", default="en_core_web_sm", help="a spaCy pipeline or its folder")
     judged.add_argument("--space", help="the reader whose embeddings measure closeness")
+    judged.add_argument("--chat", action="store_true", help="ask by the reader's chat template")
     judged.add_argument("--out", type=Path, default=Path("judgement.html"), help="the page")
     return parser
 
@@ -46,7 +47,8 @@ def do(given: argparse.Namespace) -> None:
     if given.command == "judge":
         from ragkit.pages import judge  # it loads torch, which no other command needs at once
 
-        return judge.write(given.reader, given.questions, given.nouns, given.space, given.out)
+        asked = (given.reader, given.questions, given.nouns, given.space)
+        return judge.write(*asked, given.out, given.chat)
     lab = Lab(changed_profile(given.profile, given.changes), given.runs)
     is_needed = given.command in ("report", "reference", "course")
     if is_needed and not (lab.folder / "manifest.json").is_file():
@@ -54,11 +56,13 @@ def do(given: argparse.Namespace) -> None:
         raise RagkitError(f"There is no finished run in {lab.folder}. First: {first}")
     match given.command:
         case "plan":
-            sys.stdout.writelines(f"{line}\n" for line in plan.lines(lab))
+            sys.stdout.write(plan.told(lab))
         case "tidy":
             log.info("%d old stages removed", run.tidy(lab, NOTEBOOKS))
         case "reference":
             report.make_reference(lab, FIGURES, README)
+            if lab.base == "full":
+                report.keep_outputs(lab, NOTEBOOKS)
         case "course":
             log.info("course: %s", course.write(NOTEBOOKS, lab.folder, given.profile))
         case "report" | "reproduce":

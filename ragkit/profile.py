@@ -35,6 +35,10 @@ class Profile(Section):
     encoder_decoder: settings.ReaderSettings | None = None  # one beside the reader, fine-tuned
     attention: settings.AttentionSettings = settings.AttentionSettings()
     distill: settings.DistillSettings = settings.DistillSettings()
+    # Besides attention and perplexity: what both regimes' readers teach by in notebook 07.
+    beside: tuple[settings.Beside, ...] = Field(default=("LOOP", "EMDR2"), strict=False)
+    # In which notebook 03 compares what readers see; shuffled is the one that it needs.
+    orders: tuple[settings.Order, ...] = Field(default=settings.ORDERS, strict=False)
     index_refreshes: Annotated[int, Field(ge=0)] = 0  # within Step 2: new candidates, a new look
     nouns: settings.Place = "embedded"  # what finds them: or a folder or package of spaCy
     indicators: settings.IndicatorSettings = settings.IndicatorSettings()

@@ -9,6 +9,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 ASSETS = Path(__file__).parent / "assets"
+REFERENCES = ASSETS.parents[1] / "figures"  # runs made the reference: `full`, others below it
 # The readers that ship, by name; the keys of stages hold the hashes of their files.
 EMBEDDED = {"embedded": ASSETS / "reader", "embedded encoder-decoder": ASSETS / "encoder_decoder"}
 # Settings that change no result, so that a stage made under others is used again.
@@ -18,6 +19,11 @@ FREE = frozenset({"at_once", "gradient_checkpointing"})
 def asset(name: str) -> Path:
     """A file or folder of the package's assets, named by a literal: stage keys follow these."""
     return ASSETS / name
+
+
+def reference(profile: str) -> Path:
+    """Where the reference run of a shipped profile is kept, in a checkout."""
+    return REFERENCES if profile == "full" else REFERENCES / profile
 
 
 def different(values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -30,10 +36,10 @@ def different(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def placed(name: str, info: ValidationInfo) -> str:
     """A path from the profile's folder, which is the context of its validation, made absolute; a
-    model or table that is no folder there is a name of the hub."""
+    model or table that is not there is a name of the hub."""
     if (folder := info.context) is None:
         return name
-    is_name = name in EMBEDDED or not (folder / name).is_dir()
+    is_name = name in EMBEDDED or not (folder / name).exists()
     can_be = info.field_name in ("model", "dataset", "nouns")
     return name if is_name and can_be else str(folder / name)
 
@@ -51,7 +57,8 @@ Rows = Literal["last_prompt", "predicting", "consuming"]
 Pooling = Literal["sum", "mean"]
 Layers = Literal["all", "first", "middle", "last"]
 Order = Literal["rank", "reversed", "shuffled", "balanced", "calibrated", "levelled"]
-ROWS, POOLINGS, LAYERS = get_args(Rows), get_args(Pooling), get_args(Layers)
+Beside = Literal["LOOP", "EMDR2"]
+ROWS, POOLINGS, LAYERS, ORDERS = map(get_args, (Rows, Pooling, Layers, Order))
 
 
 class Section(BaseModel):
@@ -153,6 +160,7 @@ class RetrieverSettings(Section):
     passage_tokens: Count = 256
     dtype: Precision = "float32"  # of the computations; training keeps float32 weights
     at_once: Count = 128  # texts in one pass: less needs less memory
+    vocabulary: Count = 16000  # word pieces that the embedded one learns from real text
     crop_steps: Count = 600
     crop_batch: Count = 64
     crop_rate: Positive = 1e-3
@@ -172,7 +180,7 @@ class IndexSettings(Section):
 class ReaderSettings(Section):
     """A reader, and from `steps` on Step 1, its fine-tuning."""
 
-    model: Place = "embedded"  # or a folder or hub name
+    model: Place = "embedded"  # or a folder, a GGUF file (unpacked to `dtype`), a hub name
     revision: str = "main"  # of a hub model: pin a commit
     context: Count = 1024
     dtype: Precision = "float32"  # of the computations; Step 1 keeps float32 weights
@@ -181,11 +189,20 @@ class ReaderSettings(Section):
     lora_rank: Annotated[int, Field(ge=0)] = 0  # of Step 1's adapters; 0 trains every weight
     answer_tokens: Count | None = 8  # null: as many as the set's own answers need
     layout: Literal["passages first", "question first"] = "passages first"
+    chat: bool = False  # asked in a user's turn of its own chat template, as instruct models learn
+    # Of several, the answer that attention, losses and Step 1 use: the first, or that which stands
+    # in most of the passages found (`corpus.found_first`).
+    answer: Literal["first", "found"] = "first"
     steps: Count = 800
     batch: Count = 8
-    rate: Positive = 1e-3
+    rate: Positive = 1e-3  # at its peak, of all weights; adapters learn at ten times of it
     gold_share: Share = 0.8
     checkpoints: Annotated[int, Field(ge=0, le=10)] = 5  # readers kept at steps/2, steps/4, ...
+
+    @property
+    def peak(self) -> float:
+        """The peak rate of what learns. Source: Schulman et al. (2025), 'LoRA Without Regret'."""
+        return self.rate * (10.0 if self.lora_rank else 1.0)
 
     @property
     def kept_steps(self) -> list[int]:

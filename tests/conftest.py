@@ -9,7 +9,7 @@ from pathlib import Path
 import filelock
 import hypothesis
 import pytest
-from ud import read_conllu
+from cells import defined
 
 ROOT = Path(__file__).parent.parent
 LONGEST_FIRST = ("test_notebooks", "test_paper", "test_graph", "test_judge", "test_run")
@@ -69,12 +69,10 @@ def smoke(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def ewt(tmp_path_factory):
-    """A noun finder trained on EWT dev as it is and lower-cased; needs RAGKIT_REAL_DATA."""
-    from ragkit.indicators.nouns import train_tagger
-
-    sentences = read_conllu(Path(os.environ["RAGKIT_REAL_DATA"]) / "ud" / "en_ewt-ud-dev.conllu")
-    both = [(s.words, s.tags) for s in [*sentences, *(s.lower() for s in sentences)]]
-    return train_tagger(both, tmp_path_factory.mktemp("ewt"), seed=0)
+    """The noun finder that `make nouns` trains on EWT dev; needs RAGKIT_REAL_DATA."""
+    treebank = Path(os.environ["RAGKIT_REAL_DATA"]) / "ud" / "en_ewt-ud-dev.conllu"
+    out = tmp_path_factory.mktemp("ewt") / "nouns"
+    return defined("appendix/nouns", "nouns").write(treebank, out)
 
 
 @pytest.fixture(scope="session")

@@ -30,9 +30,7 @@ def _decoder_layers(reader: PreTrainedModel, encoder_decoder: bool) -> nn.Module
     """The layers of the decoder. Raises AttentionError if its attention cannot be recorded."""
     name, usual = type(reader).__name__, reader.config._attn_implementation
     if usual != "sdpa" and reader._supports_sdpa:
-        told = (
-            f"{name} is set to attention by {usual!r}, which cannot be recorded: take that out of"
-        )
+        told = f"{name} is set to attention by {usual!r}, which cannot be recorded: take it out of"
         raise AttentionError(f"{told} its config.json, or load it with attn_implementation='sdpa'.")
     by_interface = reader._supports_attention_backend and reader._can_set_attn_implementation()
     if usual != "sdpa" and not by_interface:

@@ -2,7 +2,7 @@
 no memory), questions in three parts, and what their stages are made of."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,14 @@ class Question:
 Pair = tuple[Question, list[Passage]]
 
 
+def found_first(question: Question, found: Sequence[Passage]) -> Question:
+    """The question with that of its answers first which stands in most of some passages' texts;
+    the earlier of those that tie, so that without any in them it stays as it is."""
+    counts = [sum(holds_answer(p.text, [one]) for p in found) for one in question.answers]
+    best = question.answers[counts.index(max(counts))]
+    return replace(question, answers=tuple(dict.fromkeys((best, *question.answers))))
+
+
 @dataclass(frozen=True)
 class Corpus:
     """A question set: passages, in memory or on disk, and questions by part."""
@@ -155,6 +163,13 @@ class Asked:
     def passages(self) -> list[list[Passage]]:
         """The candidates as passages, best first, for each question."""
         return [[self.corpus.passages[place] for place in row] for row in self.candidates]
+
+    def scored(self, reader: Mapping[str, Any]) -> "Asked":
+        """These, each with the answer first that a reader of these settings is scored by."""
+        if reader["answer"] == "first":
+            return self
+        pairs = zip(self.questions, self.passages, strict=True)
+        return replace(self, questions=[found_first(*pair) for pair in pairs])
 
 
 def hits(found: Places, golds: Places, k: int) -> NDArray[np.float64]:

@@ -102,13 +102,11 @@ def load(table: HubTable, split: str, columns: Sequence[str]) -> Dataset:
     cannot be had, lacks a column or does not have as many rows as the profile says."""
     where = f"Table {table.dataset!r}, configuration {table.config!r}, split {split!r}"
     kind, is_local = table.dataset, Path(table.dataset).is_dir()
-    options: dict[str, Any] = {} if is_local else {"revision": table.revision}
+    options: dict[str, Any] = {"name": table.config, "revision": table.revision}
     if table.files:
         kind = "parquet" if table.files.endswith(".parquet") else "json"
         root = table.dataset if is_local else f"hf://datasets/{table.dataset}@{table.revision}"
         options = {"data_files": {split: f"{root}/{table.files.format(split=split)}"}}
-    elif table.config:
-        options["name"] = table.config
     try:
         found = load_dataset(kind, split=split, **options)
     except (OSError, ValueError, DatasetsError, pa.ArrowException) as error:
@@ -123,8 +121,7 @@ def load(table: HubTable, split: str, columns: Sequence[str]) -> Dataset:
     if missing := [f"{name!r} (our {own[name]!r})" for name in own if name not in found.features]:
         there = f"no column {', '.join(missing)}; there are {', '.join(found.features)}"
         raise DataError(f"{where}: {there}. Say in `columns` of the profile which to read.")
-    renamed = {name: ours for name, ours in own.items() if name != ours}
-    return found.select_columns(list(own)).rename_columns(renamed)
+    return found.select_columns(list(own)).rename_columns(own)
 
 
 def with_text(rows: Iterable[Any], where: str) -> Iterator[Passage]:
@@ -148,8 +145,8 @@ def hub_rows(settings: HubSet, columns: Sequence[str]) -> tuple[list[Row], Count
     twice the first row counts; one in both splits is kept for `test`."""
     heldout, rows, left_out = settings.heldout, list[Row](), Counter[str]()
     tables = {name: load(settings.questions, name, columns) for name in (settings.train, heldout)}
-    texts = {name: map(str, table["question"]) for name, table in tables.items()}
-    asked = {name: pd.Series(list(map(same_question, own))) for name, own in texts.items()}
+    texts = {name: pd.Series(map(str, table["question"])) for name, table in tables.items()}
+    asked = {name: own.map(same_question) for name, own in texts.items()}
     rng = random.Random(f"split {settings.seed}")
     for name, table in tables.items():
         kept = asked[name].drop_duplicates()

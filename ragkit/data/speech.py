@@ -63,3 +63,9 @@ def parts_of_speech(text: str) -> list[Tagged]:
             raise DataError(f"{told} wording belong into assets/parts_of_speech.yaml.")
         tags += fitting
     return [(*match.span(), tag) for match, tag in zip(found, tags, strict=True)]
+
+
+def noun_places(text: str) -> list[tuple[int, int]]:
+    """Start and end, in characters, of the nouns of a text of the embedded worlds, proper nouns
+    included. Raises DataError for a word that the worlds do not hold."""
+    return [(start, end) for start, end, tag in parts_of_speech(text) if tag in NOUN_TAGS]

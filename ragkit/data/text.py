@@ -7,26 +7,20 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
-# Signs that print alike become one: quotes, dashes, full-width forms; invisible ones go.
-_FOLD = str.maketrans(
-    dict.fromkeys("‘’‛ʼ′`´", "'")
-    | dict.fromkeys("“”„‟″", '"')
-    | dict.fromkeys("‐‑‒–—―−", "-")
-    | {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)}
-    | dict.fromkeys("\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff", "")
-)
+import yaml
+
+from ragkit.settings import asset
+
+SIGNS: dict[str, Any] = yaml.safe_load(asset("signs.yaml").read_text("utf8"))
+_ALIKE = {sign: one for one, signs in SIGNS["alike"].items() for sign in signs}
+_FOLD = str.maketrans(_ALIKE | {chr(0xFF01 + i): chr(0x21 + i) for i in range(94)})
 _MARKS = "".join(sign for sign in map(chr, range(0xAC00)) if unicodedata.category(sign)[0] == "M")
-# Written without spaces, or with endings joined on: Thai, Lao, Burmese, Khmer, Hangul (after NFD),
-# kana, Han. Here every sign with its marks counts as a word.
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\u3007\u3041-\u30ff\u31f0-\u31ff"
-    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af"
-)
-_HANGUL = "[\u1100-\u115f][\u1160-\u11a7]?[\u11a8-\u11ff]?"  # one syllable
-_SIGN = rf"(?:{_HANGUL}|(?![{_MARKS}])[{_UNSPACED}])[{_MARKS}]*"
+_UNSPACED = "".join(SIGNS["unspaced"].values())
+_SIGN = rf"(?:{SIGNS['syllable']}|(?![{_MARKS}])[{_UNSPACED}])[{_MARKS}]*"
 _WORD = rf"[^\W_{_UNSPACED}]+(?:[{_MARKS}]+[^\W_{_UNSPACED}]*)*"
+_CUT = rf"{_WORD}|{_SIGN}|[^\w\s]|_"
 
 
 def folded(text: str, form: Literal["NFC", "NFD"]) -> str:
@@ -68,7 +62,12 @@ def f1(answer: str, golds: Sequence[str]) -> float:
 
 def words(text: str) -> list[str]:
     """Lower-case words and signs of a text after NFD, as DPR's simple tokenizer cuts them."""
-    return re.findall(rf"{_WORD}|{_SIGN}|[^\w\s]|_", folded(text, "NFD"))
+    return re.findall(_CUT, folded(text, "NFD"))
+
+
+def word_places(text: str) -> list[tuple[int, int]]:
+    """Where the words and signs of a text start and end, by their characters."""
+    return [found.span() for found in re.finditer(_CUT, text)]
 
 
 def holds_answer(text: str, golds: Sequence[str]) -> bool:

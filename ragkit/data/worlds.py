@@ -101,8 +101,7 @@ class NameMaker:
         raise DataError(f"{len(found)} names of kind {kind!r} are there, not {n}: lower entities.")
 
     def answer(self, kind: Any, but: str, aliased: bool) -> tuple[str, ...]:
-        """An answer's accepted forms: both of a list's `a|b`; a name, not `but`, and where it is
-        `aliased` a person's last name."""
+        """Accepted forms: both of a list's `a|b`; a name, not `but`; if `aliased`, a last name."""
         if isinstance(kind, list):
             return tuple(self.rng.choice(kind).split("|"))
         while (value := self.draw(kind)) == but:

@@ -120,8 +120,8 @@ def left_out_losses(reader: Reader, questions: Sequence[Question], found: Found)
 def make_teacher(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """A reader's look at the questions of a part: `scores.safetensors`, `trimmed.json`."""
     asked = Asked.open(inputs, settings["part"], settings["questions"], settings["k"])
-    reader, shown = open_reader(inputs, settings), (settings["order"], settings["seed"])
-    scores = look(reader, asked.questions, asked.passages, *shown)
+    asked, reader = asked.scored(settings["reader"]), open_reader(inputs, settings)
+    scores = look(reader, asked.questions, asked.passages, settings["order"], settings["seed"])
     if device.is_main():
         write_arrays(folder / "scores.safetensors", scores)
         counts = {"trimmed": int((scores["trimmed"] > 0).sum()), "prompts": len(asked.questions)}
@@ -134,7 +134,8 @@ make_heads = make_teacher  # of dev: the look by which heads are chosen
 def make_alone(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """What each passage alone says for the answer: `scores.safetensors` with `answer_logs`."""
     asked = Asked.open(inputs, "distill", settings["questions"], settings["k"])
-    logs = alone(open_reader(inputs, settings), asked.questions, asked.passages)
+    asked, reader = asked.scored(settings["reader"]), open_reader(inputs, settings)
+    logs = alone(reader, asked.questions, asked.passages)
     if device.is_main():
         write_arrays(folder / "scores.safetensors", {"answer_logs": logs})
 
@@ -142,6 +143,7 @@ def make_alone(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
 def make_loop(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """The same reader without one passage at a time: `scores.safetensors` with `loop`."""
     asked = Asked.open(inputs, "distill", settings["questions"], settings["k"])
-    losses = left_out_losses(open_reader(inputs, settings), asked.questions, asked.passages)
+    asked, reader = asked.scored(settings["reader"]), open_reader(inputs, settings)
+    losses = left_out_losses(reader, asked.questions, asked.passages)
     if device.is_main():
         write_arrays(folder / "scores.safetensors", {"loop": losses})

@@ -1,10 +1,8 @@
 """What notebooks 05 to 09 look at: tokens, closeness, and indicators beside retrieval gains."""
 
 import sys
-from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from functools import cache
-from operator import itemgetter
 from pathlib import Path
 from typing import Literal
 
@@ -12,14 +10,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ragkit.data.corpus import block, hits
+from ragkit.data.corpus import hits
 from ragkit.data.speech import Tagged, parts_of_speech
-from ragkit.distillation.targets import READERS, UNTAUGHT
+from ragkit.distillation.targets import UNTAUGHT
 from ragkit.errors import NounsError
 from ragkit.experiment.graph import TAUGHT_BY
 from ragkit.experiment.lab import Lab
 from ragkit.indicators import measures
-from ragkit.indicators.measures import Bools, Floats, Interval, Tokens
+from ragkit.indicators.measures import Bools, Cut, Floats, Interval, Tokens
 from ragkit.settings import WorldSet
 
 COMPARED = ("attention", "Spearman closest")  # the two numbers of an indicator, as in the figure
@@ -74,22 +72,10 @@ class Analysis:
         attention = tokens.attention(self.lab.profile.attention)
         return measures.indicator(attention, close, tokens.question, exact, settings.share)
 
-    def by_word(
-        self, which: str, cut: Callable[[str], list[Tagged]], titles: bool = False
-    ) -> list[str]:
-        """The label of the word that each token of `tokens` ends in, or 'unknown' `[tokens]`; `cut`
-        gives start, end and label of every word of a text, in order."""
-        tokens, labels = self.tokens(which, titles=titles), []
-        words = [
-            [(cut(one.text), cut(block(one.title, "")) if titles else []) for one in passages]
-            for passages in self.found
-        ]
-        places = (tokens.question, tokens.owner, tokens.title.astype(int), tokens.ends)
-        for question, owner, title, end in zip(*places, strict=True):
-            there = words[question][owner][title]
-            number = bisect_right(there, end, key=itemgetter(1))
-            labels.append(there[number][2] if end >= 0 else "unknown")
-        return labels
+    def by_word(self, which: str, cut: Cut, titles: bool = False) -> list[str]:
+        """`measures.by_word` of a reader's `tokens`; 'unknown' where a token's place is that."""
+        labels = measures.by_word(self.tokens(which, titles=titles), self.found, cut)
+        return [label or "unknown" for label in labels]
 
     def speech(self) -> Callable[[str], list[Tagged]]:
         """What cuts this set's texts into words with their parts of speech: the worlds' own, or the
@@ -127,24 +113,6 @@ class Analysis:
         `[seeds, questions]`), NaN left out, with an interval over their groups and the seeds."""
         groups = self.groups(part)[: values.shape[-1]]
         return measures.interval(values, groups, self.lab.profile.evaluate.bootstrap)
-
-    def differences(
-        self, goal: Goal, space: str | None = None, ending: str = ""
-    ) -> dict[str, Interval]:
-        """What C5 asks of an indicator of the two regimes' readers, question by question, by what
-        is compared: one with the other after distillation, each with itself before it. `ending`
-        names the prompt, as the readers' names end."""
-        poor, good = (f"{which}{ending}" for which in READERS)
-        now = {w: self.indicator(w, goal, space, f"{w} attention") for w in (poor, good)}
-        before = {w: self.indicator(w, goal, space) for w in (poor, good)}
-        pairs = {f"{name}, {good} minus {poor}": (name, now[good], now[poor]) for name in COMPARED}
-        name = COMPARED[1]
-        pairs[f"{name}, {good} after minus before"] = (name, now[good], before[good])
-        pairs[f"{name}, {poor} before minus after"] = (name, before[poor], now[poor])
-        return {
-            told: self.mean_of((more[name] - less[name]).to_numpy())
-            for told, (name, more, less) in pairs.items()
-        }
 
     def followings(self, goal: Goal) -> pd.DataFrame:
         """How well an indicator orders the readers of all runs of Step 1 by the gain that each

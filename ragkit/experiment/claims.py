@@ -82,8 +82,8 @@ def answers_most(analysis: Analysis) -> Part:
     close, exact = analysis.closeness(READERS[1], "answer", profile.indicators.space)
     lifts = measures.lift(tokens.attention(profile.attention), tokens.question)
     for ending, kept in (("", close), (" (no exact)", np.where(exact, np.nan, close))):
-        near = measures.closest(kept, tokens.question, share) & np.isfinite(lifts)
-        top = measures.means(lifts[near], tokens.question[near], len(analysis.questions))
+        near = measures.closest(kept, tokens.question, share)
+        top = measures.means(np.where(near, lifts, np.nan), tokens.question)
         rest = np.where(near, np.nan, kept)
         others = measures.deciles(lifts, rest, tokens.question, round(1 / share) - 1)
         levels = pd.DataFrame(others[analysis.gold_found()]).mean().fillna(-np.inf)
@@ -102,22 +102,19 @@ def nouns_most(analysis: Analysis) -> Part:
     _, answer = analysis.closeness(which, "answer", space, titles=True)
     labels = np.array(analysis.by_word(which, analysis.speech(), titles=True))
     cells = np.vstack([tokens.owner, np.unique(labels, return_inverse=True)[1]])
-    kept = np.where(answer, np.nan, close)
-    near = measures.closest(kept, tokens.question, LIMITS["closest"])
+    near = measures.closest(np.where(answer, np.nan, close), tokens.question, LIMITS["closest"])
 
     def judge(attention: Floats) -> Part:
         lifts = measures.lift(attention, tokens.question)
-        mine = near & np.isfinite(lifts)
-        top = measures.means(lifts[mine], tokens.question[mine], len(analysis.questions))
+        top = measures.means(np.where(near, lifts, np.nan), tokens.question)
         apart = np.where(answer | (labels == "unknown"), np.nan, lifts)
         lead = measures.matched_lead(apart, near, cells, tokens.question)
         numbers = {"lift of the closest": (top, 1.0), "lead over those alike": (lead, 0.0)}
         return judged(Number(n, of_gold(analysis, v), line) for n, (v, line) in numbers.items())
 
     found = judge(tokens.attention(profile.attention))
-    planted = judge(
-        np.where(nouns, 1.0, 0.1)
-    )  # a tenth for other tokens: a question without such nouns has lifts
+    # a tenth for other tokens: a question without such nouns has lifts
+    planted = judge(np.where(nouns, 1.0, 0.1))
     told = f"{found.measured} (planted on the nouns: {planted.measured}, {planted.verdict})"
     return Part(found.verdict if planted.verdict == "reproduced" else "not comparable", told)
 
@@ -126,18 +123,27 @@ def higher(
     analysis: Analysis, ending: str, goal: Goal, space: str | None = None
 ) -> Iterator[Number]:
     """C5 (answer), or C6 in one space of closeness (nouns)."""
-    taught = [analysis.hit_gains(f"{which}{ending} attention") for which in READERS]
-    gain = analysis.mean_of(taught[1] - taught[0])
+    poor, good = (f"{which}{ending}" for which in READERS)
+    taught, before, after = {}, {}, {}
+    for which in (poor, good):
+        taught[which] = analysis.hit_gains(f"{which} attention")
+        before[which] = analysis.indicator(which, goal, space)
+        after[which] = analysis.indicator(which, goal, space, f"{which} attention")
+    gain = analysis.mean_of(taught[good] - taught[poor])
     sign = side(gain)  # the reader whose distillation gains more should have the higher indicator
     yield Number("HR@5 gain, fine-tuned minus off-the-shelf", gain, votes=False)
-    found = {name: (v, 0.0, sign) for name, v in analysis.differences(goal, space, ending).items()}
-    for which, wanted in zip(READERS, (-sign, sign), strict=True) if goal == "nouns" else ():
-        reader = f"{which}{ending}"
-        table = analysis.indicator(reader, goal, space, f"{reader} attention")
-        value = analysis.mean_of(table[COMPARED[1]].to_numpy())
-        found[f"{COMPARED[1]} of {reader}"] = (value, LINE, wanted)
+    found, order = {}, COMPARED[1]
+    for name in COMPARED:
+        found[f"{name}, {good} minus {poor}"] = (after[good][name] - after[poor][name], 0.0, sign)
+    rise, fall = after[good][order] - before[good][order], before[poor][order] - after[poor][order]
+    found[f"{order}, {good} after minus before"] = (rise, 0.0, sign)
+    found[f"{order}, {poor} before minus after"] = (fall, 0.0, sign)
+    if goal == "nouns":
+        found[f"{order} of {poor}"] = (after[poor][order], LINE, -sign)
+        found[f"{order} of {good}"] = (after[good][order], LINE, sign)
     groups = len({*analysis.groups()[: len(analysis.questions)]})
-    for name, (value, line, wanted) in found.items():
+    for name, (values, line, wanted) in found.items():
+        value = analysis.mean_of(values.to_numpy())
         few = value.n < LIMITS["defined"] * groups
         told = f" (defined for {value.n} of {groups})" if few else ""
         yield Number(f"{name}{told}", value, line, 0 if few else wanted)

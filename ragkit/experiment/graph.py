@@ -19,11 +19,11 @@ from ragkit.settings import WorldSet, derived_seed
 
 CEILING = "both sides"  # the variation by which the oracle shows how far Step 2 can go
 TAUGHT_BY = ("attention", "perplexity")  # the signals that every reader teaches by
-BESIDE = ("LOOP", "EMDR2")  # and those that only the two regimes' readers do
 # The rankings of systems without Step 2; of no system, the initial one's.
 UNLEARNT = dict.fromkeys(("", "closed book", "initial"), "candidates") | {"BM25": "bm25"}
 # Of the reader's section, what matters where it only reads; the rest is Step 1's.
-READING = ("model", "revision", "context", "dtype", "at_once", "answer_tokens", "layout")
+READING = ["model", "revision", "context", "dtype", "at_once", "answer_tokens", "layout"]
+READING += ["chat", "answer"]
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,8 @@ class Graph:
         known |= {"questions": number, "answered": number, "part": KINDS[kind].get("part")}
         known["base"] = {key: known["reader"][key] for key in READING}
         if of.which == ENCODER_DECODER:
-            known |= {"which": READERS[1], "reader": known["encoder_decoder"]}
+            same = {"answer": self.profile.reader.answer}  # closeness is to one answer
+            known |= {"which": READERS[1], "reader": known["encoder_decoder"] | same}
         match kind:
             case "passages":
                 known |= passage_settings(one)
@@ -179,6 +180,7 @@ class Graph:
                 known["index"] = {key: known["index"][key] for key in ("dtype", "shard")}
             case "step1":
                 known["seed"] = self.profile.step1_seeds[0]
+                known["questions"] = None if known["world"] else self.profile.distill.questions
                 known["weights"] = model_files(known["reader"]["model"])
             case "step2":
                 own = {key: one for key, one in known["distill"].items() if key != "seeds"}
@@ -245,13 +247,13 @@ def of_set(graph: Graph, name: str) -> Iterator[Stage]:
         yield graph.stage(kind, Of(name))
     for which in graph.readers():
         yield graph.stage("heads", Of(name, which, "rank"))
-    taught = [f"{which} {signal}" for signal in BESIDE for which in READERS]
+    taught = [f"{which} {signal}" for signal in profile.beside for which in READERS]
     yield from of_run(graph, name, [*graph.targets, *taught])
     if profile.encoder_decoder:  # the fifth system of the paper's figure
         found = graph.system(name, *targets.SYSTEMS["encoder-decoder distillation"])
         yield graph.stage("closeness", found)
-    for order, which in product(("shuffled", "empty"), graph.asked()):  # notebook 03
-        yield graph.stage("teacher", Of(name, which, order))
+    for order, which in product(profile.orders, graph.asked()):  # notebook 03
+        yield from (graph.stage("teacher", Of(name, which, one)) for one in targets.LOOKS[order])
     yield from (earlier.stage("candidates", Of(name)) for earlier in graph.passed_over(name))
     if isinstance(graph.sets[name], WorldSet) and profile.distill.side == "query":
         yield graph.varied(CEILING).step2(name, "oracle", first)

@@ -22,7 +22,6 @@ from ragkit.experiment.store import Stage, Store, fingerprint
 from ragkit.profile import Profile, load_profile
 
 TAKEN = ("course", "bench")  # folders below `runs/` that are no runs
-OPENED = "RAGKIT_OPENED"  # names a file that takes down which stages a notebook opens
 FIGURES = "RAGKIT_FIGURES"  # names the folder that a notebook's figures go to
 Places = NDArray[np.int64]  # of passages
 Curve = list[dict[str, float]]  # of Step 2: a row a look at dev
@@ -53,6 +52,7 @@ class Lab:
     def __init__(self, profile: str | Profile = "tiny", runs: Path | str = "runs") -> None:
         self.profile = profile if isinstance(profile, Profile) else changed_profile(profile, ())
         self.runs, self.folder = Path(runs), Path(runs) / self.profile.name
+        self.base = self.profile.name.partition("-")[0]  # without what names a change of it
         self.figures = Path(os.environ.get(FIGURES) or self.folder / "figures")
         self.store, self.graph = Store(self.folder), Graph(self.profile)
         self.status, self.sets = self.store.status, self.graph.sets
@@ -70,11 +70,7 @@ class Lab:
 
     def open_stage(self, stage: Stage) -> Path:
         """A stage's folder, made if it is missing."""
-        folder = self.store.open(stage)
-        if noted := os.environ.get(OPENED):
-            with open(noted, "a", encoding="utf8") as file:
-                file.write(f"{json.dumps([stage.name, stage.key])}\n")
-        return folder
+        return self.store.open(stage)
 
     def with_graph(self, graph: Graph) -> "Lab":
         """This lab's store and sets with another graph: `graph.varied(...)`, `graph.again(...)`."""
@@ -83,11 +79,15 @@ class Lab:
         return other
 
     def corpus(self, set_name: str) -> Corpus:
-        """Passages and questions of a set."""
+        """Passages and questions of a set; first that answer by which the reader is scored."""
         key = self.graph.stage("questions", Of(set_name)).key  # `with_graph` may be of another draw
         if key not in self.corpora:
             places = (self.open(kind, set_name) for kind in ("passages", "questions"))
-            self.corpora[key] = Corpus.load(set_name, *places)
+            corpus = self.corpora[key] = Corpus.load(set_name, *places)
+            if self.profile.reader.answer == "found":
+                for part, rows in self.candidates(set_name).items():
+                    asked = Asked(corpus, corpus.questions[part], rows[:, : self.profile.k])
+                    corpus.questions[part] = asked.scored(vars(self.profile.reader)).questions
         return self.corpora[key]
 
     def candidates(self, set_name: str, by: str = "candidates") -> dict[str, Places]:
@@ -113,11 +113,9 @@ class Lab:
         """Start and end, in characters, of the nouns of each question of a part. NounsError says
         why where no noun finder is at hand for this set."""
         if not self.graph.has_nouns(set_name):
-            raise NounsError(
-                f"No noun finder for the questions of {set_name}: {self.profile.nouns!r} is not "
-                "here, or knows the embedded worlds only. Name a spaCy pipeline (python -m spacy "
-                "download en_core_web_sm) or its folder under nouns."
-            )
+            told = f"No noun finder for the questions of {set_name}: {self.profile.nouns!r} is not "
+            told += "here, or knows the embedded worlds only. Name a spaCy pipeline (python -m "
+            raise NounsError(f"{told}spacy download en_core_web_sm) or its folder under nouns.")
         return read_json(self.open("nouns", set_name) / "spans.json")[part]
 
     def look(self, set_name: str, which: str, order: str = "rank") -> dict[str, NDArray[Any]]:

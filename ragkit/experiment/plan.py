@@ -7,7 +7,6 @@ import math
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import yaml
+from jinja2 import Template
 from scipy.optimize import nnls
 
 from ragkit.errors import ProfileError
@@ -46,6 +46,8 @@ def shape_of(model: str) -> tuple[float, int, int]:
     folder = Path(EMBEDDED.get(model, model))
     if folder.is_dir():
         config = AutoConfig.from_pretrained(folder)
+    elif folder.is_file():
+        config = AutoConfig.from_pretrained(folder.parent, gguf_file=folder.name)
     elif model in HUB["models"]:
         config = AutoConfig.for_model(**HUB["models"][model]["config"])
     else:
@@ -66,13 +68,10 @@ def needs(stage: Stage, profile: Profile) -> dict[str, Any]:
     lean, trained = settings.gradient_checkpointing, 0.02 if settings.lora_rank else 1.0
     read = 2 * weights * tokens  # a prompt: two operations for each weight and token
     answer, asked = read + 2 * weights * ANSWER, 2 * encoder * QUESTION
-    operations = {
-        **{"tokens": read, "contextual": read, "loop": (profile.k - 1) * read},
-        **{"premises": answer, "answers": answer, "alone": read},
-        "step1": (4 if lean else 3) * read,
-        **{"teacher": read, "heads": read},
-        **{"vectors": 2 * encoder * PASSAGE, "candidates": asked, "step2": 3 * asked},
-    }
+    operations = dict.fromkeys(("tokens", "contextual", "alone", "teacher", "heads"), read)
+    operations |= {"premises": answer, "answers": answer, "loop": (profile.k - 1) * read}
+    operations |= {"vectors": 2 * encoder * PASSAGE, "candidates": asked, "step2": 3 * asked}
+    operations["step1"] = (4 if lean else 3) * read
     index = 0 if profile.index.factory == "Flat" else 80
     vector = width * WIDTH[profile.index.dtype]
     stays = units * {"passages": 700, "vectors": vector, "index": index}.get(kind, 0)
@@ -157,6 +156,8 @@ def measured(lab: Lab) -> pd.DataFrame:
             reader = profile.reader.model_copy(update={"steps": 4 * times})
             crops = profile.retriever.model_copy(update={"crop_steps": 8 * times})
             less = {"sets": (first.model_copy(update=few),), "reader": reader, "retriever": crops}
+            asked = {"questions": 8 * times}  # Step 1 of real text learns from the others
+            less |= {"distill": profile.distill.model_copy(update=asked)}
             less |= {"encoder_decoder": None}  # of the decoder's size, about
             small, seen = Lab(profile.model_copy(update=less), folder), Counter[str]()
             for stage in small.stages:
@@ -166,31 +167,17 @@ def measured(lab: Lab) -> pd.DataFrame:
         return recorded(lab, Path(folder))
 
 
-def lines(lab: Lab) -> Iterator[str]:
-    """The plan, for people: what is fetched, the kinds of stages, hours, and what does not fit."""
+def told(lab: Lab) -> str:
+    """The plan, for people (`assets/plan.txt`): what is fetched, the kinds of stages, hours, and
+    what does not fit."""
     fetched, (table, how) = downloads(lab.profile), make(lab)
-    yield f"Plan of profile {lab.profile.name}. Nothing is fetched for it."
-    for what, gb in fetched.items():
-        yield f"  to fetch: {what}: {'size not known here' if math.isnan(gb) else f'{gb:.2f} GB'}"
-    yield f"  {'stage':11}{'number':>7}{'units':>12}{'time':>18}{'memory':>10}{'disk':>10}"
-    for kind, rows in table.groupby("kind", sort=False):
-        took, units = timedelta(seconds=round(rows["seconds"].sum())), rows["units"].sum()
-        held, stays = rows["memory"].max() / 1e9, rows["stays"].sum() / 1e9
-        told = f"  {kind:11}{len(rows):>7}{units:>12,.0f}{took!s:>18}"
-        yield f"{told}{held:>7.1f} GB{stays:>7.2f} GB"
-    wall = table["seconds"].sum() / workers_of(lab) + (0 if table.empty else NOTEBOOKS)
-    yield f"Time: {timedelta(seconds=round(wall))} from begin to end, {how}."
-    stays, free = table["stays"].sum() / 1e9, shutil.disk_usage(lab.folder).free / 1e9
-    stays, passing = stays + np.nansum([*fetched.values()]), max(table["passing"], default=0) / 1e9
-    told = f"Disk: {stays:.1f} GB stay, {passing:.1f} GB more in passing; {free:.0f} GB free: "
-    helps = "Fewer reader.checkpoints, a narrower index.dtype, or another --runs helps."
-    yield told + (f"does NOT fit. {helps}" if stays + passing > free else "fits.")
-    if not table.empty:
-        kind, memory = table.sort_values("memory")[["kind", "memory"]].iloc[-1]
-        room = {"here": psutil.virtual_memory().total / workers_of(lab)}
-        if lab.profile.device == "cuda":
-            room = {f"on {name}": card["gb"] * 1e9 for name, card in HUB["gpus"].items()}
-        small = [place for place, size in room.items() if memory > 0.92 * size]
-        knob = KINDS[kind].get("knob", "reader.at_once")
-        fits = f"does NOT fit {', '.join(small)}; there lower {knob}." if small else "fits."
-        yield f"Memory: {kind} needs {memory / 1e9:.1f} GB: {fits}"
+    at_once = workers_of(lab)
+    seconds = table["seconds"].sum() / at_once + (0 if table.empty else NOTEBOOKS)
+    room = {"here": psutil.virtual_memory().total / at_once}
+    if lab.profile.device == "cuda":
+        room = {f"on {name}": card["gb"] * 1e9 for name, card in HUB["gpus"].items()}
+    stays = table["stays"].sum() + 1e9 * np.nansum([*fetched.values()])
+    numbers = {"seconds": seconds, "stays": stays, "free": shutil.disk_usage(lab.folder).free}
+    given = {"lab": lab, "fetched": fetched, "table": table, "how": how, "room": room, **numbers}
+    text = asset("plan.txt").read_text("utf8")
+    return Template(text, trim_blocks=True).render(given, knobs=KINDS, duration=timedelta)

@@ -82,10 +82,10 @@ def closure(source: str) -> dict[str, str]:
 
 
 @cache
-def versions(also: tuple[str, ...] = ()) -> dict[str, str]:
-    """The installed versions of Python, LIBRARIES and others, on which results depend."""
+def versions() -> dict[str, str]:
+    """The installed versions of Python and LIBRARIES, on which results depend."""
     found = {"python": ".".join(platform.python_version_tuple()[:2])}
-    for name in LIBRARIES + also:
+    for name in LIBRARIES:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
@@ -100,9 +100,7 @@ def model_files(name: str) -> dict[str, str]:
 
 
 def finder_state(model: str) -> dict[str, str]:
-    """What a noun finder is, by version or hashes; empty where there is none."""
-    if model == "embedded":
-        return {model: "trained here"}
+    """What a noun finder from outside is, by version or hashes; empty where there is none."""
     is_package = model.isidentifier() and find_spec(model)
     return contents(model) or ({model: metadata.version(model)} if is_package else {})
 

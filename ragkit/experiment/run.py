@@ -1,5 +1,5 @@
-"""A run: every stage made by a pool of processes, every notebook executed by papermill and kept in
-`<run>/stages/notebook/<key>`, the manifest written."""
+"""A run: every stage made by a pool of processes, every notebook executed by papermill as a stage
+made of all others, the manifest written."""
 
 import json
 import logging
@@ -10,25 +10,28 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
-from importlib import import_module
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import psutil
+from jupyter_client import AsyncKernelManager
+from jupyter_client.kernelspec import KernelSpec
 
 from ragkit import errors
 from ragkit.data.files import file_hash, room_on_disk, write_whole
 from ragkit.errors import NotebookError, RagkitError
 from ragkit.experiment import store
-from ragkit.experiment.lab import FIGURES, OPENED, Lab, read_json
-from ragkit.experiment.provenance import PACKAGE, closure, versions
+from ragkit.experiment.lab import FIGURES, Lab, read_json
+from ragkit.experiment.provenance import PACKAGE, closure
 from ragkit.experiment.store import Stage, Store
 from ragkit.profile import save_profile
+from ragkit.settings import REFERENCES
 
 log = logging.getLogger(__name__)
 NOISY = "papermill httpx bm25s datasets faiss traitlets spacy asyncio sentence_transformers"
@@ -37,6 +40,7 @@ KILLED = (
     "its Python process was killed, most likely because memory ran out. Close other programs, then "
     "give the same command: it goes on from there."
 )
+QUIET = {"TQDM_DISABLE": "1"}  # bars of two processes on one line cannot be read
 OWN_ERRORS = {*vars(errors), "AttentionError"}
 
 
@@ -51,6 +55,7 @@ def start_logging() -> None:
 def begin_worker() -> None:
     """A worker leaves Ctrl-C to the main process, and ends with it, whatever ends that."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    store.SHARED = False  # it is none of several processes that work as one
 
     def follow() -> None:
         if parent := multiprocessing.parent_process():
@@ -58,7 +63,7 @@ def begin_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-    os.environ["TQDM_DISABLE"] = "1"  # the bars of two processes on one line cannot be read
+    os.environ |= QUIET
     start_logging()
 
 
@@ -82,10 +87,8 @@ def workers_of(lab: Lab) -> int:
 def make_all(lab: Lab, stages: Sequence[Stage]) -> None:
     """Makes every stage that is missing, each as soon as its inputs are there, in the list's order.
     The first error ends the run; what was finished is kept."""
-    there = [lab.store.why_not(one) is None for one in stages] if store.MAIN else []
-    pairs = zip(stages, store.agreed(there), strict=True)  # the processes of a run see one state
-    unmade = {one.key: one for one, made in pairs if not made}
-    lab.store.status |= {one.name: "reused" for one in stages if one.key not in unmade}
+    unmade = {one.key: one for one in stages if lab.store.agreed_reason(one) is not None}
+    lab.store.status |= {s.name: "reused" for s in stages if s.key not in unmade} | lab.store.status
     log.info("%d stages are there, %d are to be made", len(stages) - len(unmade), len(unmade))
     if (at_once := workers_of(lab)) == 1 or len(unmade) < 2:
         for one in unmade.values():
@@ -113,140 +116,106 @@ def make_all(lab: Lab, stages: Sequence[Stage]) -> None:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def stoppable(works: Sequence[Callable[[], object]], at_once: int = 1) -> None:
-    """Runs works that talk to notebooks' kernels in threads, begun in order: in the main thread
-    papermill and nbclient take Ctrl-C for themselves. On Ctrl-C the kernels are ended. After an
-    error nothing is begun; what runs is finished, and the error is raised then."""
-    with futures.ThreadPoolExecutor(at_once) as pool:
-        running = [pool.submit(work) for work in works]
+def stoppable(work: Callable[[], object]) -> None:
+    """Runs work that talks to a notebook's kernel in a thread: in the main thread papermill and
+    nbclient take Ctrl-C for themselves. On Ctrl-C the kernel is ended."""
+    with futures.ThreadPoolExecutor(1) as pool:
+        running = pool.submit(work)
         try:
-            futures.wait(running, return_when=futures.FIRST_EXCEPTION)
-            pool.shutdown(cancel_futures=True)
+            running.result()
         except KeyboardInterrupt:
-            pool.shutdown(wait=False, cancel_futures=True)
-            while not all(one.done() for one in running):
+            while not running.done():
                 for kernel in psutil.Process().children():
                     kernel.kill()
                 time.sleep(0.1)
             raise
-        for one in running:
-            if not one.cancelled():
-                one.result()
 
 
-def told(home: Path, status: str) -> dict[str, Any]:
-    """What a stage or notebook says of itself, for the manifest, and what happened to it now."""
-    kept = ("kind", "seconds", "peak_mib", "units", "made")
-    saved = {key: value for key, value in read_json(home / store.RECORD).items() if key in kept}
-    return {"key": home.name, **saved, "status": status}
-
-
-def kernel_of_here(folder: Path, name: str, env: dict[str, str]) -> str:
-    """Writes a kernel that runs this interpreter and package, for a `python3` that others installed
-    may run another; returns its name. It is none of several processes that work as one, and logs
-    nothing: a cell's errors stand in the notebook."""
-    place = folder / "kernels" / name
-    place.mkdir(parents=True, exist_ok=True)
+def kernel_of_here(**env: str) -> type[AsyncKernelManager]:
+    """A class of kernels that run this interpreter and package, for a `python3` that others
+    installed may run another. They are none of several processes that work as one, and log nothing:
+    a cell's errors stand in the notebook."""
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
-    env = {"PYTHONPATH": path, "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "-1", **env}
+    alone = {"PYTHONPATH": path, "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "-1"}
     quiet = ["ipykernel_launcher", "--log-level=CRITICAL", "-f", "{connection_file}"]
-    spec = {"argv": [sys.executable, "-m", *quiet], "display_name": name, "language": "python"}
-    write_whole(place / "kernel.json", json.dumps(spec | {"env": env}))
-    known = [str(folder), *os.environ.get("JUPYTER_PATH", "").split(os.pathsep)]
-    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, dict.fromkeys(known)))
-    return name
+    spec = KernelSpec(argv=[sys.executable, "-m", *quiet], env=alone | QUIET | env)
+    return type("KernelOfHere", (AsyncKernelManager,), {"kernel_spec": spec})
 
 
-class Notebooks:
-    """The notebooks in `sources` as stages of a run, whose own stages must be made. An execution,
-    with its figures, holds as long as its source, profile, code, libraries and the stages that it
-    opened are the same. `homes` and `status` say by name where one lies and what happened to it."""
-
-    def __init__(self, lab: Lab, sources: Path) -> None:
-        self.lab, self.sources = lab, sorted(sources.glob("[0-9A]*.ipynb"))
-        self.homes, self.status = dict[str, Path](), dict[str, str]()
-        if not self.sources:
-            raise NotebookError(f"No notebooks in {sources}. Run this from a checkout.")
-
-    def record(self, source: Path) -> dict[str, Any]:
-        """What an execution depends on besides the stages that it opens."""
-        cells = nbformat.read(source, as_version=4).cells
+def notebooks_of(lab: Lab, sources: Path) -> list[Stage]:
+    """The notebooks in `sources` as stages made of all others, which they may open. An execution
+    depends besides on its source, profile, code, the libraries that it draws with, and where it
+    opens published tables (`tables.published`) on these, which the run's other notebooks made."""
+    files = sorted(sources.glob("[0-9A]*.ipynb"))
+    if not files:
+        raise NotebookError(f"No notebooks in {sources}. Run this from a checkout.")
+    inputs = {one.name: one for one in lab.stages}
+    common = {
+        "profile": lab.profile.model_dump(mode="json", exclude={"name"}),
+        "drawn with": {name: metadata.version(name) for name in DRAWN_WITH},
+    }
+    notebooks = []
+    for file in files:
+        cells = nbformat.read(file, as_version=4).cells
         code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
-        profile = store.without_free(self.lab.profile.model_dump(mode="json", exclude={"name"}))
-        own = {"its source": file_hash(source), **closure(code)}
-        return {"profile": profile, "code": own, "versions": versions(DRAWN_WITH)}
+        own = {"its source": store.fingerprint([one.source for one in cells]), **closure(code)}
+        settings: Any = common | {"code": own, "source": os.path.relpath(file, PACKAGE.parent)}
+        if "published(" in code:
+            tables = [*REFERENCES.rglob("*.csv"), *(lab.folder / "figures").glob("*.csv")]
+            others = [one for one in sorted(tables) if not one.name.startswith(file.stem[:2])]
+            settings["tables"] = [[one.name, file_hash(one)] for one in others]
+        maker = f"{__name__}:make_notebook"
+        notebooks.append(Stage("notebook", file.stem, maker, settings, inputs))
+    return notebooks
 
-    def state(self, source: Path) -> tuple[Path | None, str]:
-        """The folder of an execution that holds; if there is none, why not the newest."""
-        record, reasons = self.record(source), []
-        keys = {stage.key for stage in self.lab.stages}  # a variation opens many under its own name
-        for home, saved in store.remembered(self.lab.folder, "notebook", source.stem):
-            was = saved["record"]
-            opened = {n: pair for n, pair in was.get("inputs", {}).items() if pair[1] in keys}
-            now = record | {"inputs": opened}
-            if was == now and store.contents(home) == saved["files"]:
-                return home, ""
-            damaged = "its files are damaged or missing"
-            reasons.append(damaged if was == now else store.difference(was, now))
-        return None, [*reasons, "not made yet"][0]
 
-    def run(self, source: Path) -> None:
-        """Executes a notebook aside and keeps it with its figures, if no execution holds."""
-        (home, reason), name, place = self.state(source), source.stem, self.lab.folder / "partial"
-        self.status[name] = f"ran: {reason}" if home is None else "reused"
-        if home is not None:
-            self.homes[name] = home
-            log.info("reused   notebook %s", name)
-            return
-        log.info("running  notebook %s (%s)", name, reason)
-        folder, noted = place / f"notebook-{name}", place / f"{name}.opened"
-        shutil.rmtree(folder, ignore_errors=True)
-        (folder / "figures").mkdir(parents=True)
-        noted.write_text("")
-        record, started = self.record(source), time.monotonic()
-        self.execute(source, folder, {OPENED: str(noted), FIGURES: str(folder / "figures")})
-        seconds = round(time.monotonic() - started, 1)
-        pairs = map(json.loads, noted.read_text("utf8").splitlines())
-        record["inputs"] = {stage: [stage, key] for stage, key in pairs}
-        home = self.lab.folder / "stages" / "notebook" / store.fingerprint(record)
-        saved = {"name": name, "kind": "notebook", "record": record, "seconds": seconds}
-        store.keep(folder, home, saved | {"units": {"notebooks": 1}})
-        self.homes[name] = home
-        log.info("done     notebook %s in %.0f s", name, seconds)
+def make_notebook(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
+    """Executes a notebook, with its figures in `figures/`; what goes wrong ends as one sentence
+    that names notebook and cell. Raises NotebookError."""
+    import papermill  # it takes a second, and a run with nothing to do need not wait for it
+    from nbclient.exceptions import DeadKernelError
+    from papermill.exceptions import PapermillExecutionError
 
-    def execute(self, source: Path, folder: Path, env: dict[str, str]) -> None:
-        """Runs a notebook; what goes wrong ends as one sentence that names notebook and cell."""
-        import papermill  # it takes a second, and a run with nothing to do need not wait for it
-        from nbclient.exceptions import DeadKernelError
-        from papermill.exceptions import PapermillExecutionError
+    run, source = folder.resolve().parent.parent, PACKAGE.parent / settings["source"]
+    out, figures = folder.resolve() / source.name, folder.resolve() / "figures"
+    figures.mkdir(exist_ok=True)
+    given = {"PROFILE": str(run / "profile.yaml"), "RUNS": str(run.parent)}
+    # papermill only warns of a parameter that a notebook lacks; its own value would count then
+    if lacks := sorted(given.keys() - papermill.inspect_notebook(str(source)).keys()):
+        told = f"{source.name} does not know the parameter {', '.join(lacks)}"
+        raise NotebookError(f"{told}: give it a line in its cell tagged 'parameters'.")
+    kernel = kernel_of_here(**{FIGURES: str(figures)})
+    options = {"kernel_manager_class": kernel, "progress_bar": False}
+    try:
+        stoppable(partial(papermill.execute_notebook, source, out, given, **options))
+    except DeadKernelError:
+        raise NotebookError(f"Notebook {source.name}: {KILLED}") from None
+    except PapermillExecutionError as error:
+        where = f"Notebook {source.name}, cell {error.exec_count}"
+        if error.ename in OWN_ERRORS:  # they speak for themselves
+            raise NotebookError(f"{where}: {error.evalue}") from None
+        first = next(filter(None, map(str.strip, error.source.splitlines())), "")
+        told = f"{error.ename}: {error.evalue}\nThe notebook with its traceback: {out}"
+        raise NotebookError(f"{where} ({first!r}): {told}") from None
 
-        profile, out = (self.lab.folder / "profile.yaml").resolve(), folder / source.name
-        given = {"PROFILE": str(profile), "RUNS": str(self.lab.runs.resolve())}
-        # papermill only warns of a parameter that a notebook lacks; its own value would count then
-        if lacks := sorted(given.keys() - papermill.inspect_notebook(str(source)).keys()):
-            told = f"{source.name} does not know the parameter {', '.join(lacks)}"
-            raise NotebookError(f"{told}: give it a line in its cell tagged 'parameters'.")
-        kernels, name = self.lab.folder / "partial" / "jupyter", f"ragkit-{source.stem}"
-        options = {"kernel_name": kernel_of_here(kernels, name, env), "progress_bar": False}
-        try:
-            papermill.execute_notebook(str(source), str(out), given, **options)
-        except DeadKernelError:
-            raise NotebookError(f"Notebook {source.name}: {KILLED}") from None
-        except PapermillExecutionError as error:
-            where = f"Notebook {source.name}, cell {error.exec_count}"
-            if error.ename in OWN_ERRORS:  # they speak for themselves
-                raise NotebookError(f"{where}: {error.evalue}") from None
-            first = next(filter(None, map(str.strip, error.source.splitlines())), "")
-            told = f"{error.ename}: {error.evalue}\nThe notebook with its traceback: {out}"
-            raise NotebookError(f"{where} ({first!r}): {told}") from None
 
-    def publish(self) -> None:
-        """Lays the notebooks with their outputs, and all their figures, into the run's folder."""
-        for part, below in (("notebooks", "*.ipynb"), ("figures", "figures/*")):
-            with store.replaced(self.lab.folder / part) as aside:
-                for home in self.homes.values():
-                    for file in home.glob(below):
-                        shutil.copy(file, aside)
+def publish(lab: Lab, notebooks: Sequence[Stage]) -> None:
+    """Executes notebooks, and lays them with their figures into the run's folder."""
+    make_all(lab, notebooks)
+    for part, below in (("notebooks", "*.ipynb"), ("figures", "figures/*")):
+        with store.replaced(lab.folder / part) as aside:
+            for one in notebooks:
+                for file in lab.store.home(one).glob(below):
+                    shutil.copy(file, aside)
+
+
+def told(lab: Lab, stage: Stage) -> dict[str, Any]:
+    """What a stage or notebook says of itself, for the manifest, and what happened to it now."""
+    saved = read_json(lab.store.home(stage) / store.RECORD)
+    kept = {key: saved[key] for key in ("kind", "seconds", "peak_mib", "units", "made")}
+    if stage.kind == "notebook":
+        del kept["peak_mib"]  # that of the process which started its kernel
+    return {"key": stage.key, **kept, "status": lab.status[stage.name]}
 
 
 def reproduce(lab: Lab, sources: Path) -> dict[str, Any]:
@@ -262,20 +231,21 @@ def reproduce(lab: Lab, sources: Path) -> dict[str, Any]:
         save_profile(lab.profile, lab.folder / "profile.yaml")  # notebooks and `tidy` read it
         make_all(lab, lab.stages)
         store.SHARED = False  # what follows, the main process does alone
-        kept = Notebooks(lab, sources)
-        works = [partial(kept.run, source) for source in kept.sources]
-        stoppable(works, 2 if lab.profile.device == "cpu" else 1)
-        kept.publish()
-        homes = {one.name: lab.store.home(one) for one in lab.stages}
-        files = {name: home / "trimmed.json" for name, home in homes.items()}
-        trimmed = {name: read_json(file) for name, file in files.items() if file.is_file()}
+        alone = [one for one in notebooks_of(lab, sources) if "tables" not in one.settings]
+        publish(lab, alone)
+        publish(lab, notebooks := notebooks_of(lab, sources))  # now with those of these tables
+        trimmed = {}
+        for one in lab.stages:
+            file = lab.store.home(one) / "trimmed.json"
+            if file.is_file() and (counts := read_json(file))["trimmed"]:
+                trimmed[one.name] = counts
         manifest = {
             "profile": lab.profile.model_dump(mode="json"),
             "started": when,
             "seconds_of_this_call": round(time.monotonic() - started, 1),
-            "stages": {n: told(home, lab.store.status[n]) for n, home in homes.items()},
-            "trimmed_prompts": {name: one for name, one in trimmed.items() if one["trimmed"]},
-            "notebooks": {n: told(home, kept.status[n]) for n, home in sorted(kept.homes.items())},
+            "stages": {one.name: told(lab, one) for one in lab.stages},
+            "trimmed_prompts": trimmed,
+            "notebooks": {one.name: told(lab, one) for one in notebooks},
         }
         write_whole(lab.folder / "manifest.json", json.dumps(manifest, indent=1))
     return manifest
@@ -283,10 +253,8 @@ def reproduce(lab: Lab, sources: Path) -> dict[str, Any]:
 
 def tidy(lab: Lab, sources: Path) -> int:
     """Removes what the run's profile does not reach any more; returns how many stages that were."""
-    wanted = {lab.store.home(stage) for stage in lab.stages}
+    wanted = {lab.store.home(one) for one in [*lab.stages, *notebooks_of(lab, sources)]}
     with store.only_run(lab.folder):
-        notebooks = Notebooks(lab, sources)
-        wanted |= {home for source in notebooks.sources if (home := notebooks.state(source)[0])}
         old = [home for home in (lab.folder / "stages").glob("*/*") if home not in wanted]
         for place in [*old, *(lab.folder / "partial").iterdir()]:
             shutil.rmtree(place) if place.is_dir() else place.unlink()

@@ -100,34 +100,12 @@ def room_in_memory(stage: Stage) -> Iterator[None]:
         raise StoreError(f"Stage {stage.name}: {why}") from error
 
 
-def contents(folder: Path) -> dict[str, str]:
-    """Hashes of all files below a stage's folder but its record."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(p.relative_to(folder)): file_hash(p) for p in files if p.name != RECORD}
-
-
 def read_record(home: Path) -> dict[str, Any] | None:
     """What a finished stage says of itself; None if there is none, or a damaged one."""
     with suppress(OSError, ValueError, AttributeError):
         saved = json.loads((home / RECORD).read_text("utf8"))
         return saved if {"name", "record", "files", "made"} <= saved.keys() else None
     return None
-
-
-def remembered(run: Path, kind: str, name: str) -> list[tuple[Path, dict[str, Any]]]:
-    """The finished stages of a name with their records, the newest first."""
-    found = [(home, read_record(home)) for home in run.glob(f"stages/{kind}/*")]
-    same = [(home, saved) for home, saved in found if saved and saved["name"] == name]
-    return sorted(same, key=lambda one: one[1]["made"]["when"], reverse=True)
-
-
-def keep(aside: Path, home: Path, saved: Mapping[str, Any]) -> None:
-    """Writes the record of what was made aside, and renames its folder into place."""
-    saved = {**saved, "made": provenance(), "files": contents(aside)}
-    write_whole(aside / RECORD, json.dumps(saved, indent=1))
-    shutil.rmtree(home, ignore_errors=True)  # damaged
-    home.parent.mkdir(parents=True, exist_ok=True)
-    aside.rename(home)
 
 
 @contextmanager
@@ -168,15 +146,19 @@ class Store:
     def open(self, stage: Stage) -> Path:
         """The folder of a stage; what is missing of it and of its inputs is made."""
         if stage.key not in self.sound:
-            reason = agreed(self.why_not(stage) if MAIN else None)
+            reason = self.agreed_reason(stage)
             if reason is not None:
                 inputs = {role: self.open(one) for role, one in stage.inputs.items()}
                 with self.alone(stage) if MAIN else nullcontext():
-                    if agreed(self.why_not(stage) if MAIN else None) is not None:
+                    if self.agreed_reason(stage) is not None:
                         self._make(stage, inputs, reason)
             self.sound.add(stage.key)
             self.status.setdefault(stage.name, "reused")
         return self.home(stage)
+
+    def agreed_reason(self, stage: Stage) -> str | None:
+        """`why_not`, as the main process sees it, in every process of a run."""
+        return agreed(self.why_not(stage) if MAIN else None)
 
     def why_not(self, stage: Stage) -> str | None:
         """Why a stage must be made; None if it need not be."""
@@ -190,8 +172,12 @@ class Store:
             return None
         if (home / RECORD).exists():
             return "its record is damaged"
-        others = remembered(self.folder, stage.kind, stage.name)
-        return difference(others[0][1]["record"], stage.record) if others else "not made yet"
+        beside = filter(None, map(read_record, home.parent.glob("*")))
+        others = [one for one in beside if one["name"] == stage.name]
+        if not others:
+            return "not made yet"
+        newest = max(others, key=lambda one: one["made"]["when"])
+        return difference(newest["record"], stage.record)
 
     def _take_over(self, stage: Stage, home: Path) -> None:
         """Links the files of a stage that another profile's run beside this one has made."""
@@ -219,13 +205,29 @@ class Store:
             if MAIN or not data:  # two would write one file, while the other maps it
                 getattr(import_module(module), function)(partial, inputs, stage.settings)
             if MAIN:
-                seconds = round(time.monotonic() - started, 2)
-                saved = {"name": stage.name, "kind": stage.kind, "record": stage.record}
-                cost = {"units": dict(stage.units), "seconds": seconds, "peak_mib": peak_memory()}
-                keep(partial, self.home(stage), {**saved, **cost})
-                log.info("done     %s in %.1f s", stage.name, seconds)
+                self._keep(stage, partial, round(time.monotonic() - started, 2))
         agreed(None)
         self.status[stage.name] = f"ran: {reason}"
+
+    def _keep(self, stage: Stage, partial: Path, seconds: float) -> None:
+        """Writes the record of what was made aside, and renames its folder into place."""
+        files = [one for one in partial.rglob("*") if one.is_file() and one.name != RECORD]
+        saved = {
+            "name": stage.name,
+            "kind": stage.kind,
+            "record": stage.record,
+            "units": dict(stage.units),
+            "seconds": seconds,
+            "peak_mib": peak_memory(),
+            "made": provenance(),
+            "files": {str(one.relative_to(partial)): file_hash(one) for one in sorted(files)},
+        }
+        write_whole(partial / RECORD, json.dumps(saved, indent=1))
+        home = self.home(stage)
+        shutil.rmtree(home, ignore_errors=True)  # damaged
+        home.parent.mkdir(parents=True, exist_ok=True)
+        partial.rename(home)
+        log.info("done     %s in %.1f s", stage.name, seconds)
 
     def alone(self, stage: Stage) -> AbstractContextManager[Any]:
         """Holds one stage, so that a notebook opened beside a run waits for it."""
@@ -246,5 +248,5 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any], path: str = "") -
                 return f"{(now or was or [key])[0]} was made anew"
             if isinstance(was, Mapping) and isinstance(now, Mapping):
                 return difference(was, now, f"{path}{key}.")
-            return f"{key} changed" if path == "code." else f"{path}{key} {was} -> {now}"
+            return f"{key} changed" if path.endswith("code.") else f"{path}{key} {was} -> {now}"
     return "unknown"

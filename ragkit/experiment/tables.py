@@ -11,8 +11,10 @@ from numpy.typing import NDArray
 from ragkit.data.corpus import CUTS, hits, reciprocal_ranks
 from ragkit.data.text import exact_match, f1
 from ragkit.distillation.targets import oracle_scores
+from ragkit.errors import StoreError
 from ragkit.experiment.graph import Of, answered
 from ragkit.experiment.lab import Lab, read_json
+from ragkit.settings import reference
 
 
 def per_question(lab: Lab, set_name: str) -> pd.DataFrame:
@@ -47,8 +49,7 @@ def answer_rows(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -
 
 
 def exact_by_case(lab: Lab, set_name: str, which: str) -> dict[str, NDArray[np.float64]]:
-    """A reader's exact match on dev by case of `answers.premise_cases` `[questions]`, NaN for a
-    question that the case leaves out."""
+    """By case of `answers.premise_cases`: exact match on dev `[questions]`, NaN where left out."""
     stored = read_json(lab.open("premises", set_name, which) / "exact.json")
     return {case: np.array(values, dtype=np.float64) for case, values in stored.items()}
 
@@ -57,24 +58,6 @@ def initial(lab: Lab, set_name: str) -> float:
     """The initial retriever's HR@k on dev."""
     corpus, ranking, k = lab.corpus(set_name), lab.candidates(set_name)["dev"], lab.profile.k
     return float(hits(ranking.tolist(), corpus.golds(corpus.questions["dev"], ranking), k).mean())
-
-
-def draws(lab: Lab, set_name: str) -> pd.DataFrame:
-    """The draws of a world up to the one that is measured: columns set, draw, seed, HR@k on dev."""
-    rows = []
-    for graph in (*lab.graph.passed_over(set_name), lab.graph):
-        one, hr = graph.sets[set_name], initial(lab.with_graph(graph), set_name)
-        rows.append((set_name, getattr(one, "draw", 0), one.seed, hr))
-    return pd.DataFrame(rows, columns=["set", "draw", "seed", f"HR@{lab.profile.k} on dev"])
-
-
-def premises(lab: Lab, set_name: str) -> pd.DataFrame:
-    """Can the readers read, and can the retriever improve, on dev? Columns premise, value, set."""
-    rows = [(f"initial HR@{lab.profile.k}", initial(lab, set_name))]
-    for which in lab.graph.asked():
-        exact = exact_by_case(lab, set_name, which)
-        rows += [(f"{which}: EM, {case}", float(np.nanmean(em))) for case, em in exact.items()]
-    return pd.DataFrame(rows, columns=["premise", "value"]).assign(set=set_name)
 
 
 def mixed_golds(lab: Lab, set_name: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
@@ -98,3 +81,13 @@ def gold_on_top(lab: Lab, set_name: str, scores: NDArray[Any]) -> NDArray[np.flo
 def top_is_gold(lab: Lab, set_name: str, scores: NDArray[Any]) -> float:
     """How often the passage with the highest score `[questions, k]` is gold, of `mixed_golds`."""
     return float(np.nanmean(gold_on_top(lab, set_name, scores)))
+
+
+def published(lab: Lab, profile: str, table: str) -> pd.DataFrame:
+    """A table of the reference run of a shipped profile; of this run, where it is one of that
+    profile. Raises StoreError where it is missing."""
+    file = (lab.folder / "figures" if lab.base == profile else reference(profile)) / table
+    if not file.is_file():
+        told = f"Work in a checkout; `make reproduce PROFILE={profile}` makes such a run, then"
+        raise StoreError(f"No table {file}. {told} `make reference PROFILE={profile}` keeps it.")
+    return pd.read_csv(file)

@@ -3,7 +3,10 @@ the answer and to the question's nouns, in several spaces."""
 
 import copy
 import json
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,10 @@ from safetensors.numpy import load_file
 
 from ragkit.data.corpus import Asked, Passage, Question, block
 from ragkit.data.files import write_arrays, write_json
+from ragkit.data.text import folded, readable, word_places
 from ragkit.distillation.teacher import Array, Found, token_contributions
 from ragkit.indicators import measures
-from ragkit.indicators.measures import Bools, Embed, Floats, Ints, Tokens
+from ragkit.indicators.measures import Bools, Floats, Ints, Tokens
 from ragkit.models import device
 from ragkit.models.fid import load_reader, open_reader
 from ragkit.models.reader import PART, Prompt, Reader
@@ -25,6 +29,7 @@ from ragkit.settings import ReaderSettings, RetrieverSettings
 
 Words = Sequence[tuple[int, int]]  # where they stand in a text, by their characters
 Spans = Sequence[Words]  # the nouns of each question
+PLACE = ("question", "owner", "title", "ends")  # of a token, however a prompt is laid out
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -59,106 +64,139 @@ def look_at_tokens(reader: Reader, questions: Sequence[Question], found: Found) 
     parts = []
     for number, (prompt, passages, one) in enumerate(zip(prompts, found, seen, strict=True)):
         places, own, title = passage_tokens(prompt)
-        ids, ends = np.array(prompt.ids)[places], np.full(len(places), -1)
-        for i, passage in enumerate(passages):
-            for text, is_title in ((block(passage.title, ""), True), (passage.text, False)):
-                there = (own == i) & (title == is_title)
-                ends[there] = last_characters(reader, text, ids[there])
-        mine, from_end = np.full(len(ids), number), prompt.answer_start - places
-        parts.append((ids, own, title, mine, from_end, ends, *one))
+        ids, mine = np.array(prompt.ids)[places], np.full(len(places), number)
+        ends = ends_of(reader, ids, own, title, passages)
+        parts.append((ids, own, title, mine, prompt.answer_start - places, ends, *one))
     return Tokens(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def ends_of(
+    reader: Reader, ids: Ints, owner: Ints, title: Bools, passages: Sequence[Passage]
+) -> Ints:
+    """The place of the last character of each passage token in its title or text `[tokens]`."""
+    ends = np.full(len(ids), -1)
+    for place, passage in enumerate(passages):
+        for text, is_title in ((block(passage.title, ""), True), (passage.text, False)):
+            there = (owner == place) & (title == is_title)
+            ends[there] = last_characters(reader, text, ids[there])
+    return ends
 
 
 def last_characters(reader: Reader, text: str, ids: Ints) -> Ints:
     """The place in a text of the last character of each of its first tokens `[tokens]`, which are
     given as they stand in a prompt; all -1 where the text alone has other tokens."""
-    for before in (" ", "\n", ""):  # as behind a title, behind a passage, at a prompt's beginning
-        encoded = reader.tokenizer(
-            before + text, add_special_tokens=False, return_offsets_mapping=True
-        )
+    # as behind a title, behind a passage, at a prompt's beginning; a token may hold the line break
+    # that follows, and a tokenizer may cut otherwise where one does
+    for after, before in product(("", "\n"), (" ", "\n", "")):
+        told = f"{before}{readable(text)}{after}"
+        encoded = reader.tokenizer(told, add_special_tokens=False, return_offsets_mapping=True)
         pairs = zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
         own = [(token, end) for token, (_, end) in pairs if end > len(before)][: len(ids)]
         if [token for token, _ in own] == ids.tolist():
-            return np.array([end for _, end in own], dtype=np.int64) - 1 - len(before)
+            ends = np.array([end for _, end in own], dtype=np.int64) - len(before)
+            return np.minimum(ends, len(text)) - 1
     return np.full(len(ids), -1)
 
 
-def within_spans(
-    reader: Reader, question: Question, spans: Words, passages: Sequence[Passage] = ()
-) -> list[tuple[int, bool]]:
-    """The question's tokens as they stand in a question prompt, and whether each overlaps one of
-    the spans of its text, such as its nouns."""
-    asking = copy.copy(reader)
-    asking.style = "question"
-    pieces = asking.pieces(question, passages)
-    texts, owners = zip(*pieces, strict=True)
-    before = len("".join(texts[: owners.index(PART["question"])]))
-    offsets = asking.tokenizer("".join(texts), return_offsets_mapping=True)["offset_mapping"]
-    coded = zip(*asking.tokens(pieces), offsets, strict=False)  # without a last end token
-    return [
-        (token, any(start < last + before and end > first + before for first, last in spans))
-        for token, who, (start, end) in coded
-        if who == PART["question"]
-    ]
+def within_spans(reader: Reader, text: str, spans: Words, ids: Ints) -> Bools:
+    """Whether each token of a text, as `last_characters` takes them, ends in one of its spans."""
+    ends = last_characters(reader, text, ids).tolist()
+    return np.array([any(first <= end < last for first, last in spans) for end in ends], dtype=bool)
 
 
-def wanted_ids(
-    reader: Reader, questions: Sequence[Question], nouns: Spans | None
-) -> dict[str, list[list[int]]]:
-    """The tokens that closeness is measured to, by goal: each question's first answer as behind its
-    prompt, without the end token, and its nouns. ReaderError for too long a question."""
-    prompts = [reader.prompt(question, [], question.answers[0]) for question in questions]
-    wanted = {"answer": [prompt.ids[prompt.answer_start : -1] for prompt in prompts]}
+@dataclass(frozen=True)
+class InWords:
+    """Closeness compares words, case-folded, however a tokenizer cuts them. `tokens`: passage
+    tokens with the number of their word for an id; `wanted`: by goal the words that closeness is
+    measured to, of each question; `forms`: by number, each word as it is written most often."""
+
+    tokens: Tokens
+    wanted: dict[str, list[list[int]]]
+    forms: list[str]
+
+
+def in_words(
+    reader: Reader, tokens: Tokens, asked: Sequence[Question], found: Found, nouns: Spans | None
+) -> InWords:
+    """The words of passage tokens as the reader saw them, of each question's first answer, and of
+    its nouns. A token whose place in its passage is unknown is a word of its own."""
+    written = defaultdict[str, Counter[str]](Counter)
+
+    def named(shown: str) -> str:
+        name = folded(shown, "NFC")
+        written[name][shown] += 1
+        return name
+
+    def meant(text: str, spans: Words) -> list[str]:
+        """The words within the spans of a text; signs count only where there is nothing else."""
+        here = [
+            text[start:end]
+            for start, end in word_places(text)
+            if any(start < last and end > first for first, last in spans)
+        ]
+        return [named(one) for one in here if any(map(str.isalnum, one))] or [*map(named, here)]
+
+    def cut(text: str) -> list[tuple[int, int, str]]:
+        return [(start, end, text[start:end]) for start, end in word_places(text)]
+
+    shown = measures.by_word(tokens, found, cut)
+    alone = [str(reader.tokenizer.decode([token])).strip() for token in tokens.ids.tolist()]
+    names = [named(one or other) for one, other in zip(shown, alone, strict=True)]
+    goals = {"answer": [meant(q.answers[0], [(0, len(q.answers[0]))]) for q in asked]}
     if nouns is not None:
-        words = [within_spans(reader, *pair) for pair in zip(questions, nouns, strict=True)]
-        wanted["nouns"] = [[token for token, is_noun in word if is_noun] for word in words]
-    return wanted
+        goals["nouns"] = [meant(q.text, spans) for q, spans in zip(asked, nouns, strict=True)]
+    number = {name: place for place, name in enumerate(sorted(written))}
+    return InWords(
+        replace(tokens, ids=np.array([number[name] for name in names])),
+        {goal: [[number[name] for name in row] for row in rows] for goal, rows in goals.items()},
+        [written[name].most_common(1)[0][0] for name in number],
+    )
 
 
-def space(reader: Reader, model: Reader | Retriever) -> Embed:
-    """What gives the vectors of a reader's tokens `[ids, d]` in a model's input embeddings. A token
-    of another tokenizer is the mean of the pieces that its text has there; without any, NaN."""
-    tokenizer, owner = reader.tokenizer, model.tokenizer
-    is_own, special = tokenizer.get_vocab() == owner.get_vocab(), set(owner.all_special_ids)
+def space(forms: Sequence[str], model: Reader | Retriever) -> Floats:
+    """The vectors of words `[words, d]` in a model's input embeddings: the mean over the tokens
+    that its tokenizer cuts a word into behind a space; NaN for a word without any."""
+    owner, special = model.tokenizer, set(model.tokenizer.all_special_ids)
     table = model.model.get_input_embeddings().weight.detach()
-
-    def embed(ids: Ints) -> Floats:
-        vectors = np.full((len(ids), table.shape[1]), np.nan)
-        for row, token in enumerate(ids.tolist()):
-            pieces = [token]
-            if not is_own:
-                cut = owner(tokenizer.decode([token]), add_special_tokens=False)["input_ids"]
-                pieces = [piece for piece in cut if piece not in special]
-            if pieces:
-                vectors[row] = table[pieces].double().mean(0).cpu().numpy()
-        return vectors
-
-    return embed
+    vectors = np.full((len(forms), table.shape[1]), np.nan)
+    cut = owner([f" {one}" for one in forms], add_special_tokens=False)["input_ids"]
+    for row, ids in enumerate(cut):
+        if pieces := [
+            one for one in ids if one not in special and str(owner.decode([one])).strip()
+        ]:
+            vectors[row] = table[pieces].double().mean(0).cpu().numpy()
+    return vectors
 
 
 @torch.no_grad()
 def contextual_closeness(
     reader: Reader, questions: Sequence[Question], found: Found, nouns: Spans | None
 ) -> Arrays:
-    """Closeness of each token of `Tokens` to the `answer` and to the `nouns`, and its id (`ids`)
-    `[tokens]`: in a decoder's last hidden states of the prompt with its answer."""
+    """Closeness of passage tokens to the `answer` and to the `nouns` `[tokens]`, and their PLACE
+    (`place` `[tokens, 4]`): in a decoder's last hidden states of the prompt with its answer, the
+    question first whatever the reader's layout: a state knows only what stands before it."""
+    asking = copy.copy(reader)
+    asking.settings = reader.settings.model_copy(update={"layout": "question first"})
 
     def look(batch: Iterable[Any]) -> Iterator[Arrays]:
-        for question, passages, spans in batch:
-            prompt = reader.prompt(question, passages, question.answers[0])
-            ids, mask = reader.batch([prompt])
-            seen = reader.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        for number, question, passages, spans in batch:
+            prompt = asking.prompt(question, passages, question.answers[0])
+            ids, mask = asking.batch([prompt])
+            seen = asking.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
             states, owner = seen.last_hidden_state[0].double().cpu().numpy(), np.array(prompt.owner)
             goals = {"answer": states[prompt.answer_start : -1]}
             if nouns is not None:
-                words = within_spans(reader, question, spans, passages)
-                inside = np.array([is_noun for _, is_noun in words], dtype=bool)
-                goals["nouns"] = states[owner == PART["question"]][inside]
-            here = passage_tokens(prompt)[0]
-            own = {name: measures.closeness(states[here], to) for name, to in goals.items()}
-            yield own | {"ids": np.array(prompt.ids)[here]}
+                asks = owner == PART["question"]
+                inside = within_spans(asking, question.text, spans, np.array(prompt.ids)[asks])
+                goals["nouns"] = states[asks][inside]
+            here, own, title = passage_tokens(prompt)
+            made = {name: measures.closeness(states[here], to) for name, to in goals.items()}
+            ends = ends_of(asking, np.array(prompt.ids)[here], own, title, passages)
+            mine = np.full(len(here), number)
+            yield made | {"place": np.stack([mine, own, title, ends], axis=1)}
 
-    asked = list(zip(questions, found, nouns or [[]] * len(questions), strict=True))
+    spans = nouns or [[]] * len(questions)
+    asked = list(zip(range(len(questions)), questions, found, spans, strict=True))
     parts = device.spread(asked, 1, look, "contextual")
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -169,6 +207,7 @@ def opened(
     """The first test questions, their nouns (None where no noun finder is at hand), and the
     off-the-shelf reader, asked by questions."""
     asked, nouns = Asked.open(inputs, "test", settings["questions"], settings["k"]), None
+    asked = asked.scored(settings["base"])
     if "nouns" in inputs:
         spans = json.loads((inputs["nouns"] / "spans.json").read_text("utf8"))
         nouns = spans["test"][: len(asked.questions)]
@@ -180,7 +219,7 @@ def make_tokens(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str,
     """The test questions' tokens as a reader sees them: `tokens.safetensors` (Tokens), and
     `words.json`: how the vocabulary spells each token that occurs, by its id."""
     asked = Asked.open(inputs, "test", settings["questions"], settings["k"])
-    reader = open_reader(inputs, settings)
+    asked, reader = asked.scored(settings["reader"]), open_reader(inputs, settings)
     tokens = look_at_tokens(reader, asked.questions, asked.passages)
     if device.is_main():
         write_arrays(folder / "tokens.safetensors", vars(tokens))
@@ -201,31 +240,35 @@ def make_contextual(folder: Path, inputs: Mapping[str, Path], settings: Mapping[
 
 
 def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """`closeness.safetensors`: of the test questions' tokens as a reader saw them, for each goal
-    (`answer`, `nouns`) `{goal}/exact`, and `{goal}/{space}` in each of SPACES and CONTROLS, but
-    `contextual` only where this reader saw the off-the-shelf one's passage tokens. Beside it, for
-    whoever measures by hand: `vectors.safetensors` (the input space's vectors of all `ids` that
-    occur, sorted), and `answers.json`, the tokens of each question's answer."""
+    """`closeness.safetensors`: of the test questions' tokens as a reader saw them, by their words,
+    for each goal (`answer`, `nouns`) `{goal}/exact`, and `{goal}/{space}` in each of SPACES and
+    CONTROLS (`contextual` only of a decoder: by token, NaN where the place is unknown). Beside it,
+    for whoever measures by hand: `vectors.safetensors`, the input space's `vectors` of all words
+    and each token's `word`, its place in them; and `answers.json`, each answer's words."""
     tokens, reader = Tokens.load(inputs["tokens"]), open_reader(inputs, settings)
     contextual = load_file(inputs["contextual"] / "contextual.safetensors")
     asked, nouns, base = opened(inputs, settings)
     encoding = RetrieverSettings(**settings["retriever"])
     retriever = Retriever.load(inputs["retriever"] / "model", encoding)
-    spaces = {"input": space(reader, base), "own": space(reader, reader)}
-    spaces |= {"retriever": space(reader, retriever), "permuted": spaces["input"]}
-    wanted = wanted_ids(reader, asked.questions, nouns)
+    words = in_words(reader, tokens, asked.questions, asked.passages, nouns)
+    spaces = {"input": space(words.forms, base), "own": space(words.forms, reader)}
+    spaces |= {"retriever": space(words.forms, retriever), "permuted": spaces["input"]}
     arrays: Arrays = {}
-    for goal, goals in wanted.items():
-        exact = measures.exact(tokens, goals)
+    for goal, wanted in words.wanted.items():
+        exact = measures.exact(words.tokens, wanted)
         arrays |= {f"{goal}/exact": exact.astype(np.uint8), f"{goal}/overlap": exact.astype(float)}
-        for name, embed in spaces.items():
+        for name, vectors in spaces.items():
             dealt = np.random.default_rng(settings["seed"]) if name == "permuted" else None
-            arrays[f"{goal}/{name}"] = measures.closeness_to(tokens, goals, embed, dealt)
-        if goal in contextual and np.array_equal(contextual["ids"], tokens.ids):
-            arrays[f"{goal}/contextual"] = contextual[goal]
+            close = measures.closeness_to(words.tokens, wanted, vectors, dealt)
+            arrays[f"{goal}/{name}"] = close
+        if goal in contextual:
+            at = map(tuple, contextual["place"].tolist())
+            known = dict(zip(at, contextual[goal].tolist(), strict=True))
+            places = zip(*(getattr(tokens, name).tolist() for name in PLACE), strict=True)
+            seen = [known.get(one, np.nan) if one[-1] >= 0 else np.nan for one in places]
+            arrays[f"{goal}/contextual"] = np.array(seen)
     if device.is_main():
         write_arrays(folder / "closeness.safetensors", arrays)
-        ids = np.unique(np.concatenate([tokens.ids, *map(np.array, wanted["answer"])]))
-        by_hand = {"ids": ids, "vectors": spaces["input"](ids)}
+        by_hand = {"vectors": spaces["input"], "word": words.tokens.ids}
         write_arrays(folder / "vectors.safetensors", by_hand)
-        write_json(folder / "answers.json", wanted["answer"])
+        write_json(folder / "answers.json", words.wanted["answer"])

@@ -5,10 +5,12 @@ question, for tokens of one prompt are no independent sample; they come question
 `question` `[tokens]` numbers them. What is undefined is NaN. At the end: means with intervals."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,13 +19,14 @@ import pandas as pd
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from ragkit.data.corpus import Passage, block
 from ragkit.distillation.targets import Bools, Floats, over_layers
 from ragkit.errors import DataError
 from ragkit.settings import ROWS, AttentionSettings
 
 Ints = NDArray[np.int64]
-Embed = Callable[[Ints], Floats]  # the vectors of tokens `[ids, d]`
-Wanted = Sequence[Sequence[int]]  # tokens, for each question
+Wanted = Sequence[Sequence[int]]  # words, for each question
+Cut = Callable[[str], Sequence[tuple[int, int, str]]]  # start, end, label of a text's words
 PLACES = ("passages", "titles", "question", "template", "answer", "first token")
 MEASURES = ("attention", "Spearman", "Spearman closest")
 SPACES = ("input", "own", "retriever", "contextual")  # where closeness is measured
@@ -85,8 +88,10 @@ def by_question(question: Ints, n: int | None = None) -> list[slice]:
 
 @UNDEFINED
 def means(values: Floats, group: Ints, n: int = 0) -> Floats:
-    """Mean of each of n groups' values `[n]`; NaN for one without any."""
-    return np.bincount(group, weights=values, minlength=n) / np.bincount(group, minlength=n)
+    """Mean of each of n groups' values `[n]`, NaN left out; NaN for one without any."""
+    known = np.isfinite(values)
+    sums = np.bincount(group, np.where(known, values, 0), n)
+    return sums / np.bincount(group, known, n)
 
 
 @UNDEFINED
@@ -115,21 +120,34 @@ def exact(tokens: Tokens, wanted: Wanted) -> Bools:
 
 
 def closeness_to(
-    tokens: Tokens, wanted: Wanted, embed: Embed, dealt: np.random.Generator | None = None
+    tokens: Tokens, wanted: Wanted, vectors: Floats, dealt: np.random.Generator | None = None
 ) -> Floats:
-    """Closeness of each token `[tokens]` to the wanted tokens of its question. With `dealt` the
-    vectors are dealt out anew among all ids that occur, for each question again: dealt once for
-    all, common words would have the same luck everywhere, which no interval shows."""
-    goals = [np.array(ids, dtype=np.int64) for ids in wanted]
-    every = np.unique(np.concatenate([tokens.ids, *goals]))
-    vectors, order, parts = embed(every), np.arange(len(every)), []
+    """Closeness of each token's word `[tokens]` to the wanted words of its question, by the vectors
+    of all words `[words, d]`. With `dealt` these are dealt out anew among the words, for each
+    question again: dealt once for all, common words would have the same luck everywhere, which no
+    interval shows."""
+    order, parts = np.arange(len(vectors)), []
     there = np.flatnonzero(np.isfinite(vectors).all(1))
-    for mine, goal in zip(by_question(tokens.question, len(goals)), goals, strict=True):
+    for mine, goal in zip(by_question(tokens.question, len(wanted)), wanted, strict=True):
         if dealt is not None:
             order[there] = dealt.permutation(there)
-        own, other = (order[np.searchsorted(every, ids)] for ids in (tokens.ids[mine], goal))
+        own, other = (order[np.array(ids, dtype=np.int64)] for ids in (tokens.ids[mine], goal))
         parts.append(closeness(vectors[own], vectors[other]))
     return np.concatenate(parts)
+
+
+def by_word(tokens: Tokens, found: Sequence[Sequence[Passage]], cut: Cut) -> list[str]:
+    """The label of the word that each token ends in `[tokens]`, as `cut` cuts the titles and texts
+    of the passages found for its question; empty where its place is unknown, or behind a space."""
+    words_of, labels = cache(cut), []
+    places = (tokens.question, tokens.owner, tokens.title, tokens.ends)
+    for question, owner, is_title, end in zip(*places, strict=True):
+        passage = found[question][owner]
+        words = words_of(block(passage.title, "") if is_title else passage.text)
+        number = bisect_right(words, end, key=itemgetter(1))
+        inside = number < len(words) and words[number][0] <= end
+        labels.append(words[number][2] if inside else "")
+    return labels
 
 
 def ranks(values: Floats, question: Ints, ties: Literal["average", "min"] = "average") -> Floats:
@@ -186,11 +204,8 @@ def matched_lead(lifts: Floats, near: Bools, cells: NDArray[Any], question: Ints
     """Mean lead in lift of each question's `near` tokens over the others of the same cell (of
     `[kinds, tokens]`, such as place and part of speech) `[questions]`; NaN lifts take no part."""
     _, cell = np.unique(np.vstack([question, cells]), axis=1, return_inverse=True)
-    n, known = len(np.bincount(question)), np.isfinite(lifts)
-    others = means(lifts[known & ~near], cell[known & ~near], cell.max() + 1)
-    leads = lifts - others[cell]
-    mine = near & np.isfinite(leads)
-    return means(leads[mine], question[mine], n)
+    others = means(np.where(near, np.nan, lifts), cell)
+    return means(np.where(near, lifts - others[cell], np.nan), question)
 
 
 @dataclass(frozen=True)
@@ -219,12 +234,11 @@ def draws(values: Floats, groups: NDArray[Any], resamples: int) -> Floats:
     """Bootstrap means `[resamples, ...]` of `values` `[..., n]`, NaN left out. Whole groups (labels
     `[n]`) are drawn, the same for all rows. Rounded to 12 digits: equal on every machine."""
     rows, label = values.reshape(-1, len(groups)), np.unique(groups, return_inverse=True)[1]
-    n, there = int(label.max()) + 1, np.isfinite(rows)
-    sums, sizes = (  # [groups, rows]
-        np.stack([np.bincount(label, row, minlength=n) for row in given], axis=1)
-        for given in (np.where(there, rows, 0), there)
-    )
-    means = (drawn(n, resamples) @ sums) / (drawn(n, resamples) @ sizes)
+    known = np.isfinite(rows)
+    sums = np.stack([np.bincount(label, row) for row in np.where(known, rows, 0)], axis=1)
+    sizes = np.stack([np.bincount(label, row) for row in known], axis=1)
+    times = drawn(len(sums), resamples)
+    means = (times @ sums) / (times @ sizes)
     return means.reshape(resamples, *values.shape[:-1]).round(12)
 
 

@@ -103,9 +103,14 @@ def loading(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # libraries raise anything over an odd folder
         why = "its folder lacks safetensors weights or a tokenizer that work here. Fetch it again"
-        if not Path(name).is_dir():
-            why = "there is no such folder, and the hub did not give it (no network, a wrong name, "
-            why += "or terms to accept: `hf auth login`). Give a local folder"
+        if Path(name).is_file():
+            why = "it is no whole GGUF file of an architecture that transformers reads from one. "
+            why += "Fetch it again, or give the model's folder"
+            if isinstance(error, ImportError):
+                why = "the package gguf is missing or too old. Install ragkit's dependencies"
+        elif not Path(name).is_dir():
+            why = "there is no such folder or file, and the hub did not give it (no network, a "
+            why += "wrong name, or terms to accept: `hf auth login`). Give a local folder"
         what = f"{type(error).__name__}: {' '.join(str(error).strip().splitlines()[:1])}"
         raise RagkitError(f"Model {name!r} cannot be loaded: {why}. ({what})") from error
     finally:

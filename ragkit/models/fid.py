@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from ragkit.attention.record import observe_cross
 from ragkit.data.corpus import Corpus, Passage, Question
 from ragkit.data.text import readable
-from ragkit.models import device
+from ragkit.models import device, gguf
 from ragkit.models.reader import CLOZE, PART, Prompt, Reader
 from ragkit.settings import EMBEDDED, ReaderSettings
 
@@ -87,21 +87,33 @@ class FidReader(Reader):
         return partial(observe_cross, self.model, *read, places)
 
 
-def load_reader(name: str | Path, settings: ReaderSettings, to_train: bool = False) -> Reader:
-    """A reader from a folder or hub name, or one of EMBEDDED, on the run's device, in
-    `settings.dtype` (float32 if it is `to_train`). Raises RagkitError if it cannot be loaded."""
-    path = str(EMBEDDED.get(str(name), name))
+def located(name: str | Path, revision: str = "main") -> tuple[str, dict[str, Any]]:
+    """Where `from_pretrained` finds a reader: a folder or hub name, and what it is told with it."""
+    place = str(EMBEDDED.get(str(name), name))
     given: dict[str, Any] = {"trust_remote_code": False}
-    given |= {} if Path(path).is_dir() else {"revision": settings.revision}
+    if (path := Path(place)).is_file():
+        return str(path.parent), given | {"gguf_file": path.name}
+    return place, given if path.is_dir() else given | {"revision": revision}
+
+
+def load_reader(name: str | Path, settings: ReaderSettings, to_train: bool = False) -> Reader:
+    """A reader from a folder, GGUF file or hub name, or one of EMBEDDED, on the run's device, in
+    `settings.dtype` (float32 if it is `to_train`). Raises RagkitError if it cannot be loaded."""
+    path, given = located(name, settings.revision)
     dtype = torch.float32 if to_train else getattr(torch, settings.dtype)
     weights = {"dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    with device.loading(path):
-        two_parts = transformers.AutoConfig.from_pretrained(path, **given).is_encoder_decoder
-        kind, head = (FidReader, "Seq2SeqLM") if two_parts else (Reader, "CausalLM")
+    with device.loading(str(EMBEDDED.get(str(name), name))):
+        config = transformers.AutoConfig.from_pretrained(path, **given)
+        kind, head = (FidReader, "Seq2SeqLM") if config.is_encoder_decoder else (Reader, "CausalLM")
         auto: Any = getattr(transformers, f"AutoModelFor{head}")
+        if "gguf_file" in given:
+            unpacked = transformers.GgufConfig(dequantize=True)
+            weights |= {"config": config, "quantization_config": unpacked}
         model, loaded = auto.from_pretrained(path, **weights, **given)
-        device.refuse_missing(path, loaded)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, **given)
+        device.refuse_missing(str(name), loaded)
+        tokenizer: Any = transformers.AutoTokenizer.from_pretrained(path, **given)
+        if "gguf_file" in given:
+            gguf.check(Path(name), model, tokenizer)
         reader = kind(model.to(device.device()), tokenizer, settings)
         with torch.no_grad():  # a padded batch of two: what fails is said before any work
             asked = Question("", "a", ("a",), ())

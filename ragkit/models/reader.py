@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -43,6 +44,29 @@ class Prompt:
         return len(self.ids)
 
 
+def chat_turn(tokenizer: PreTrainedTokenizerBase, name: str) -> tuple[str, str, int]:
+    """What a chat template writes before a user's text, and from there to the answer; the token
+    that ends an answer. ReaderError without a template, or if it fails or writes the date."""
+    asked, told, why = "%%asked%%", "%%told%%", "it writes the day's date: results would change"
+    user, reply = {"role": "user", "content": asked}, {"role": "assistant", "content": told}
+    try:
+        if "strftime_now" not in tokenizer.get_chat_template():
+            given: dict[str, Any] = {"tokenize": False}
+            whole = str(tokenizer.apply_chat_template([user, reply], **given))
+            opened = tokenizer.apply_chat_template([user], add_generation_prompt=True, **given)
+            before, why, behind = str(opened).partition(asked)
+    except (TemplateError, ValueError) as error:
+        why = str(error).split(".")[0] if tokenizer.chat_template else "it has none"
+    if why != asked:
+        problem = f"{name} cannot be asked by its chat template ({why or 'it drops the question'})"
+        raise ReaderError(f"{problem}. Leave reader.chat (--chat) out, or mend it.")
+    if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id is not None:
+        before = before.removeprefix(str(tokenizer.bos_token))  # it comes with every text
+    after = tokenizer(whole.rpartition(told)[2], add_special_tokens=False)["input_ids"]
+    ends = after and getattr(tokenizer.added_tokens_decoder.get(after[0]), "special", False)
+    return before, behind, after[0] if ends else tokenizer.eos_token_id
+
+
 class Reader:
     """A causal language model with its tokenizer and the way its prompts are written.
     `style` is `question` (passages, question, answer) or `cloze` (passages, the beginning of a
@@ -64,11 +88,15 @@ class Reader:
             (short, f"it has {limit} positions. Lower reader.context from {settings.context}"),
             (no_end, "it knows no end token. Name one in tokenizer_config.json (eos_token)"),
             (two_parts and self.start is None, "name a decoder_start_token_id in its config.json"),
+            (two_parts and settings.chat, "an encoder-decoder has no turns. Leave reader.chat out"),
         ):
             if is_wrong:
                 raise ReaderError(f"{settings.model}: {told}.")
         self.end, self.pad = int(end), int(end if pad is None or pad >= self.known else pad)
-        special = {"pad_token_id": self.pad, "eos_token_id": self.end}
+        plain = ("", "", self.end)
+        turn = chat_turn(tokenizer, settings.model) if settings.chat else plain
+        self.turn, self.end = turn[:2], turn[2]
+        special = {"pad_token_id": self.pad, "eos_token_id": [*{int(end), self.end}]}
         greedy = {"do_sample": False, "num_beams": 1, "decoder_start_token_id": self.start}
         model.generation_config = GenerationConfig(**greedy, **special)  # not the folder's own
 
@@ -90,7 +118,9 @@ class Reader:
             said = (question.cloze, PART["question"])
             return [*([said, ("\n", other)] if first else []), *parts, ("In short. ", other), said]
         asked = [("question: ", other), (question.text, PART["question"]), ("\n", other)]
-        return [*([*asked, *parts] if first else [*parts, *asked]), ("answer:", other)]
+        parts = [*([*asked, *parts] if first else [*parts, *asked]), ("answer:", other)]
+        before, behind = ((text, other) for text in self.turn)
+        return [before, *parts, behind] if any(self.turn) else parts
 
     def tokens(self, pieces: Sequence[Piece]) -> Coded:
         """The texts as one text's tokens, each with its owner by its first character that is no
@@ -115,8 +145,10 @@ class Reader:
         """The prompt, with the answer and an end token behind it if given, cut as one text. A
         prompt longer than the reader's context loses tokens at the end of its passages, the same
         share from each; never of the question. Raises ReaderError if that alone does not fit."""
-        told = [] if answer is None else [(" " + answer, PART["answer"])]
-        ids, owner = self.tokens([*self.pieces(question, passages), *told])
+        pieces = self.pieces(question, passages)
+        space = "" if pieces[-1][0][-1:].isspace() else " "  # a turn's header may end its line
+        told = [] if answer is None else [(space + answer, PART["answer"])]
+        ids, owner = self.tokens([*pieces, *told])
         start = owner.index(PART["answer"]) if PART["answer"] in owner else len(ids)
         tail = [] if answer is None else [*ids[start:], self.end]
         room = self.settings.context - max(len(tail), self.answer_tokens)

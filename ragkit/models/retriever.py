@@ -1,6 +1,7 @@
 """The retriever: a sentence-transformers model, from outside or trained here by cropping."""
 
 import random
+import string
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -14,21 +15,22 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
 from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import batch_to_device
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.trainers import WordPieceTrainer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from ragkit.data.corpus import PASSAGES, Passage, Passages
+from ragkit.data.corpus import PASSAGES, Passage, Passages, passage_text
 from ragkit.data.text import readable
 from ragkit.data.worlds import open_prose
 from ragkit.errors import RetrieverError
 from ragkit.models import device
 from ragkit.settings import RetrieverSettings, asset
 
-# the embedded one before its training
-BERT: dict[str, Any] = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-BERT |= {"intermediate_size": 256, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 CROP_TEMPERATURE, KEEP_TITLE = 0.1, 0.5
+ALIKE = 16  # crops in one pass: those of like length, for the shorter are padded
 CHUNK = 8  # batches that one process encodes in one go
 PROMPTS = {"query": ("query",), "passage": ("document", "passage", "corpus")}  # names in folders
 
@@ -115,6 +117,22 @@ def embedded_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_file=file, model_max_length=1024, **special)
 
 
+def with_pieces_of(texts: Sequence[str], size: int) -> PreTrainedTokenizerFast:
+    """The embedded tokenizer with word pieces learnt from texts. The trainer numbers what single
+    signs it meets by chance, and by these numbers it breaks ties: so it is given them in order."""
+    made = embedded_tokenizer()
+    own = made.backend_tokenizer
+    signs = sorted({*"".join(map(own.normalizer.normalize_str, texts))} - {*string.whitespace})
+    known = [*made.convert_ids_to_tokens([*range(len(made.all_special_tokens))])]
+    known += [*signs, *(f"##{sign}" for sign in signs)]
+    learner = Tokenizer(WordPiece(unk_token=made.unk_token))
+    learner.normalizer, learner.pre_tokenizer = own.normalizer, own.pre_tokenizer
+    trainer = WordPieceTrainer(vocab_size=size, special_tokens=known, show_progress=False)
+    learner.train_from_iterator(texts, trainer)
+    own.model = WordPiece(learner.get_vocab(), unk_token=made.unk_token)
+    return made
+
+
 def crop(passage: Passage, rng: random.Random) -> str:
     """A random span of 20 to 60 percent of the words, with the title before it half the time."""
     words = passage.text.split()
@@ -125,14 +143,17 @@ def crop(passage: Passage, rng: random.Random) -> str:
 
 
 def train_by_cropping(
-    passages: Sequence[Passage], settings: RetrieverSettings, seed: int
+    passages: Sequence[Passage],
+    tokenizer: PreTrainedTokenizerFast,
+    settings: RetrieverSettings,
+    seed: int,
 ) -> Retriever:
     """The embedded retriever, a small BERT with mean pooling and unit length: two random crops of a
     passage attract, those of others in the batch repel (Contriever, Izacard et al. 2022)."""
     rng = random.Random(f"crops {seed}")
     torch.manual_seed(seed)
-    tokenizer = embedded_tokenizer()
-    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **BERT)
+    config = BertConfig.from_json_file(asset("retriever.json"))
+    config.vocab_size = len(tokenizer)
     config.max_position_embeddings = settings.passage_tokens
     unit = settings.model_copy(update={"normalise": settings.normalise is not False})
     with tempfile.TemporaryDirectory() as folder:
@@ -142,8 +163,12 @@ def train_by_cropping(
     optimizer = torch.optim.AdamW(retriever.parameters(), lr=settings.crop_rate)
     for _ in tqdm(range(settings.crop_steps), desc="crops", leave=False):
         chosen = rng.sample(passages, min(settings.crop_batch, len(passages)))
-        crops = retriever([crop(p, rng) for p in chosen + chosen])
-        vectors = nn.functional.normalize(crops, dim=-1)
+        crops = [crop(p, rng) for p in chosen + chosen]
+        by_length = sorted(range(len(crops)), key=lambda place: len(crops[place]))
+        parts = [by_length[at : at + ALIKE] for at in range(0, len(crops), ALIKE)]
+        encoded = torch.cat([retriever([crops[place] for place in part]) for part in parts])
+        places = torch.tensor(by_length, device=encoded.device).argsort()
+        vectors = nn.functional.normalize(encoded[places], dim=-1)
         logits = vectors[: len(chosen)] @ vectors[len(chosen) :].T / CROP_TEMPERATURE
         loss = nn.functional.cross_entropy(logits, torch.arange(len(chosen), device=logits.device))
         if not torch.isfinite(loss):
@@ -155,18 +180,21 @@ def train_by_cropping(
 
 
 def make_retriever(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """The initial retriever, in `folder/model`. The embedded one is trained on the passages and, in
-    a world, on as much prose with questions' words: one never met would be noise in vectors."""
+    """The initial retriever, in `folder/model`. The embedded one is trained on the passages: in a
+    world and on as much prose with questions' words, for one never met would be noise in vectors;
+    on real text by word pieces that it learns there too."""
     if not device.is_main():  # it is small, or only copied
         return
     chosen, seed = RetrieverSettings(**settings["retriever"]), settings["seed"]
     if chosen.model == "embedded":
-        passages = list(Passages(inputs["passages"] / PASSAGES))
-        if settings["world"] is not None:
+        passages, tokenizer = list(Passages(inputs["passages"] / PASSAGES)), embedded_tokenizer()
+        if settings["world"] is None:
+            tokenizer = with_pieces_of([*map(passage_text, passages)], chosen.vocabulary)
+        else:
             rng = random.Random(f"prose {seed}")
             prose = open_prose(settings["world"], len(passages), rng)
             passages += [Passage("", "", sentence) for sentence in prose]
-        retriever = train_by_cropping(passages, chosen, seed)
+        retriever = train_by_cropping(passages, tokenizer, chosen, seed)
     else:
         retriever = Retriever.load(chosen.model, chosen)
     retriever.save(folder / "model")

@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.utils import WEIGHTS_NAME
 
-from ragkit.data.corpus import Asked, Pair, Passage, Question, passage_text
+from ragkit.data.corpus import Asked, Pair, Passage, Question, found_first, passage_text
 from ragkit.data.files import write_jsonl
 from ragkit.data.worlds import build_world
-from ragkit.errors import ReaderError
+from ragkit.errors import DataError, ReaderError
 from ragkit.models import device
 from ragkit.models.fid import open_reader
 from ragkit.models.index import Index
@@ -119,7 +119,7 @@ class Progress(TrainerCallback):
         seconds = self.clock - began + (history[-1]["seconds"] if history else 0.0)
         before = max(mark for mark in self.marks if mark < step)  # 0, the start, is one
         loss = float(np.mean([*(row["own"] for row in history[before:]), own]))
-        row = {"step": step, "loss": loss, "rate": self.settings.rate * scale(step - 1, steps)}
+        row = {"step": step, "loss": loss, "rate": self.settings.peak * scale(step - 1, steps)}
         row |= {"seconds": round(seconds, 3), "left": round(seconds / step * (steps - step), 1)}
         history.append({**row, "own": own})
         if step in self.kept:
@@ -175,6 +175,8 @@ def fine_tune(
         asked += [draw(rng) for _ in range(settings.batch)]
 
     def prompts(some: list[Pair]) -> dict[str, list[Prompt]]:
+        if settings.answer == "found":
+            some = [(found_first(q, found), found) for q, found in some]
         return {"prompts": [reader.prompt(q, found, q.answers[0]) for q, found in some]}
 
     def keep(name: str) -> None:
@@ -192,7 +194,7 @@ def fine_tune(
         log.info("going on from the checkpoint %s", newest)
     loss = Loss(reader)
     learnt = [weight for weight in loss.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(learnt, settings.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(learnt, settings.peak, betas=(0.9, 0.98), weight_decay=0.01)
     rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: scale(step, settings.steps))
     trainer = Step1(
         model=loss,
@@ -212,7 +214,8 @@ def fine_tune(
 
 def make_step1(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """The reader after Step 1 and on the way. In an embedded world it learns from fresh worlds that
-    the initial retriever searches, on real text from the distill part."""
+    the initial retriever searches; on real text from the questions of the distill part that stand
+    behind those that it will teach from. DataError if there are none."""
     chosen, k, seed = settings["set"], settings["k"], settings["seed"]
     encoding, examples = RetrieverSettings(**settings["retriever"]), list[Example]()
     if chosen["source"] == "world":
@@ -226,6 +229,15 @@ def make_step1(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
             asked = Asked(corpus, questions, Index(passages).search(queries, k))
             examples += examples_of(asked, k)
     else:
-        examples = examples_of(Asked.open(inputs, "distill"), k)
+        asked, taught = Asked.open(inputs, "distill"), settings["questions"]
+        own = replace(asked, questions=asked.questions[taught:])
+        if not own.questions:
+            told = (
+                "Step 1 would learn from the questions that it then teaches from. Make its distill"
+            )
+            raise DataError(
+                f"set {chosen['name']}: {told} greater than distill.questions ({taught})."
+            )
+        examples = examples_of(replace(own, candidates=asked.candidates[taught:]), k)
     share, reader = settings["reader"]["gold_share"], open_reader(inputs, settings, to_train=True)
     fine_tune(reader, lambda rng: rng.choice(examples).draw(share, rng), folder, seed)

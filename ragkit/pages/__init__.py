@@ -1,1 +1,1 @@
-"""What people look at: figures, the report, the sliders, the judgement of a reader, the course."""
+"""What people look at: figures, the report, the judgement of a reader, the course."""

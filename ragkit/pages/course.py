@@ -9,19 +9,20 @@ on the solution copies; it is no dependency.
 import json
 import logging
 import re
-import string
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nbformat
+import yaml
+from jinja2 import Template
 from nbclient import NotebookClient
 from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
-from nbformat.v4 import new_code_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from ragkit.errors import NotebookError
 from ragkit.experiment.run import KILLED, kernel_of_here, stoppable
@@ -29,12 +30,14 @@ from ragkit.experiment.store import only_run
 from ragkit.settings import asset
 
 log = logging.getLogger(__name__)
+LESSONS = yaml.safe_load(asset("lessons.yaml").read_text("utf8"))
+LESSON = (asset("templates") / "lesson.md").read_text("utf8")
 HEADING = re.compile(r"### Exercise (\d+) · (.+?) \*\((easy|medium|hard), (\d+) minutes\)\*\n")
 SHAPE = "'### Exercise 1 · Name *(easy, 10 minutes)*'; two code cells must follow: solution, check"
 REGION = re.compile(r"^([ \t]*)### BEGIN SOLUTION\n.*?^[ \t]*### END SOLUTION$", re.M | re.S)
 STUBBED = "NotImplementedError"
 STUB = f"# YOUR CODE HERE\nraise {STUBBED}()"
-ADVICE = "Let an assert of its own fail there; give names an empty value before the solution."
+OWN = "AssertionError: .+"  # in which a check ends by itself
 SOURCE = re.compile(r"Solved here[^.]*\.")  # what the sources say of themselves
 KINDS = {  # of copies, and what they say in its place
     "student": "Yours to solve, where a cell says `# YOUR CODE HERE`.",
@@ -86,6 +89,8 @@ def copy_of(notebook: NotebookNode, profile: str, runs: str, kind: str = "") -> 
     no wrong answers and says what it is, and `student` has stubs for the solutions."""
     copy = deepcopy(notebook)
     for cell in copy.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
         if "parameters" in cell.metadata.get("tags", []):
             cell.source = f"PROFILE = {json.dumps(profile)}\nRUNS = {json.dumps(runs)}"
         if kind:
@@ -96,59 +101,67 @@ def copy_of(notebook: NotebookNode, profile: str, runs: str, kind: str = "") -> 
     return copy
 
 
-def faults(stem: str, notebook: NotebookNode, run: Callable[[str], str]) -> Iterator[str]:
-    """What does not hold in a solved notebook; `run` runs code and says in what error it ended.
-    Each exercise is tried with the stub, each wrong answer and the solution. Its check must refuse
-    all but the last by an assert of its own with a sentence, or the stub by the stub's error."""
+def with_lesson(copy: NotebookNode, lesson: dict[str, Any], kind: str) -> NotebookNode:
+    """A copy with its outcomes below the title and its quiz at the end; `solution` also with a
+    model answer to the open question (`assets/lessons.yaml`)."""
+    form: Any = Template(LESSON, trim_blocks=True, lstrip_blocks=True).module
+    copy.cells.insert(1, new_markdown_cell(form.begin(lesson)))
+    copy.cells.append(new_markdown_cell(form.end(lesson, kind)))
+    return copy
+
+
+def trial(code: str, what: str, ends: str = "") -> NotebookNode:
+    """A cell that says what it is, and by a pattern in what error it must end: by default none."""
+    return new_code_cell(code, metadata={"what": what, "ends": ends})
+
+
+def trials_of(stem: str, notebook: NotebookNode) -> Iterator[NotebookNode]:
+    """All that a solved notebook is tried by, in order. Each exercise is tried with the stub, each
+    wrong answer and the solution. Its check must refuse all but the last by an assert of its own
+    with a sentence, or the stub by the stub's error."""
     exercises = {one.answer.id: one for one in exercises_of(stem, notebook)}
     checks = {one.check.id for one in exercises.values()}
     for place, cell in enumerate(notebook.cells, 1):
         if one := exercises.get(cell.id):
-            for code in (STUB, *cell.metadata["wrong"]):
-                told = "the stub" if code == STUB else f"the wrong answer {code!r}"
-                good = f"AssertionError: .|{STUBBED}" if code == STUB else "AssertionError: ."
-                ended = run(with_answer(cell.source, code))
-                if ended and not (code == STUB and ended.startswith(STUBBED)):
-                    yield f"{one.where}: {told} does not even run: {ended}"
-                if not re.match(good, ended := run(one.check.source)):
-                    ends = f"ends in {ended}" if ended else "passes"
-                    yield f"{one.where}: its check {ends} on {told}. {ADVICE}"
-            if ended := run(cell.source):
-                yield f"{one.where}, its solution: {ended}"
-            if ended := run(one.check.source):
-                yield f"{one.where}, its check on the solution: {ended}"
-        elif cell.cell_type == "code" and cell.id not in checks and (ended := run(cell.source)):
-            yield f"Notebook {stem}, cell {place}: {ended}"
+            check, refuses = one.check.source, "(which an assert of its own must refuse)"
+            stub, unmade = with_answer(cell.source, STUB), f"|{STUBBED}.*"
+            yield trial(stub, f"{one.where}, the stub", unmade)
+            yield trial(check, f"{one.where}, its check on the stub {refuses}", OWN + unmade)
+            for code in cell.metadata["wrong"]:
+                what = f"the wrong answer {code!r}"
+                yield trial(with_answer(cell.source, code), f"{one.where}, {what}")
+                yield trial(check, f"{one.where}, its check on {what} {refuses}", OWN)
+            yield trial(cell.source, f"{one.where}, its solution")
+            yield trial(check, f"{one.where}, its check on the solution")
+        elif cell.cell_type == "code" and cell.id not in checks:
+            yield trial(cell.source, f"Notebook {stem}, cell {place}")
+
+
+def ended(cell: NotebookNode) -> str:
+    """In what error an executed cell ended; '' if in none."""
+    for error in cell.outputs:
+        if error.output_type == "error":
+            trace = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback))
+            raised_in = re.findall(r"Cell In\[(\d+)\]", trace)[-1:]
+            own = raised_in == [str(cell.execution_count)]
+            return f"{error.ename}{'' if own else ' in another cell'}: {error.evalue}"
+    return ""
 
 
 def verify(stem: str, notebook: NotebookNode, folder: Path) -> list[str]:
-    """The `faults` of a solved notebook, tried in one kernel, in `folder`."""
-    found: list[str] = []
-    kernel = kernel_of_here(folder / "partial" / "jupyter", "ragkit-course", {})
-    place = {"metadata": {"path": str(folder)}}
-    client = NotebookClient(new_notebook(), kernel_name=kernel, timeout=None, resources=place)
-    client.allow_errors = True
+    """What does not hold in a solved notebook, all tried in one kernel, in `folder`."""
+    tried = new_notebook(cells=list(trials_of(stem, notebook)))
+    how: Any = {"allow_errors": True, "timeout": None, "kernel_manager_class": kernel_of_here()}
+    client = NotebookClient(tried, resources={"metadata": {"path": str(folder)}}, **how)
     client.log.setLevel(logging.WARNING)  # it tells of every kernel it starts
-
-    def run(code: str) -> str:
-        client.nb.cells.append(new_code_cell(code))
-        client.execute_cell(client.nb.cells[-1], len(client.nb.cells) - 1)
-        for error in client.nb.cells[-1].outputs:
-            if error.output_type == "error":
-                trace = re.sub(r"\x1b\[[\d;]*m", "", "\n".join(error.traceback))
-                raised_in = re.findall(r"Cell In\[(\d+)\]", trace)[-1:]
-                own = raised_in == [str(client.code_cells_executed)]
-                return f"{error.ename}{'' if own else ' in another cell'}: {error.evalue}"
-        return ""
-
-    def work() -> None:
-        with client.setup_kernel():
-            found.extend(faults(stem, notebook, run))
-
     try:
-        stoppable([work])
+        stoppable(client.execute)
     except DeadKernelError:
-        found.append(f"Notebook {stem}: {KILLED}")
+        return [f"Notebook {stem}: {KILLED}"]
+    found = []
+    for cell in tried.cells:
+        if not re.fullmatch(cell.metadata["ends"], ended(cell), re.DOTALL):
+            found.append(f"{cell.metadata['what']}: {ended(cell) or 'it passes'}")
     return found
 
 
@@ -174,9 +187,9 @@ def write(sources: Path, run: Path, profile: str) -> Path:
         (folder / kind).mkdir(parents=True)
         for stem, notebook in notebooks.items():
             copy = copy_of(notebook, profile, "../..", kind)
+            copy = with_lesson(copy, LESSONS[stem], kind) if stem in LESSONS else copy
             nbformat.write(copy, folder / kind / f"{stem}.ipynb")
-    form = "| {id} | {notebook} | {title} | {difficulty} | {minutes} |"
-    rows = "\n".join(form.format(**one._asdict()) for one in exercises)
-    plan = string.Template(asset("lesson_plan.md").read_text("utf8"))
-    (folder / "lesson_plan.md").write_text(plan.substitute(profile=profile, exercises=rows), "utf8")
+    plan = Template(asset("lesson_plan.md").read_text("utf8"), trim_blocks=True)
+    text = plan.render(profile=profile, exercises=exercises, lessons=LESSONS)
+    (folder / "lesson_plan.md").write_text(text, "utf8")
     return folder

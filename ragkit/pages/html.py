@@ -24,6 +24,7 @@ TEMPLATES = Environment(
 ADDRESS = re.compile(r"#\S*|[\w.-]+(/[\w.-]+)*(#\S*)?|data:image/(png|jpeg);base64,[\w+/=\s]+")
 ELSEWHERE = re.compile(r"url\s*\((?!\s*['\"]?#)|//|\\", re.IGNORECASE)  # in a style
 UNSEEN = re.compile(r"<(script|style|metadata)\b.*?(</\1\s*>|\Z)", re.IGNORECASE | re.DOTALL)
+INTERVAL = re.compile(r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]")  # mean, low, high in a text
 KINDS = yaml.safe_load((asset("templates") / "allowed.yaml").read_text("utf8"))
 ALLOWED = {kind: frozenset(names.split()) for kind, names in KINDS.items()}
 Pages = list[tuple[str, str]]  # name and file
@@ -69,15 +70,21 @@ def page(title: str, body: str, pages: Pages, file: str) -> str:
 def table(frame: pd.DataFrame, digits: int = 3, index: bool = False) -> HTML:
     """A data frame, its texts escaped, its numbers with `digits` places, its gaps as dashes."""
     look = {"float_format": f"%.{digits}f", "na_rep": "–", "border": 0, "classes": "numbers"}
-    return HTML(fill("wide", table=HTML(frame.to_html(index=index, **look))))
+    return HTML(frame.to_html(index=index, **look))
 
 
-def figure(path: Path, extra: str = "") -> Markup:
+def figure(path: Path) -> Markup:
     """A figure (the path of its SVG), captioned by the first sentence of its alt text; all of that
-    is its label, and stands in words behind a fold with `extra` (HTML)."""
+    is its label, and stands in words behind a fold."""
     svg, alt = (path.with_suffix(end).read_text("utf8") for end in (".svg", ".txt"))
     drawing = svg[svg.index("<svg") :].replace("<svg", '<svg style="max-width:100%;height:auto"', 1)
-    return fill("figure", alt=alt, drawing=Markup(drawing), extra=Markup(extra))  # our own
+    return fill("figure", name=path.stem, alt=alt, drawing=Markup(drawing))  # our own
+
+
+def loop(*part: str) -> HTML:
+    """The loop of retriever, reader and target as a picture; `part` names the boxes that are marked
+    (`assets/templates/loop.html`)."""
+    return HTML(fill("loop", part=part))
 
 
 def marked_tokens(
@@ -94,4 +101,5 @@ def marked_tokens(
 def ledger(table: pd.DataFrame, pages: Mapping[str, str] | None = None) -> HTML:
     """The claims (`ragkit.experiment.claims.ledger`) as cards, side by side where there is room;
     each leads to its notebook's page if that is among `pages`, by the notebook's number."""
-    return HTML(fill("ledger", claims=table.fillna("").to_dict("records"), pages=pages or {}))
+    given = {"claims": table.fillna("").to_dict("records"), "pages": pages or {}}
+    return HTML(fill("ledger", intervals=INTERVAL.findall, **given))

@@ -14,24 +14,26 @@ import pandas as pd
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from ragkit.data.corpus import Corpus, Pair, Passage, Question
+from ragkit.data.corpus import Corpus, Pair, Question, found_first
 from ragkit.data.files import read_jsonl, text_and_answers, write_whole
+from ragkit.data.sets import with_text
 from ragkit.data.text import same_question, words
 from ragkit.distillation import targets
 from ragkit.distillation.teacher import look
 from ragkit.errors import DataError, NounsError, ReaderError, StoreError
 from ragkit.experiment.rules import LINE
 from ragkit.indicators import measures
-from ragkit.indicators.closeness import Spans, look_at_tokens, space, wanted_ids
+from ragkit.indicators.closeness import in_words, look_at_tokens, space
 from ragkit.indicators.measures import Interval, Tokens, interval
 from ragkit.indicators.nouns import find_nouns, load_nouns
 from ragkit.models import device
-from ragkit.models.fid import load_reader
+from ragkit.models.fid import load_reader, located
 from ragkit.models.reader import Reader
 from ragkit.pages import html
 from ragkit.settings import EMBEDDED, ROWS, AttentionSettings, IndicatorSettings, ReaderSettings
 
 log = logging.getLogger(__name__)
+NOUNS = "en_core_web_sm"  # what finds them
 FEWEST, MOST = 2, 20  # passages of a question
 ENOUGH = 30  # questions: fewer decide nothing, for a bootstrap's interval of them is too narrow
 ABOVE, BELOW, UNSURE = "above", "not above", "undecided"
@@ -41,20 +43,18 @@ FIT, UNFIT = "fit to teach", "unfit to teach"
 FIRST, CHANCE = "the first passage", "one drawn at random"  # what the top passage is held against
 GOALS = {"answer": "Indicator 1 (the answer)", "nouns": "Indicator 2 (the question's nouns)"}
 SHARE, READ = IndicatorSettings().share, AttentionSettings()  # as profiles do by default
-STRONGEST = 5.0  # lift from which shades are equal: one sink would leave all others without any
-CHAT = "The reader has a chat template, but is asked by ragkit's plain prompt, without it."
+PLAIN = "The reader has a chat template, but is asked by a plain prompt, without it (see --chat)."
+CHAT = "The reader is asked in a turn of its own chat template, as instruct models are taught."
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What `judge` found. `nouns` are each question's, by their characters, None without a finder;
-    `tops` (see `tops_of`) make the verdict, `tables` are the indicators' by their goal. `counts`
-    says what was left out or cut, `how` what was judged by what."""
+    """What `judge` found. `tops` (see `tops_of`) make the verdict, `tables` are the indicators' by
+    their goal. `counts` says what was left out or cut, `how` what was judged by what."""
 
     reader: Reader
     asked: list[Pair]
     tokens: Tokens
-    nouns: Spans | None
     tables: dict[str, pd.DataFrame]
     tops: pd.DataFrame
     verdict: str
@@ -64,27 +64,24 @@ class Judgement:
 
 def read_asked(path: Path) -> list[Pair]:
     """Questions with their passages, from a file (see `read_jsonl`). Keys: `question`; `answer` or
-    `answers` (see `text_and_answers`; the first counts); `passages` or DPR's `ctxs`, best first,
+    `answers` (see `text_and_answers` and `found_first`); `passages` or DPR's `ctxs`, best first,
     FEWEST to MOST objects with `text` and `title`; where known, `gold`: places of the passages that
     state the answer. Raises DataError that names line and key."""
     asked = []
     for line, row in read_jsonl(path):
-        where, passages = f"{path}, line {line}", []
+        where = f"{path}, line {line}"
         text, answers = text_and_answers(row, where)
         given, gold = row.get("passages", row.get("ctxs")), row.get("gold") or []
         if not isinstance(given, list) or not FEWEST <= len(given) <= MOST:
             raise DataError(f"{where}: 'passages' must be a list of {FEWEST} to {MOST} objects.")
-        for place, one in enumerate(given):
-            told = one if isinstance(one, dict) else {}
-            said, title = told.get("text"), told.get("title") or ""
-            if not (isinstance(said, str) and said.strip() and isinstance(title, str)):
-                wrong = "has no 'text', or a title that is no text. Mend it, or leave it out"
-                raise DataError(f"{where}: passage {place} (counted from 0) {wrong}.")
-            passages.append(Passage(str(place), title, said.strip()))
+        passages = list(with_text(given, f"{where}: a passage"))
+        if len(passages) < len(given):
+            raise DataError(f"{where}: a passage has no text. Mend it, or leave it out.")
         places = range(len(given))
         if not isinstance(gold, list) or any(type(i) is not int or i not in places for i in gold):
             raise DataError(f"{where}: 'gold' must be places of passages, 0 to {places[-1]}.")
-        asked.append((Question(f"{path.name}:{line}", text, answers, tuple(gold)), passages))
+        question = Question(f"{path.name}:{line}", text, answers, tuple(gold))
+        asked.append((found_first(question, passages), passages))
     if not asked:
         raise DataError(f"There are no questions in {path}. Give a few hundred.")
     return asked
@@ -118,14 +115,14 @@ def usable(reader: Reader, asked: list[Pair], counts: Counter[str]) -> list[Pair
     return list(kept.values())
 
 
-def load(name: str) -> Reader:
+def load(name: str, chat: bool = False) -> Reader:
     """A reader with as long a context as its positions allow."""
-    path = str(EMBEDDED.get(name, name))
+    path, given = located(name)
     log.info("loading  reader %s", name)
-    with device.loading(path):
-        config = AutoConfig.from_pretrained(path).get_text_config()
+    with device.loading(str(EMBEDDED.get(name, name))):
+        config = AutoConfig.from_pretrained(path, **given).get_text_config()
     context = getattr(config, "max_position_embeddings", None) or ReaderSettings().context
-    return load_reader(name, ReaderSettings(model=name, context=context))
+    return load_reader(name, ReaderSettings(model=name, context=context, chat=chat))
 
 
 def look_at_all(reader: Reader, asked: list[Pair]) -> tuple[list[targets.Looks], Tokens]:
@@ -152,7 +149,7 @@ def tops_of(looks: list[targets.Looks]) -> pd.DataFrame:
     """A row a question. Where some passages hold the answer, not all: whether that with most
     attention does, by each of WAYS, beside FIRST and CHANCE; heads are chosen on the first half of
     these questions, tried on the other. Of every question, without its answer: `agreement`, whether
-    both orders have the same top passage, and `even`, their attention's `targets.entropy`."""
+    both orders have the same top passage."""
     held, rows = [one["rank"]["holds"][0] for one in looks], []
     telling = [number for number, holds in enumerate(held) if 0 < holds.mean() < 1]
     half, heads = telling[: (len(telling) + 1) // 2], None
@@ -161,16 +158,14 @@ def tops_of(looks: list[targets.Looks]) -> pd.DataFrame:
         heads = shares >= np.sort(shares, axis=None)[-min(READ.chosen, shares.size)]
     for number, one in enumerate(looks):
         both = np.concatenate([targets.attention_scores(seen, READ) for seen in one.values()])
-        filled, k = both + 1e-12, both.shape[1]  # without any attention: spread evenly
-        even = targets.entropy(filled / filled.sum(1, keepdims=True))
-        rows.append({"agreement": top(both[0]) @ top(both[1]), "even": even})
+        rows.append({"agreement": top(both[0]) @ top(both[1])})
         if number in telling:
-            picked = (both[0], targets.standardise(both).mean(0), np.arange(k) == 0, np.ones(k))
-            tried = dict(zip(("rank order", "balanced", FIRST, CHANCE), picked, strict=True))
+            tried = {"rank order": both[0], "balanced": targets.standardise(both).mean(0)}
+            tried |= {FIRST: np.arange(both.shape[1]) == 0, CHANCE: np.ones(both.shape[1])}
             if number not in half:
                 tried["chosen heads"] = targets.attention_scores(one["rank"], READ, heads)[0]
             rows[-1] |= {name: top(scores) @ held[number] for name, scores in tried.items()}
-    return pd.DataFrame(rows, columns=["agreement", "even", *WAYS, FIRST, CHANCE])
+    return pd.DataFrame(rows, columns=["agreement", *WAYS, FIRST, CHANCE])
 
 
 def found_of(tops: pd.DataFrame, way: str) -> tuple[str, list[Interval]]:
@@ -191,21 +186,21 @@ def verdict_of(tops: pd.DataFrame) -> str:
 
 
 def judge(
-    name: str, questions: str, nouns: str = "en_core_web_sm", other: str | None = None
+    name: str, questions: str, nouns: str = NOUNS, other: str | None = None, chat: bool = False
 ) -> Judgement:
-    """Judges a reader (a folder, a hub name, or one of EMBEDDED) on the questions of a file.
+    """Judges a reader (a folder, a GGUF file, a hub name, or one of EMBEDDED) on the questions of a
+    file, asked by its own chat template or by the plain prompt.
 
     `nouns` is a spaCy pipeline, by name or folder; without one Indicator 2 is not computed.
     Closeness is measured in the input embeddings of the reader `other`, by default its own: readers
     compare only within one space. What it cannot know stands on its page.
     """
-    given, reader, counts = read_asked(Path(questions)), load(name), Counter[str]()
+    given, reader, counts = read_asked(Path(questions)), load(name, chat), Counter[str]()
     model = load(other) if other else reader
     how = {"Reader": name, "Closeness is measured in the input embeddings of": other or "its own"}
     if getattr(reader.tokenizer, "chat_template", None):
-        how["Prompt"] = CHAT
-        log.warning("%s", CHAT)
-    log.info("cutting  %d questions with their passages into tokens", len(given))
+        how["Prompt"] = CHAT if chat else PLAIN
+        log.warning("%s", how["Prompt"])
     asked = usable(reader, given, counts)
     texts, spans = [question for question, _ in asked], None
     try:
@@ -217,42 +212,33 @@ def judge(
     log.info("reading  %d prompts, as ranked, reversed, and by their tokens", len(asked))
     looks, tokens = look_at_all(reader, asked)
     counts["in no passage"] = sum(not one["rank"]["holds"].any() for one in looks)
-    embed, attention = space(reader, model), tokens.attention(READ)
-    ids, occur = np.unique(tokens.ids, return_counts=True)
-    counts["vectors"] = int(occur[np.isnan(embed(ids)).any(1)].sum())
+    told = in_words(reader, tokens, texts, [passages for _, passages in asked], spans)
+    vectors, attention, seen = space(told.forms, model), tokens.attention(READ), told.tokens
+    counts["vectors"] = int(np.isnan(vectors[seen.ids]).any(1).sum())
     tables = {}
-    for goal, wanted in wanted_ids(reader, texts, spans).items():
-        log.info("measuring %s", GOALS[goal])
-        close, exact = measures.closeness_to(tokens, wanted, embed), measures.exact(tokens, wanted)
+    for goal, wanted in told.wanted.items():
+        close, exact = measures.closeness_to(seen, wanted, vectors), measures.exact(seen, wanted)
         tables[goal] = measures.indicator(attention, close, tokens.question, exact, SHARE)
     tops = tops_of(looks)
-    return Judgement(reader, asked, tokens, spans, tables, tops, verdict_of(tops), counts, how)
+    return Judgement(reader, asked, tokens, tables, tops, verdict_of(tops), counts, how)
 
 
 def write_html(judged: Judgement, path: Path) -> None:
-    """Writes a judgement as one page that runs no script and loads nothing, with the first
-    questions' tokens shaded by their attention."""
-    tokens, examples = judged.tokens, []
-    shade = np.nan_to_num(measures.lift(tokens.attention(READ), tokens.question)).clip(0, STRONGEST)
-    for number, (question, passages) in enumerate(judged.asked[:3]):  # so that none is picked
-        mine, titles = tokens.question == number, [passage.title for passage in passages]
-        texts = judged.reader.tokenizer.convert_ids_to_tokens(tokens.ids[mine].tolist())
-        shown = html.marked_tokens(texts, shade[mine].tolist(), tokens.owner[mine].tolist(), titles)
-        spans = judged.nouns[number] if judged.nouns else []
-        nouns = [question.text[start:end] for start, end in spans]
-        examples.append({"asked": question, "nouns": nouns, "shown": shown})
-    mass = dict(zip(measures.PLACES, tokens.mass[:, ROWS.index(READ.rows)].mean(0), strict=True))
-    told = {"judge": globals(), "judged": judged, "mass": mass, "examples": examples, "line": LINE}
+    """Writes a judgement as one page that runs no script and loads nothing."""
+    mass = zip(measures.PLACES, judged.tokens.mass[:, ROWS.index(READ.rows)].mean(0), strict=True)
+    told = {"judge": globals(), "judged": judged, "mass": dict(mass), "line": LINE}
     title, body = f"Judgement of {judged.how['Reader']}", html.fill("judge", **told)
     write_whole(path, html.page(title, body, [("Judgement", "#main")], "#main"))
 
 
-def write(reader: str, questions: str, nouns: str, space: str | None, out: Path) -> None:
+def write(
+    reader: str, questions: str, nouns: str, space: str | None, out: Path, chat: bool = False
+) -> None:
     """Judges a reader (see `judge`), tells the verdict with its reasons, writes the page."""
     if out.is_dir() or not os.access(out.absolute().parent, os.W_OK):  # before minutes of work
         why = "it is a folder, or its folder is not there or closed to you"
         raise StoreError(f"The page cannot be written to {out}: {why}. Choose another --out.")
-    judged = judge(reader, questions, nouns, space)
+    judged = judge(reader, questions, nouns, space, chat)
     write_html(judged, out)
     for way in WAYS:
         found, (first, chance) = found_of(judged.tops, way)

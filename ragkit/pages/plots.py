@@ -4,19 +4,16 @@ Every figure is one column of panels, WIDTH inches wide, so that its text stays 
 phone shows it 360 pixels wide. A figure's function gives it with its alt text; `show` keeps both.
 """
 
-from itertools import product
 from pathlib import Path
 from textwrap import fill
 from typing import Any
 
 import matplotlib.pyplot as plt
-import numpy as np
 import pandas as pd
 import seaborn as sns
 from IPython.display import HTML
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from ragkit.pages import html
 from ragkit.settings import asset
@@ -26,10 +23,6 @@ WIDTH = 5.6
 Look = dict[str, Any]  # options of matplotlib's and seaborn's functions
 RULE: Look = {"color": "0.3", "lw": 1, "ls": ":"}  # a line that says where nothing happens
 WITHIN: Look = {"y": "value", "estimator": "median", "errorbar": ("pi", 100)}  # see `bounds`
-TIMES: dict[str, Look] = {  # how a system is drawn in a histogram
-    "before distillation": {"color": "0.2", "lw": 1.6, "ls": "--"},
-    "after distillation": {"color": PALETTE[0], "lw": 1.6},
-}
 
 
 def use_theme() -> None:
@@ -86,72 +79,6 @@ def show(figure: Figure, alt: str, folder: Path, name: str, table: pd.DataFrame)
     return HTML(html.figure(folder / f"{name}.svg"))
 
 
-def heat_map(
-    shares: pd.DataFrame, label: str, marked: NDArray[np.bool_] | None = None
-) -> tuple[Figure, str]:
-    """Shares by row and column, whose names are those of the table's axes; those `marked` `[rows,
-    columns]` get a star."""
-    rows, columns = shares.index.name, shares.columns.name
-    figure, (axis,) = column([0.4 * shares.shape[0] + 1.6])
-    named = shares.set_axis([fill(str(row), 18) for row in shares.index])
-    stars = np.where(np.zeros(shares.shape, bool) if marked is None else marked, "*", "")
-    digits = shares.map("{:.2f}".format) if shares.shape[1] <= 8 else shares.map("".format)
-    blues = sns.blend_palette(["#ffffff", "#6baed6"], as_cmap=True)  # under black digits
-    look: Look = {"cbar_kws": {"label": label, "orientation": "horizontal"}}
-    look |= {"annot": digits + stars, "fmt": "", "annot_kws": {"color": "black"}}
-    sns.heatmap(named, ax=axis, cmap=blues, **look)
-    axis.set(xlabel=columns, ylabel=rows)
-    axis.tick_params(axis="y", rotation=0)
-    row, place = shares.stack().idxmax()
-    said = f"Highest: {rows} {row}, {columns} {place} ({shares.loc[row, place]:.2f})."
-    return figure, f"Heat map of the {label}, by {rows} and {columns}. {said}"
-
-
-def by_closeness(table: pd.DataFrame) -> tuple[Figure, str]:
-    """Lift by closeness; columns set, goal, reader, percent (100: the closest tokens), mean, low,
-    high."""
-    long = bounds(table.assign(panel=table["set"] + ": closeness to the " + table["goal"]))
-    look: Look = {"x": "percent", "hue": "reader", "style": "reader", "ms": 5, **WITHIN}
-    look |= {"markers": dict(zip(table["reader"].unique(), MARKERS, strict=False))}
-    labels = ("passage tokens in order of closeness (%, 100: closest)", "lift (1 = average)")
-    figure = panels(sns.lineplot, long, 2.4, 1, labels, dashes=False, **look)
-    for axis in figure.axes:
-        axis.axhline(1, **RULE)
-    said = "Lift of passage tokens by closeness, with 95 percent intervals. The closest:"
-    form = "{set}, {goal}, {reader}: {mean:.2f} from {low:.2f} to {high:.2f}"
-    return figure, told(said, table[table["percent"] == 100], form)
-
-
-def histograms(table: pd.DataFrame, label: str) -> tuple[Figure, str]:
-    """How a number spreads over questions: a row a reader, a column a source, with the means before
-    and after distillation; columns source, reader, system, time (of TIMES), low, high (of a bin),
-    share (of questions), mean."""
-    sources, readers = table["source"].unique(), table["reader"].unique()
-    figure = plt.figure(figsize=(WIDTH, 1.5 * len(readers) + 1), layout="constrained")
-    rows, columns = len(readers), len(sources)
-    axes: Any = figure.subplots(rows, columns, sharex="col", sharey=True, squeeze=False)
-    for (row, reader), (column, source) in product(enumerate(readers), enumerate(sources)):
-        axis, here = axes[row, column], table[table["source"] == source]
-        edges, means = np.unique(here[["low", "high"]]), []
-        for time, bins in here[here["reader"] == reader].groupby("time", sort=False):
-            heights = np.zeros(len(edges) - 1)
-            heights[np.searchsorted(edges, bins["low"])] = bins["share"]
-            axis.stairs(heights, edges, **TIMES[time], label=time)
-            axis.stairs(heights, edges, fill=time != next(iter(TIMES)), color=PALETTE[0], alpha=0.3)
-            axis.axvline(bins["mean"].iloc[0], **TIMES[time] | {"lw": 2.5})
-            means.append(f"{bins['mean'].iloc[0]:.2f}".replace("nan", "undefined"))
-        known = " → ".join(means) or "not run"
-        axis.set_title(known if row else f"{source}\n{known}", size=11)
-    for axis, reader in zip(axes[:, 0], readers, strict=True):
-        axis.set_ylabel(reader)
-    figure.supxlabel(label, size=12)
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside upper center", ncols=2, frameon=False)
-    ends = table.drop_duplicates(["source", "system"])
-    said = f"Shares of questions by {label}, before and after distillation. Means:"
-    return figure, told(said, ends, "{source}, {system}: {mean:.2f}")
-
-
 def dots(table: pd.DataFrame, row: str, label: str, line: float) -> tuple[Figure, str]:
     """Means with intervals as dots, a panel a set, a colour a reader; a vertical line at `line`.
     Columns set, reader, `row`, mean, low, high; each value of `row` has its row."""
@@ -168,8 +95,8 @@ def dots(table: pd.DataFrame, row: str, label: str, line: float) -> tuple[Figure
     for axis in figure.axes:
         axis.axvline(line, **RULE)
     best = table.loc[table["mean"].idxmax()]
-    largest = f"Largest: {best[row]} on {best['set']}."
-    said = f"{label}, by {row}, means with 95 percent intervals. {largest}"
+    said = f"{label}, by {row}, means with 95 percent intervals. "
+    said += f"Largest: {best[row]} on {best['set']}."
     form = f"{{set}}, {{reader}}, {{{row}}}: {{mean:.3f}} from {{low:.3f}} to {{high:.3f}}"
     return figure, told(said, table, form)
 

@@ -1,14 +1,20 @@
 """The report: a run as static pages that load nothing; none but the sliders may run a script. And
 the reference run in `figures/`: how a run differs from it, and how a run becomes it."""
 
+import base64
+import json
+import os
 import re
 import shutil
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import pandas as pd
+from jinja2 import Template
+from latex2mathml import converter, exceptions
 from markupsafe import Markup
 from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 from pygments import highlight
@@ -19,34 +25,43 @@ from ragkit.data.files import write_whole
 from ragkit.errors import StoreError
 from ragkit.experiment.lab import Lab, read_json
 from ragkit.experiment.store import replaced
-from ragkit.pages import html, sliders
+from ragkit.pages import html
 from ragkit.settings import asset
 
 GAINS, LEDGER, MAIN = "04_gains.csv", "09_ledger.csv", "04_main_table.csv"
-DEVIATIONS = "08_deviations.csv"
+DEVIATIONS, SLIDERS = "08_deviations.csv", "03_sliders.html"
+FIGURE = re.compile(r'<figure id="(\w+)"')
 ENDS = (".svg", ".png", ".csv", ".txt")  # of a figure's files
 GAIN = (
     "{set}, {system}: gain in HR@5 {mean:+.3f} [{low:+.3f}, {high:+.3f}] here, "
     "{mean there:+.3f} [{low there:+.3f}, {high there:+.3f}] there"
 )
+NO_FORMULA: list[Any] = [one for one in vars(exceptions).values() if isinstance(one, type)]
 VERDICT = "{claim}: verdict '{verdict}' here, '{verdict there}' there"
-SHOWN_ROWS = 12  # of a figure's table
+
+
+class Renderer(IPythonRenderer):
+    """Formulas become MathML, which browsers show without a script; what is none stays text."""
+
+    def inline_math(self, body: str, display: str = "inline") -> str:
+        with suppress(*NO_FORMULA):
+            return converter.convert(body, display=display)
+        return super().inline_math(body)
+
+    def block_math(self, body: str) -> str:
+        return self.inline_math(body, "block")
 
 
 def prose(markdown: str, escape: bool = False) -> Markup:
-    """Markdown as HTML, its tables in boxes that scroll; `escape` shows HTML in it as text."""
-    made = html.clean(MarkdownWithMath(renderer=IPythonRenderer(escape=escape)).render(markdown))
-    wide = html.fill("wide", table=Markup(r"\1"))
-    return Markup(re.sub(r"(<table>.*?</table>)", wide, made, flags=re.DOTALL))
+    """Markdown as HTML; `escape` shows HTML in it as text."""
+    return html.clean(MarkdownWithMath(renderer=Renderer(escape=escape)).render(markdown))
 
 
 def output_html(output: nbformat.NotebookNode) -> Markup:
     """One output of a cell: text escaped, HTML by the allow-list."""
     data = output.get("data", {})
     if "text/html" in data:
-        made = html.clean(data["text/html"])
-        is_bare = "<table" in made and 'class="wide"' not in made
-        return html.fill("wide", table=made) if is_bare else made
+        return html.clean(data["text/html"])
     if "text/markdown" in data:
         return prose(data["text/markdown"], escape=True)
     if "image/png" in data:
@@ -63,19 +78,6 @@ def notebook_html(path: Path) -> Markup:
     return html.fill("notebook", cells=cells, prose=prose, code=code, shown=output_html)
 
 
-def lesson(path: Path) -> str:
-    """What a notebook says one will learn in it, as plain text."""
-    first = nbformat.read(path, as_version=4).cells[0].source
-    said = re.search(r"\*\*You will learn\*\*(.*?)(?:\n\*\*|\n\n|\Z)", first, re.DOTALL)
-    return " ".join(re.sub(r"[*`]", "", said[1]).split()).capitalize() if said else ""
-
-
-def flat(profile: dict[str, Any]) -> dict[str, Any]:
-    """A profile's settings as `part.key`; sets go by their names."""
-    sets = {one["name"]: one for one in profile["sets"]}
-    return pd.json_normalize({**profile, "sets": sets}).iloc[0].to_dict()
-
-
 def measured_by(manifest: dict[str, Any]) -> str:
     """The profile of a run and the commits that made its stages and notebooks."""
     made = [one["made"] for part in ("stages", "notebooks") for one in manifest[part].values()]
@@ -89,11 +91,11 @@ def compare(run: Path, figures: Path) -> list[str]:
     """How the finished run in a folder differs from the reference in `figures`, line by line: a
     gain where the two 95 % intervals do not overlap, a verdict where it is another one. Nothing is
     compared where either profile is too small to be judged."""
-    own = read_json(run / "manifest.json")["profile"]
+    profiles = [read_json(run / "manifest.json")["profile"]]
     try:
         manifest = read_json(figures / "manifest.json")
-        theirs, named = manifest["profile"], measured_by(manifest)
-        here, there = flat(own), flat(theirs)
+        profiles.append(manifest["profile"])
+        named = measured_by(manifest)
         gains, verdicts = (
             pd.read_csv(run / "figures" / file).merge(
                 pd.read_csv(figures / file), on=key, suffixes=("", " there")
@@ -102,52 +104,45 @@ def compare(run: Path, figures: Path) -> list[str]:
         )
         apart = (gains["low"] > gains["high there"]) | (gains["high"] < gains["low there"])
         other = verdicts["verdict"] != verdicts["verdict there"]
+        small = [one["name"] for one in profiles if not one["judge"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         why = f"{figures} holds none of this version (`make reference` puts it there): {error!r}"
         return [f"There is no reference to compare with: {why}."]
-    small = [one["name"] for one in (own, theirs) if not one["judge"]]
     if small or gains.empty:
         why = f"profile {small[0]} is too small to judge" if small else "it has other question sets"
         return [f"Not compared with the reference ({named}): {why}."]
     told = [GAIN.format(**row) for row in gains[apart].to_dict("records")]
     told += [VERDICT.format(**row) for row in verdicts[other].to_dict("records")]
     counts = f"of {len(gains)} gains and {len(verdicts)} verdicts, {len(told) or 'none'} differ"
-    summary = f"Compared with the reference ({named}): {counts} (gains by their intervals)."
-    names = sorted(here.keys() & there.keys() - {"name"})
-    settings = [f"{n} {here[n]} here, {there[n]} there" for n in names if here[n] != there[n]]
-    return [summary, *told, f"Settings that differ: {'; '.join(settings) or 'none'}."]
+    return [f"Compared with the reference ({named}): {counts} (gains by their intervals).", *told]
 
 
 def write(lab: Lab, figures: Path) -> tuple[Path, list[str]]:
     """Writes `report/` in a finished run's folder. Returns its index page, and how the run compares
     with the reference in `figures`."""
     folder = lab.folder / "report"
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    manifest, compared = read_json(lab.folder / "manifest.json"), compare(lab.folder, figures)
-    settings, gallery = flat(manifest["profile"]), {}
-    for path in sorted(lab.figures.glob("*.svg")):
-        table = pd.read_csv(path.with_suffix(".csv"))
-        shown = {"name": path.stem, "rows": len(table), "most": SHOWN_ROWS}
-        numbers = html.fill("numbers", table=html.table(table.head(SHOWN_ROWS)), **shown)
-        gallery[path.stem] = html.figure(path, numbers)
-        for end in (".csv", ".svg", ".png"):
-            shutil.copy(path.with_suffix(end), folder / "figures")
+    folder.mkdir(exist_ok=True)
+    manifest, own = read_json(lab.folder / "manifest.json"), figures / lab.base
+    compared = compare(lab.folder, own if own.is_dir() else figures)
     notebooks = sorted((lab.folder / "notebooks").glob("*.ipynb"))
-    claims = pd.read_csv(lab.figures / LEDGER)
+    claims, drawn = pd.read_csv(lab.figures / LEDGER), (lab.figures / GAINS).with_suffix(".svg")
     overview = {
-        **{"manifest": manifest, "compared": compared, "claims": claims.to_dict("records")},
-        "gains": gallery.get(Path(GAINS).stem, ""),
+        "gained": pd.read_csv(lab.figures / GAINS).to_dict("records"),
+        "manifest": manifest,
+        "compared": compared,
+        "claims": claims.to_dict("records"),
+        "gains": html.figure(drawn) if drawn.is_file() else "",
         "ledger": html.ledger(claims, {path.stem[:2]: f"{path.stem}.html" for path in notebooks}),
-        "lessons": {path.stem: lesson(path) for path in notebooks},
         "deviations": html.table(pd.read_csv(lab.figures / DEVIATIONS)),
     }
     bodies = {("Overview", "index.html"): html.fill("overview", **overview)}
     for path in notebooks:
         bodies[path.stem.replace("_", " "), f"{path.stem}.html"] = notebook_html(path)
+    if (page := lab.figures / SLIDERS).is_file():
+        bodies["Sliders", "sliders.html"] = Markup(page.read_text("utf8"))  # our own
     bodies |= {
-        ("Gallery", "gallery.html"): html.fill("gallery", figures=gallery),
-        ("Sliders", "sliders.html"): Markup(sliders.body(lab)),
-        ("Manifest", "manifest.html"): html.fill("manifest", manifest=manifest, settings=settings),
+        ("Manifest", "manifest.html"): html.fill("manifest", manifest=manifest),
+        ("Words", "words.html"): prose(asset("glossary.md").read_text("utf8")),
         ("Paper scale", "paper_scale.html"): prose(asset("paper_scale.md").read_text("utf8")),
     }
     for (title, file), body in bodies.items():
@@ -160,10 +155,41 @@ def block(mark: str) -> re.Pattern[str]:
     return re.compile(f"(?<=<!-- {mark} -->).*?(?=<!-- /{mark} -->)", re.DOTALL)
 
 
+def keep_outputs(lab: Lab, sources: Path) -> None:
+    """Writes the outputs of a finished run into the notebooks in `sources`, to be read on the web:
+    figures as pictures with their alt text, no error stream. Raises StoreError where a notebook was
+    edited since it ran."""
+    for file in sorted(sources.glob("[0-9A]*.ipynb")):
+        notebook = nbformat.read(file, as_version=4)
+        ran = nbformat.read(lab.folder / "notebooks" / file.name, as_version=4)
+        made = {cell.id: cell for cell in ran.cells}
+        for cell in (one for one in notebook.cells if one.cell_type == "code"):
+            if cell.source != made[cell.id].source and cell.metadata.get("tags") != ["parameters"]:
+                raise StoreError(f"{file.name} was edited since it ran. `make reproduce` runs it.")
+            cell.outputs = [one for one in made[cell.id].outputs if one.get("name") != "stderr"]
+            cell.execution_count = made[cell.id].execution_count
+            for one in cell.outputs:
+                if named := FIGURE.search(one.get("data", {}).get("text/html", "")):
+                    drawn, alt = (lab.figures / f"{named[1]}.{end}" for end in ("png", "txt"))
+                    picture = base64.b64encode(drawn.read_bytes()).decode()
+                    one.data = {"image/png": picture, "text/plain": alt.read_text("utf8")}
+        nbformat.write(notebook, file)
+
+
+def portable(value: Any) -> Any:
+    """JSON values with the files of this machine by their names alone."""
+    if isinstance(value, dict):
+        return {portable(key): portable(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [portable(one) for one in value]
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+
+
 def make_reference(lab: Lab, figures: Path, readme: Path) -> None:
-    """Makes a finished run the reference: figures, tables, manifest, and two tables of the README.
-    All is checked before anything is touched (StoreError, which says all that is lacking), and
-    written aside first. Folders in `figures` (the references of other profiles) stay."""
+    """Makes a finished run the reference of its profile: figures, tables and manifest in `figures`,
+    of another profile than `full` in a folder there; the README's tables are written anew. All is
+    checked before anything is touched (StoreError, which says all that is lacking), and written
+    aside first."""
     record, lacking = lab.folder / "manifest.json", []
     if (manifest := read_json(record))["profile"] != lab.profile.model_dump(mode="json"):
         lacking.append(f"{record} has other settings than profile {lab.profile.name} has now")
@@ -178,17 +204,33 @@ def make_reference(lab: Lab, figures: Path, readme: Path) -> None:
     if lacking:
         advice = f"Run `make reproduce PROFILE={lab.profile.name}` first."
         raise StoreError(f"Nothing was published: {'; '.join(lacking)}. {advice}")
-    ledger = pd.read_csv(lab.figures / LEDGER)[["claim", "statement", "verdict", "why", "paper"]]
-    tables = {"ledger": ledger, "deviations": pd.read_csv(lab.figures / DEVIATIONS)}
-    for mark, table in tables.items():
-        told = ["", f"| {' | '.join(table)} |", "|---" * table.shape[1] + "|"]
-        cells = table.fillna("").astype(str).replace(r"\|", r"\\|", regex=True).to_numpy()
-        told += [f"| {' | '.join(row)} |" for row in cells]
-        told += ["", f"Measured with {measured_by(manifest)}.", ""]
-        text = block(mark).sub("\n".join(told).replace("\\", r"\\"), text, count=1)
-    with replaced(figures) as aside:
-        for path in (*files, record):
+    home = figures if lab.base == "full" else figures / lab.base
+    with replaced(home) as aside:
+        for path in files:
             shutil.copy(path, aside)
-        for inner in filter(Path.is_dir, figures.glob("*")):
+        (aside / "manifest.json").write_text(json.dumps(portable(manifest), indent=1), "utf8")
+        for inner in filter(Path.is_dir, home.glob("*")):
             shutil.copytree(inner, aside / inner.name)
-    write_whole(readme, text)
+    write_whole(readme, with_tables(text, figures))
+
+
+def with_tables(text: str, figures: Path) -> str:
+    """The README's text with the claims' verdicts in every reference there is, and the deviations
+    from the paper, as measured in the worlds."""
+    homes = {"in the worlds": figures, "on real text": figures / "real"}
+    homes = {where: home for where, home in homes.items() if (home / LEDGER).is_file()}
+    ledgers = {where: pd.read_csv(home / LEDGER) for where, home in homes.items()}
+    claims = next(iter(ledgers.values()))[["claim", "statement", "why", "paper"]]
+    claims = claims.rename(columns={"why": "set by set"})
+    for place, (where, one) in enumerate(ledgers.items()):
+        claims.insert(2 + place, where, one["verdict"])
+    tables = {"ledger": claims}
+    if (figures / DEVIATIONS).is_file():
+        tables["deviations"] = pd.read_csv(figures / DEVIATIONS)
+    by = {where: measured_by(read_json(home / "manifest.json")) for where, home in homes.items()}
+    told = "; ".join(f"{where}: {one}" for where, one in by.items())
+    form = Template(asset("readme_table.md").read_text("utf8"), trim_blocks=True)
+    for mark, table in tables.items():
+        made = form.render(table=table.fillna(""), measured_by=told)
+        text = block(mark).sub(made.replace("\\", r"\\"), text, count=1)
+    return text

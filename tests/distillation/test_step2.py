@@ -18,7 +18,7 @@ from ragkit.data.files import write_arrays, write_jsonl
 from ragkit.distillation import step2
 from ragkit.errors import RetrieverError
 from ragkit.models.index import make_vectors
-from ragkit.models.retriever import train_by_cropping
+from ragkit.models.retriever import embedded_tokenizer, train_by_cropping
 from ragkit.settings import AttentionSettings, DistillSettings, IndexSettings, RetrieverSettings
 
 
@@ -142,7 +142,9 @@ def inputs(tmp_path_factory):
     for part in ("distill", "dev", "test"):
         write_jsonl(folders["data"] / f"{part}.jsonl", map(asdict, questions))
     retriever = RetrieverSettings(pooling="mean", normalise=True, crop_steps=2, crop_batch=4)
-    train_by_cropping(passages, retriever, 0).save(folders["retriever"] / "model")
+    train_by_cropping(passages, embedded_tokenizer(), retriever, 0).save(
+        folders["retriever"] / "model"
+    )
     found = np.stack([np.roll(np.arange(6), -i) for i in range(6)])
     write_arrays(folders["candidates"] / "candidates.safetensors", {"distill": found})
     given = {"passages": folders["data"], "questions": folders["data"], **folders}

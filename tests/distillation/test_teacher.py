@@ -1,7 +1,7 @@
 """The teacher's look: every choice from one pass, and each passage's score wherever it stands."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 from tiny_models import fid
 
 from ragkit.attention import contributions, passage_scores, record
-from ragkit.data.corpus import Passage, Question, write_passages
+from ragkit.data.corpus import Passage, Question, found_first, write_passages
 from ragkit.data.files import write_arrays, write_jsonl
 from ragkit.distillation import teacher
 from ragkit.models.fid import load_reader
@@ -195,6 +195,43 @@ def test_answers_are_scored_given_each_passage_alone_and_without_it(reader):
             expected = -log_likelihoods(reader, question, others).mean()
             assert left_out[i, place] == pytest.approx(expected, abs=1e-4)
     assert np.isnan(logs[1]).any()  # answers of unequal length
+
+
+@pytest.mark.parametrize(
+    ("answers", "best"),
+    [
+        (("old tarholm", "tarholm"), 0),  # a tie
+        (("Lyda", "tarholm", "venn"), 1),
+        (("arholm", "Tarholm"), 1),  # whole words
+        (("nowhere", "never"), 0),
+        (("ulm",), 0),
+    ],
+)
+def test_the_answer_that_stands_in_most_passages_comes_first(answers, best):
+    asked = replace(QUESTIONS[0], answers=answers)
+    others = tuple(one for one in answers if one != answers[best])
+    assert found_first(asked, PASSAGES) == replace(asked, answers=(answers[best], *others))
+    assert found_first(asked, []) == asked
+
+
+@pytest.mark.parametrize("answer", ["first", "found"])
+def test_a_look_is_for_the_answer_that_the_settings_name(reader, tmp_path, answer):
+    asked = replace(QUESTIONS[0], answers=("Lyda", "tarholm"))
+    write_passages(tmp_path / "passages.arrow", PASSAGES)
+    for part in ("distill", "dev", "test"):
+        write_jsonl(tmp_path / f"{part}.jsonl", [asdict(asked)])
+    write_arrays(tmp_path / "candidates.safetensors", {"distill": np.array([[0, 1, 2]])})
+    inputs = dict.fromkeys(("passages", "questions", "candidates"), tmp_path)
+    chosen = {"reader": reader.settings.model_dump() | {"answer": answer}}
+    chosen |= {"which": "off-the-shelf", "k": 3, "questions": 1}
+    taken = asked if answer == "first" else replace(asked, answers=("tarholm", "Lyda"))
+    teacher.make_teacher(tmp_path, inputs, chosen | {"part": "distill", "order": "rank", "seed": 0})
+    seen = load_file(tmp_path / "scores.safetensors")
+    expected = teacher.look(reader, [taken], [PASSAGES])
+    assert np.array_equal(seen["attention"], expected["attention"])
+    teacher.make_alone(tmp_path, inputs, chosen)
+    logs = load_file(tmp_path / "scores.safetensors")["answer_logs"]
+    assert np.array_equal(logs, teacher.alone(reader, [taken], [PASSAGES]), equal_nan=True)
 
 
 def test_the_makers_write_what_the_functions_give(reader, tmp_path):

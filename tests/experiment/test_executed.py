@@ -1,17 +1,19 @@
-"""Notebooks executed: what they opened, when they hold, whose Python runs them, how they fail."""
+"""Notebooks executed: what they are made of, when they hold, whose Python runs them, how they
+fail."""
 
 import json
-import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import nbformat
 import pytest
 
 from ragkit.errors import NotebookError
+from ragkit.experiment import run
 from ragkit.experiment.lab import Lab
-from ragkit.experiment.run import OWN_ERRORS, Notebooks
-from ragkit.experiment.store import RECORD, read_record
+from ragkit.experiment.provenance import closure
+from ragkit.experiment.store import Store, read_record
 from ragkit.profile import load_profile, save_profile
 
 ROOT = Path(__file__).parent.parent.parent
@@ -28,11 +30,33 @@ def notebook(folder, *cells, parameters="PROFILE = 'tiny'\nRUNS = '..'"):
     return folder
 
 
-def notebooks(folder, *cells, **more):
-    """A run's notebooks, the toy alone."""
-    lab = Lab("smoke", folder / "runs")
-    save_profile(lab.profile, lab.folder / "profile.yaml")
-    return Notebooks(lab, notebook(folder / "sources", *cells, **more))
+class Run:
+    """A run, of whose stages there are those of one set's data, and of whose notebooks the toy."""
+
+    def __init__(self, folder, *cells, **more):
+        self.sources = notebook(folder / "sources", *cells, **more)
+        self.lab = Lab("smoke", folder / "runs")
+        save_profile(self.lab.profile, self.lab.folder / "profile.yaml")
+
+    @property
+    def toy(self):
+        """The notebook as a stage, as the next call sees it."""
+        (toy,) = run.notebooks_of(self.lab, self.sources)
+        return toy
+
+    def open(self):
+        return self.lab.store.open(self.toy)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def data_alone():
+    """Runs of a few cheap stages."""
+    kinds = ("passages", "questions")
+    with pytest.MonkeyPatch.context() as patch:
+        every = Lab.stages.fget
+        own = property(lambda lab: [one for one in every(lab) if one.kind in kinds][:2])
+        patch.setattr(Lab, "stages", own)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +69,7 @@ def executed(tmp_path_factory):
     (foreign / "kernel.json").write_text(json.dumps(spec))
     (folder / "other" / "ragkit").mkdir(parents=True)
     (folder / "other" / "ragkit" / "__init__.py").write_text("raise SystemExit('foreign')")
-    made = notebooks(
+    made = Run(
         folder,
         "from ragkit.experiment.lab import Lab\nlab = Lab(PROFILE, RUNS)\nlab.corpus('almanac')",
         "import ragkit, sys\nprint(sys.executable, ragkit.__file__, lab.folder)",
@@ -54,64 +78,78 @@ def executed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JUPYTER_PATH", str(folder / "jupyter"))
         patch.setenv("PYTHONPATH", str(folder / "other"))
-        assert made.state(made.sources[0]) == (None, "not made yet")
-        made.run(made.sources[0])
+        assert made.lab.store.why_not(made.toy) == "not made yet"
+        made.open()
     return made
 
 
 def test_the_kernel_is_this_interpreter_with_this_package(executed):
-    told = nbformat.read(executed.homes["05_toy"] / "05_toy.ipynb", as_version=4)
+    told = nbformat.read(executed.open() / "05_toy.ipynb", as_version=4)
     said = told.cells[-2].outputs[0].text.split()
     assert said[:2] == [sys.executable, str(ROOT / "ragkit" / "__init__.py")]
     assert Path(said[2]) == executed.lab.folder.resolve()
 
 
-def test_an_execution_keeps_what_it_opened_and_drew(executed):
-    saved = read_record(executed.homes["05_toy"])
-    keys = {one.name: [one.name, one.key] for one in executed.lab.stages}
-    opened = ("passages/almanac", "questions/almanac")
-    assert saved["record"]["inputs"] == {name: keys[name] for name in opened}
+def test_an_execution_keeps_what_it_is_made_of_and_drew(executed):
+    saved = read_record(executed.open())
+    stages = {one.name: [one.name, one.key] for one in executed.lab.stages}
+    assert saved["record"]["inputs"] == stages
     assert set(saved["files"]) == {"05_toy.ipynb", "figures/05_drawn.csv"}
-    assert "ragkit.experiment.lab" in saved["record"]["code"]
-    assert executed.status == {"05_toy": "ran: not made yet"}
-    executed.publish()
-    assert (executed.lab.folder / "figures" / "05_drawn.csv").read_text() == "a,b"
-    assert (executed.lab.folder / "notebooks" / "05_toy.ipynb").is_file()
-    again = Notebooks(executed.lab, executed.sources[0].parent)
-    again.run(again.sources[0])
-    assert again.status == {"05_toy": "reused"}
-    assert again.homes == executed.homes
+    assert "ragkit.experiment.lab" in saved["record"]["settings"]["code"]
+    assert executed.lab.status["05_toy"] == "ran: not made yet"
 
 
 @pytest.mark.parametrize(
-    ("part", "changed", "reason"),
+    ("name", "value", "reason"),
     [
-        ("code", {"ragkit.data.text": "other"}, "ragkit.data.text changed"),
-        ("code", {"its source": "other"}, "its source changed"),
-        ("versions", {"pandas": "9"}, "versions.pandas 9 -> "),
-        ("profile", {"k": 9}, "profile.k 9 -> 5"),
-        ("inputs", {"bm25/almanac": ["bm25/almanac", "an older key"]}, "bm25/almanac was made"),
-        ("files", {"figures/05_more.csv": "gone"}, "its files are damaged or missing"),
+        ("closure", lambda c: closure(c) | {"ragkit.data.text": "x"}, "ragkit.data.text changed"),
+        ("DRAWN_WITH", ("pandas",), "settings.drawn with."),
     ],
 )
-def test_an_execution_holds_only_with_all_that_it_depends_on(executed, part, changed, reason):
-    source, record = executed.sources[0], executed.homes["05_toy"] / RECORD
-    text = record.read_text()
-    saved = json.loads(text)
-    (saved if part == "files" else saved["record"])[part] |= changed
-    record.write_text(json.dumps(saved))
-    home, told = executed.state(source)
-    record.write_text(text)
-    assert home is None
-    assert told.startswith(reason)
-    assert executed.state(source) == (record.parent, "")
+def test_an_execution_holds_only_with_all_that_it_depends_on(
+    executed, monkeypatch, name, value, reason
+):
+    monkeypatch.setattr(run, name, value)
+    assert executed.lab.store.why_not(executed.toy).startswith(reason)
+    monkeypatch.undo()
+    assert executed.lab.store.why_not(executed.toy) is None
 
 
-def test_a_kernel_that_is_shut_down_says_nothing(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("JUPYTER_PATH", os.environ.get("JUPYTER_PATH", ""))  # put back afterwards
+def test_an_edited_notebook_is_run_again(executed):
+    file = executed.sources / "05_toy.ipynb"
+    kept = file.read_text("utf8")
+    file.write_text(kept.replace("'a,b'", "'a,c'"), "utf8")
+    assert executed.lab.store.why_not(executed.toy) == "its source changed"
+    file.write_text(kept, "utf8")
+    assert executed.lab.store.why_not(executed.toy) is None
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [("k=9", "settings.profile.k 5 -> 9"), ("sets.0.seed=99", "settings.profile.sets")],
+)
+def test_an_execution_holds_only_with_its_profile(executed, change, reason):
+    lab = Lab(load_profile("smoke", [change]), executed.lab.runs)
+    (toy,) = run.notebooks_of(lab, executed.sources)
+    assert lab.store.why_not(toy).startswith(reason)
+
+
+def test_an_execution_holds_only_with_the_stages_and_files_that_were_there(executed):
+    toy, store = executed.toy, Store(executed.lab.folder)
+    stage = next(iter(toy.inputs.values()))
+    anew = replace(stage, settings={**stage.settings, "more": 1})
+    other = replace(toy, inputs={**toy.inputs, stage.name: anew})
+    assert store.why_not(other) == f"{stage.name} was made anew"
+    drawn = store.home(toy) / "figures" / "05_drawn.csv"
+    drawn.write_text("other")
+    assert store.why_not(toy) == "figures/05_drawn.csv is damaged or missing"
+    drawn.write_text("a,b")
+    assert store.why_not(toy) is None
+
+
+def test_a_kernel_that_is_shut_down_says_nothing(tmp_path, capfd):
     said = "KeyboardInterrupt caught in kernel."  # by a kernel that is shut down in a reply
-    made = notebooks(tmp_path, f"get_ipython().kernel.log.error({said!r})")
-    made.run(made.sources[0])
+    Run(tmp_path, f"get_ipython().kernel.log.error({said!r})").open()
     assert said not in capfd.readouterr().err
 
 
@@ -132,30 +170,29 @@ def test_a_kernel_that_is_shut_down_says_nothing(tmp_path, monkeypatch, capfd):
         ),
     ],
 )
-def test_a_failing_notebook_is_named_with_its_cell(tmp_path, monkeypatch, cell, words):
-    monkeypatch.setenv("JUPYTER_PATH", os.environ.get("JUPYTER_PATH", ""))  # put back afterwards
-    made = notebooks(tmp_path, "x = 1", cell)
+def test_a_failing_notebook_is_named_with_its_cell(tmp_path, cell, words):
+    made = Run(tmp_path, "x = 1", cell)
     with pytest.raises(NotebookError) as caught:
-        made.run(made.sources[0])
+        made.open()
     assert str(caught.value).startswith("Notebook 05_toy.ipynb")
     for word in words:
         assert word in str(caught.value)
-    assert made.state(made.sources[0]) == (None, "not made yet")
+    assert made.lab.store.why_not(made.toy) == "not made yet"
 
 
 def test_every_error_of_the_package_is_known_as_its_own():
     known = {"RagkitError", "DataError", "StoreError", "AttentionError"}
-    assert known <= OWN_ERRORS
-    assert "ValueError" not in OWN_ERRORS
+    assert known <= run.OWN_ERRORS
+    assert "ValueError" not in run.OWN_ERRORS
 
 
 def test_an_unknown_parameter_is_an_error(tmp_path):
     """Else the notebook's own value would count, and it would read another run."""
-    made = notebooks(tmp_path, parameters="PROFILE = 'tiny'")
+    made = Run(tmp_path, parameters="PROFILE = 'tiny'")
     with pytest.raises(NotebookError, match=r"05_toy\.ipynb does not know the parameter RUNS"):
-        made.run(made.sources[0])
+        made.open()
 
 
 def test_a_folder_without_notebooks_is_named(tmp_path):
     with pytest.raises(NotebookError, match="from a checkout"):
-        Notebooks(Lab(load_profile("smoke"), tmp_path / "runs"), tmp_path)
+        run.notebooks_of(Lab(load_profile("smoke"), tmp_path / "runs"), tmp_path)

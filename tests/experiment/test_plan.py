@@ -32,7 +32,7 @@ def test_paper_is_planned_by_arithmetic_without_a_network(paper):
     assert table["name"].tolist() == [one.name for one in lab.stages]
     numbers = table[["seconds", "memory", "stays", "passing"]]
     assert (np.isfinite(numbers) & (numbers >= 0)).all(axis=None)
-    said = "\n".join(plan.lines(lab))
+    said = plan.told(lab)
     assert "to fetch: facebook/wiki_dpr: 7.60 GB" in said
     assert "by arithmetic on one GPU" in said
     assert re.search(r"Memory: step1 needs .* GB: does NOT fit on .*T4.*reader\.lora_rank", said)
@@ -69,7 +69,7 @@ def test_a_plan_from_what_earlier_runs_recorded(smoke):
     assert table["name"].tolist() == [one.name for one in lab.stages]
     assert how == "by stages that earlier runs recorded here"
     assert 1 / 1.5 < ratio(table, smoke / "smoke") < 1.5
-    said = "\n".join(plan.lines(lab))
+    said = plan.told(lab)
     for kind in {one.kind for one in lab.stages}:
         assert f"\n  {kind} " in said
 
@@ -77,7 +77,7 @@ def test_a_plan_from_what_earlier_runs_recorded(smoke):
 def test_nothing_is_missing_of_a_finished_run(smoke):
     lab = Lab("smoke", smoke)
     assert plan.make(lab)[0].empty
-    assert "Time: 0:00:00 from" in "\n".join(plan.lines(lab))
+    assert "Time: 0:00:00 from" in plan.told(lab)
 
 
 @pytest.mark.slow

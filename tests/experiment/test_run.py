@@ -39,7 +39,7 @@ def work():
     print(kernel.pid, flush=True)
     kernel.wait()
 try:
-    stoppable([work])
+    stoppable(work)
 except KeyboardInterrupt:
     print("stopped")
 """

@@ -41,6 +41,7 @@ def make(*arguments, **environment):
         ("report", "python -m ragkit report --profile 'tiny'"),
         ("lab", "jupyter lab lab"),
         ("course", "python -m ragkit course --profile 'tiny'"),
+        ("nouns", "papermill notebooks/appendix/nouns.ipynb"),
         ("tidy", "python -m ragkit tidy --profile 'tiny'"),
         ("pretrain", "papermill notebooks/appendix/pretraining.ipynb"),
         ("pretrain", "papermill notebooks/appendix/pretraining_fid.ipynb"),

@@ -4,7 +4,7 @@ import copy
 import itertools
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 from scipy.spatial.distance import cdist
+from spelt import pieced
 from tiny_models import fid
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from ragkit.attention import record
@@ -25,7 +26,7 @@ from ragkit.indicators import closeness, measures
 from ragkit.indicators.measures import CONTROLS, SPACES, Tokens
 from ragkit.models.fid import load_reader
 from ragkit.models.reader import PART
-from ragkit.models.retriever import train_by_cropping
+from ragkit.models.retriever import embedded_tokenizer, train_by_cropping
 from ragkit.settings import AttentionSettings, ReaderSettings, RetrieverSettings
 
 PASSAGES = [
@@ -73,7 +74,9 @@ def inputs(tmp_path_factory, reader):
         write_jsonl(roles["questions"] / f"{part}.jsonl", map(asdict, QUESTIONS))
     save_file({"test": RANKING}, roles["candidates"] / "candidates.safetensors")
     (roles["nouns"] / "spans.json").write_text(json.dumps({"test": NOUNS}))
-    retriever = train_by_cropping(PASSAGES, RetrieverSettings(crop_steps=1, crop_batch=2), 0)
+    retriever = train_by_cropping(
+        PASSAGES, embedded_tokenizer(), RetrieverSettings(crop_steps=1, crop_batch=2), 0
+    )
     retriever.save(roles["retriever"] / "model")
     taught = copy.deepcopy(reader)
     torch.manual_seed(0)
@@ -149,29 +152,80 @@ def test_a_tokens_end_is_its_last_character(reader):
     assert closeness.last_characters(reader, "Another text.", ids).tolist() == [-1] * len(ids)
 
 
-def test_the_answers_tokens_are_those_of_the_prompt(reader):
-    answers = closeness.wanted_ids(reader, QUESTIONS, None)["answer"]
-    for question, passages, ids in zip(QUESTIONS, FOUND, answers, strict=True):
-        prompt = reader.prompt(question, passages, question.answers[0])
-        owned = [
-            i for i, who in zip(prompt.ids, prompt.owner, strict=True) if who == PART["answer"]
-        ]
-        assert [*ids, reader.end] == owned
-        assert reader.tokenizer.decode(ids).strip().lower() == question.answers[0].lower()
+def test_tokens_are_put_together_to_words(reader):
+    tokens = closeness.look_at_tokens(reader, QUESTIONS, FOUND)
+    words = closeness.in_words(reader, tokens, QUESTIONS, FOUND, NOUNS)
+    by_number = dict(
+        zip(words.tokens.ids.tolist(), pieced(reader, tokens.ids.tolist()), strict=True)
+    )
+    assert len(set(by_number.values())) == len(by_number)
+    told = [by_number[number] for number in words.tokens.ids.tolist()]
+    assert told == pieced(reader, tokens.ids.tolist())
+    assert words.wanted["answer"] == [
+        [words.forms.index(one) for one in text.split()] for text in ("Ulm", "Old Tarholm")
+    ]
+    spelt = [[words.forms[i].lower() for i in row] for row in words.wanted["nouns"]]
+    assert spelt == [["orla", "venn"], ["river", "lyda"]]
+    assert "nouns" not in closeness.in_words(reader, tokens, QUESTIONS, FOUND, None).wanted
 
 
-@pytest.mark.parametrize("style", ["question", "cloze"])
-def test_nouns_become_tokens_by_their_characters(reader, style):
-    """A reader asked by clozes has no question in its prompt: the question prompt counts."""
-    one = copy.copy(reader)
-    one.style = style
-    words = closeness.within_spans(one, QUESTIONS[0], NOUNS[0])
-    text = one.tokenizer.decode([token for token, _ in words])
-    assert text.replace(" ", "") == QUESTIONS[0].text.replace(" ", "")
-    nouns = one.tokenizer.decode([token for token, inside in words if inside])
-    assert nouns.replace(" ", "") == "orlavenn"
-    assert not any(inside for _, inside in closeness.within_spans(one, QUESTIONS[0], []))
-    assert one.style == style
+def byte_level(*merged):
+    """A cased tokenizer that cuts bytes, with some words whole behind a space."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {sign: place for place, sign in enumerate([*alphabet, "</s>"])}
+    merges = []
+    for word in merged:
+        have = "\u0120" + word[0]
+        merges.append(("\u0120", word[0]))
+        vocabulary.setdefault(have, len(vocabulary))
+        for sign in word[1:]:
+            merges.append((have, sign))
+            have += sign
+            vocabulary.setdefault(have, len(vocabulary))
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="</s>")
+
+
+def test_a_word_is_one_however_it_is_written_and_cut():
+    """' Paris' is one token, 'paris' and a first 'Paris' are five; in the text they are one word,
+    and a full stop of 'J. Paris' is none that closeness is measured to."""
+    tokenizer = byte_level("Paris")
+    text = "Paris and paris, J. Paris."
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    ends = np.array([end - 1 for _, end in encoded["offset_mapping"]])
+    n = len(ends)
+    assert n > 10
+    tokens = Tokens(
+        ids=np.array(encoded["input_ids"]), owner=np.zeros(n, int), title=np.zeros(n, bool),
+        question=np.zeros(n, int), from_end=np.arange(n), ends=ends,
+        contribution=np.ones((n, 1, 2, 1), "f4"), mass=np.ones((1, 1, 6), "f4"),
+    )  # fmt: skip
+    one = SimpleNamespace(tokenizer=tokenizer)
+    asked, found = [Question("q", "who", ("J. Paris",), ())], [[Passage("0", "T", text)]]
+    words = closeness.in_words(one, tokens, asked, found, None)
+    named = [words.forms[number].lower() for number in words.tokens.ids]
+    spans = [(text[:end].split() or [""])[-1] for end in ends + 1]
+    for name, end, shown in zip(named, ends, spans, strict=True):
+        assert name in text.lower()
+        if shown.lower().strip(".,").startswith("paris") and text[end].isalnum():
+            assert name == "paris"
+    assert [words.forms[i] for i in words.wanted["answer"][0]] == ["J", "Paris"]
+    assert measures.exact(words.tokens, words.wanted["answer"]).sum() == sum(
+        name in ("paris", "j") for name in named
+    )
+    unknown = replace(tokens, ends=np.full(n, -1))
+    alone = closeness.in_words(one, unknown, asked, found, None)
+    assert [alone.forms[i] for i in alone.tokens.ids][-1] == "."
+
+
+def test_nouns_become_tokens_by_their_characters(reader):
+    text = QUESTIONS[0].text
+    ids = np.array(reader.tokenizer(text, add_special_tokens=False)["input_ids"])
+    inside = closeness.within_spans(reader, text, NOUNS[0], ids)
+    assert reader.tokenizer.decode(ids[inside]).replace(" ", "") == "orlavenn"
+    assert not closeness.within_spans(reader, text, [], ids).any()
 
 
 @pytest.mark.skipif(
@@ -185,45 +239,42 @@ def test_nouns_are_found_where_a_text_is_cut_otherwise_at_its_beginning():
     spans = [(text.index(word), text.index(word) + len(word)) for word in ("song", "river")]
     question = Question("q", text, ("Ulm",), (0,))
     prompt = one.prompt(question, PASSAGES, "Ulm")
-    owned = {
-        part: [i for i, who in zip(prompt.ids, prompt.owner, strict=True) if who == PART[part]]
-        for part in ("question", "answer")
-    }
-    words = closeness.within_spans(one, question, spans)
-    assert [token for token, _ in words] == owned["question"]
-    assert [*closeness.wanted_ids(one, [question], None)["answer"][0], one.end] == owned["answer"]
-    spelt = one.tokenizer.convert_ids_to_tokens([token for token, inside in words if inside])
+    ids = np.array(prompt.ids)[np.array(prompt.owner) == PART["question"]]
+    inside = closeness.within_spans(one, text, spans, ids)
+    spelt = one.tokenizer.convert_ids_to_tokens(ids[inside].tolist())
     assert "".join(spelt).replace("▁", "") == "songriver"
     close = closeness.contextual_closeness(one, [question], [PASSAGES], [spans])
     assert np.isfinite(close["nouns"]).all()
 
 
-def test_a_token_of_another_tokenizer_is_the_mean_of_its_pieces(reader):
+def test_a_words_vector_is_the_mean_of_its_pieces():
     letters = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
     letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     model = torch.nn.Embedding.from_pretrained(torch.tensor([[9.0, 9.0], [1, 0], [0, 1]]))
     model.get_input_embeddings = lambda: model
     owner = PreTrainedTokenizerFast(tokenizer_object=letters, unk_token="[UNK]")
     one = SimpleNamespace(tokenizer=owner, model=model)
-    spelt = {1: "a", 2: "bab", 3: "z"}
-    other = SimpleNamespace(get_vocab=dict, decode=lambda ids: spelt[ids[0]])
-    vectors = closeness.space(SimpleNamespace(tokenizer=other), one)(np.array([2, 1, 3, 2]))
-    expected = [[1 / 3, 2 / 3], [1, 0], [np.nan, np.nan], [1 / 3, 2 / 3]]
-    assert np.allclose(vectors, expected, equal_nan=True)  # 'z' has no piece there
-    assert closeness.space(one, one)(np.array([2, 0])).tolist() == [[0, 1], [9, 9]]
+    expected = [[1, 0], [1 / 3, 2 / 3], [np.nan, np.nan]]
+    assert np.allclose(closeness.space(["a", "bab", "z"], one), expected, equal_nan=True)
 
 
 def test_contextual_closeness_is_that_of_the_last_hidden_states(reader):
+    """With the question first: behind the passages they would not know what is asked."""
     close = closeness.contextual_closeness(reader, QUESTIONS, FOUND, NOUNS)
     seen = closeness.look_at_tokens(reader, QUESTIONS, FOUND)
-    assert close["ids"].tolist() == seen.ids.tolist()
+    places = np.stack([getattr(seen, name) for name in closeness.PLACE], axis=1)
+    assert np.array_equal(close["place"], places)
+    first = copy.copy(reader)
+    first.settings = READER.model_copy(update={"layout": "question first"})
     for number, (question, passages) in enumerate(zip(QUESTIONS, FOUND, strict=True)):
-        prompt = reader.prompt(question, passages, question.answers[0])
+        prompt = first.prompt(question, passages, question.answers[0])
         owner = np.array(prompt.owner)
+        assert owner.tolist().index(PART["question"]) < owner.tolist().index(0)
         out = reader.model(torch.tensor([prompt.ids]), output_hidden_states=True)
         states = out.hidden_states[-1][0].detach().double().numpy()
         asked = owner == PART["question"]
-        asked[asked] = [noun for _, noun in closeness.within_spans(reader, question, NOUNS[number])]
+        ids = np.array(prompt.ids)[asked]
+        asked[asked] = closeness.within_spans(first, question.text, NOUNS[number], ids)
         words = {"answer": owner == PART["answer"], "nouns": asked}
         words["answer"][-1] = False  # the end token
         for goal, wanted in words.items():
@@ -265,12 +316,17 @@ def test_closeness_is_measured_in_every_space(tmp_path, inputs, reader, which):
     for goal, texts in WANTED.items():
         wanted = [reader.tokenizer(text, add_special_tokens=False).input_ids for text in texts]
         for number in range(2):
-            ids, here = seen.ids[seen.question == number], seen.question == number
-            assert made[f"{goal}/exact"][here].tolist() == np.isin(ids, wanted[number]).tolist()
+            here = seen.question == number
+            groups, goals = pieced(reader, seen.ids[here].tolist()), pieced(reader, wanted[number])
+            assert made[f"{goal}/exact"][here].tolist() == [one in goals for one in groups]
             assert made[f"{goal}/exact"][here].any()
             for space, table in tables.items():
                 vectors = table.detach().double().numpy()
-                nearest = 1 - cdist(vectors[ids], vectors[wanted[number]], "cosine").min(1)
+                own, to = (
+                    np.stack([vectors[list(one)].mean(0) for one in some])
+                    for some in (groups, goals)
+                )
+                nearest = 1 - cdist(own, to, "cosine").min(1)
                 assert np.allclose(made[f"{goal}/{space}"][here], nearest, atol=1e-9)
         assert (made[f"{goal}/overlap"] == made[f"{goal}/exact"]).all()
         exact = made[f"{goal}/exact"] == 1
@@ -290,19 +346,19 @@ def test_without_nouns_there_is_only_the_answer(tmp_path, inputs):
         measures.load_closeness(tmp_path / "closeness", "nouns", "input")
 
 
-def test_a_reader_that_sees_other_tokens_has_no_contextual_closeness(tmp_path, inputs):
-    """Of as many tokens, one is another: their number does not tell."""
+def test_a_token_that_was_not_seen_in_context_has_no_closeness_there(tmp_path, inputs):
+    """It is told by its place: question, passage, title or text, and last character."""
     mine = without(inputs, "step1")
-    make(tmp_path, mine)
+    _, made = make(tmp_path, mine)
     arrays = load_file(tmp_path / "contextual" / "contextual.safetensors")
-    arrays["ids"][3] += 1
+    arrays["place"][3, -1] += 1000
     (tmp_path / "other").mkdir()
     save_file(arrays, tmp_path / "other" / "contextual.safetensors")
     roles = {"tokens": tmp_path / "tokens", "contextual": tmp_path / "other"}
     closeness.make_closeness(tmp_path / "other", mine | roles, SETTINGS)
-    with pytest.raises(DataError, match="'contextual'"):
-        measures.load_closeness(tmp_path / "other", "answer", "contextual")
-    assert len(measures.load_closeness(tmp_path / "other", "answer", "input")[0])
+    again, _ = measures.load_closeness(tmp_path / "other", "answer", "contextual")
+    assert np.flatnonzero(np.isnan(again)).tolist() == [3]
+    assert np.allclose(np.delete(again, 3), np.delete(made["answer/contextual"], 3))
 
 
 def test_an_encoder_decoder_has_no_contextual_closeness(tmp_path, inputs, monkeypatch):
@@ -332,8 +388,8 @@ def test_an_encoder_decoders_tokens_are_measured_in_the_off_the_shelf_decoders_s
     seen, made = make(tmp_path, mine, **changes)
     assert seen.contribution.shape[-1] == 3  # layers of its decoder
     vectors = {"input": reader, "own": other}
-    wanted = [reader.tokenizer(a, add_special_tokens=False).input_ids for a in WANTED["answer"]]
+    words = closeness.in_words(other, seen, QUESTIONS, FOUND, None)
     for space, model in vectors.items():
-        table = model.model.get_input_embeddings().weight.detach().double().numpy()
-        expected = measures.closeness_to(seen, wanted, lambda ids, table=table: table[ids])
+        of_words = closeness.space(words.forms, model)
+        expected = measures.closeness_to(words.tokens, words.wanted["answer"], of_words)
         assert np.allclose(made[f"answer/{space}"], expected)

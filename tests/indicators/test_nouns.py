@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import spacy
+from cells import defined
 from qed import read_qed
 from ud import Sentence, read_conllu
 
@@ -17,10 +18,12 @@ from ragkit.data import worlds
 from ragkit.data.corpus import PARTS
 from ragkit.data.files import read_jsonl, write_jsonl
 from ragkit.data.speech import NOUN_TAGS, parts_of_speech
-from ragkit.errors import NounsError
-from ragkit.indicators.nouns import find_nouns, load_nouns, make_nouns, tagged_text, train_tagger
+from ragkit.errors import DataError, NounsError
+from ragkit.indicators.nouns import find_nouns, load_nouns, make_nouns
 from ragkit.settings import WorldSet
 
+appendix = defined("appendix/nouns", "nouns")
+read_treebank, train_tagger, write = appendix.read_treebank, appendix.train_tagger, appendix.write
 REAL_DATA = Path(os.environ.get("RAGKIT_REAL_DATA", ""))
 real_data = pytest.mark.skipif(
     "RAGKIT_REAL_DATA" not in os.environ,
@@ -91,74 +94,117 @@ def test_a_pipeline_without_parts_of_speech_is_refused(tmp_path):
         load_nouns(str(tmp_path))
 
 
+def test_a_tagger_is_also_shown_texts_without_capitals(tmp_path):
+    """Names that are told by their capitals alone are told by their surroundings too."""
+    cased = [(["Who", "saw", "Ulm"], ["PRON", "VERB", "PROPN"])] * 300
+    cased += [(["Who", "ran", "away"], ["PRON", "VERB", "ADV"])] * 300
+    finder = train_tagger(cased, tmp_path)
+    assert find_nouns(finder, ["who saw ulm", "Who saw Ulm", "who ran away"]) == [
+        [(8, 11)], [(8, 11)], []
+    ]  # fmt: skip
+
+
+def test_training_twice_gives_the_same_pipeline(tmp_path):
+    for number, seed in enumerate((5, 5, 6)):
+        train_tagger(TOY[:60], tmp_path / str(number), seed)
+    weights = [(tmp_path / str(i) / "morphologizer" / "model").read_bytes() for i in range(3)]
+    assert weights[0] == weights[1]
+    assert weights[0] != weights[2]
+
+
+# Treebanks
+
+TREEBANK = """# sent_id = 1
+# text = We can't see Ulm.
+1\tWe\twe\tPRON\t_\t_\t_\t_\t_\t_
+2-3\tcan't\t_\t_\t_\t_\t_\t_\t_\t_
+2\tca\tcan\tAUX\t_\t_\t_\t_\t_\t_
+3\tn't\tnot\tPART\t_\t_\t_\t_\t_\t_
+3.1\twould\twould\tAUX\t_\t_\t_\t_\t_\t_
+4\tsee\tsee\tVERB\t_\t_\t_\t_\t_\t_
+5\tUlm\tUlm\tPROPN\t_\t_\t_\t_\t_\tSpaceAfter=No
+6\t.\t.\tPUNCT\t_\t_\t_\t_\t_\t_
+
+1\tGo\tgo\tVERB\t_\t_\t_\t_\t_\t_
+"""
+
+
+@pytest.mark.parametrize("ends", ["\n", "\r\n"])
+def test_a_treebank_gives_words_and_parts_of_speech(tmp_path, ends):
+    (tmp_path / "a.conllu").write_text(TREEBANK, "utf8", newline=ends)
+    assert read_treebank(tmp_path / "a.conllu") == [
+        (["We", "ca", "n't", "see", "Ulm", "."],
+         ["PRON", "AUX", "PART", "VERB", "PROPN", "PUNCT"]),
+        (["Go"], ["VERB"]),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "holds no sentence"),
+        ("a\tb\n", "line 1 is no word of CoNLL-U.*ten columns"),
+        ("# text = Ulm\nUlm NNP B-NP B-LOC\n", "line 2 is no word"),
+        (TREEBANK.replace("\tVERB", "\t_"), "line 8 is no word.*UPOS"),
+        (TREEBANK.replace("\tPROPN", "\tNNP"), "line 9 is no word"),
+        (TREEBANK.replace("\tUlm\tUlm", "\t\tUlm"), "line 9 is no word"),
+    ],
+)
+def test_a_file_that_is_no_treebank_is_refused_with_its_line(tmp_path, text, told):
+    (tmp_path / "a.conllu").write_text(text, "utf8")
+    with pytest.raises(NounsError, match=told):
+        write(tmp_path / "a.conllu", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_treebank_becomes_a_folder_that_a_profile_takes(tmp_path, capsys):
+    (tmp_path / "a.conllu").write_text("\n".join([TREEBANK] * 3), "utf8")
+    write(tmp_path / "a.conllu", tmp_path / "deep" / "out")
+    assert "6 sentences, for example: We ca n't see Ulm ." in capsys.readouterr().out
+    load_nouns(str(tmp_path / "deep" / "out"))
+    with pytest.raises(NounsError, match="is there already"):
+        write(tmp_path / "a.conllu", tmp_path / "deep" / "out")
+    with pytest.raises(DataError, match="No file"):
+        write(tmp_path / "none.conllu", tmp_path / "other")
+
+
 # The embedded worlds
 
 
 @pytest.fixture(scope="module", params=["almanac", "trivia"])
 def world(request, tmp_path_factory):
-    """A world's name, and the folders of its questions and of their nouns."""
+    """The folder of a world's questions."""
     home = tmp_path_factory.mktemp(request.param)
     chosen = WorldSet(
         source="world", name="w", world=request.param, seed=21, entities=60, distill=60, dev=60,
         test=60,
     )  # fmt: skip
-    (home / "questions").mkdir()
     for part, questions in worlds.build_world(chosen).questions.items():
-        write_jsonl(home / "questions" / f"{part}.jsonl", map(asdict, questions))
-    (home / "nouns").mkdir()
-    nouns = {"nouns": "embedded", "seed": 0, "world": request.param}
-    make_nouns(home / "nouns", {"questions": home / "questions"}, nouns)
-    return request.param, home / "questions", home / "nouns"
+        write_jsonl(home / f"{part}.jsonl", map(asdict, questions))
+    return home
 
 
 def asked(folder, part):
     return [row for _, row in read_jsonl(folder / f"{part}.jsonl")]
 
 
-def test_nouns_of_questions_about_unseen_names(world):
-    """Every word but the names was seen in training, so that only names can go wrong: one in
-    twenty is the most we allow."""
-    _, questions, nouns = world
-    found = json.loads((nouns / "spans.json").read_text("utf8"))
+def test_nouns_of_a_world_are_its_own_labels(world, tmp_path):
+    """No tagger guesses what the generator knows: every name that is asked about is a noun."""
+    make_nouns(tmp_path, {"questions": world}, {"nouns": "embedded", "world": "almanac"})
+    found = json.loads((tmp_path / "spans.json").read_text("utf8"))
     assert set(found) == set(PARTS)
-    tagged = [parts_of_speech(row["text"]) for row in asked(questions, "test")]
-    gold = [{(start, end) for start, end, tag in one if tag in NOUN_TAGS} for one in tagged]
-    spans = [{tuple(place) for place in places} for places in found["test"]]
-    right = sum(len(places & known) for places, known in zip(spans, gold, strict=True))
-    assert right / sum(map(len, spans)) > 0.95
-    assert right / sum(map(len, gold)) > 0.95
-
-
-def test_no_measured_name_is_in_the_training_text(world):
-    name, questions, _ = world
-    trained = {word.lower() for words, _ in tagged_text(name, 0) for word in words}
-    entities = {word for row in asked(questions, "test") for word in row["entity"].split()}
-    measured = {word.lower() for word in entities} - worlds.plain_words()
-    assert measured
-    assert not measured & trained
-
-
-def test_training_twice_gives_the_same_pipeline(tmp_path):
-    lessons = tagged_text("almanac", 3)[::8]
-    for number, seed in enumerate((5, 5, 6)):
-        train_tagger(lessons, tmp_path / str(number), seed)
-    weights = [(tmp_path / str(i) / "morphologizer" / "model").read_bytes() for i in range(3)]
-    assert weights[0] == weights[1]
-    assert weights[0] != weights[2]
-
-
-def test_the_stage_holds_the_pipeline(world):
-    _, questions, nouns = world
-    texts = [row["text"] for row in asked(questions, "dev")]
-    again = find_nouns(load_nouns(str(nouns / "pipeline")), texts)
-    assert json.loads((nouns / "spans.json").read_text("utf8"))["dev"] == json.loads(
-        json.dumps(again)
-    )
+    for part in PARTS:
+        for row, spans in zip(asked(world, part), found[part], strict=True):
+            nouns = set(texts_at(row["text"], [tuple(span) for span in spans]))
+            names = {word.lower() for word in row["entity"].split()} - worlds.plain_words()
+            assert names <= {noun.lower() for noun in nouns}
+            tagged = {row["text"][a:b]: tag for a, b, tag in parts_of_speech(row["text"])}
+            assert {tagged[noun] for noun in nouns} <= set(NOUN_TAGS)
 
 
 def test_spacy_cuts_the_questions_into_the_gold_words(world):
     blank = spacy.blank("en")
-    for row in asked(world[1], "test"):
+    for row in asked(world, "test"):
         gold = [(start, end) for start, end, _ in parts_of_speech(row["text"])]
         assert [(word.idx, word.idx + len(word)) for word in blank(row["text"])] == gold
 
@@ -166,7 +212,7 @@ def test_spacy_cuts_the_questions_into_the_gold_words(world):
 def test_a_finder_of_ones_own_is_asked_on_real_text(toy, tmp_path):
     for part in PARTS:
         (tmp_path / f"{part}.jsonl").write_text('{"text": "who saw the cat"}\n')
-    settings = {"nouns": str(toy[1]), "seed": 0, "world": None}
+    settings = {"nouns": str(toy[1]), "world": None}
     make_nouns(tmp_path, {"questions": tmp_path}, settings)
     spans = json.loads((tmp_path / "spans.json").read_text("utf8"))
     assert spans == {part: [[[12, 15]]] for part in PARTS}
@@ -175,6 +221,40 @@ def test_a_finder_of_ones_own_is_asked_on_real_text(toy, tmp_path):
 
 
 # Real text: the pipeline `ewt` is trained on EWT dev
+
+
+@real_data
+def test_the_treebanks_are_read_as_they_stand():
+    for file in ("en_ewt-ud-dev.conllu", "en_pud-ud-test.conllu"):
+        path = REAL_DATA / "ud" / file
+        assert read_treebank(path) == [(s.words, s.tags) for s in read_conllu(path)]
+
+
+def f1_of_nouns(finder, sentences: list[Sentence]) -> float:
+    gold, found = set(), set()
+    places = find_nouns(finder, [sentence.text for sentence in sentences])
+    for i, (sentence, spans) in enumerate(zip(sentences, places, strict=True)):
+        tagged = zip(sentence.spans, sentence.tags, strict=True)
+        gold |= {(i, *span) for span, tag in tagged if tag in NOUN_TAGS}
+        found |= {(i, *span) for span in spans}
+    return 2 * len(gold & found) / (len(gold) + len(found))
+
+
+@real_data
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("finder", "floors"), [("trained here", (0.9, 0.885)), ("en_core_web_sm", (0.965, 0.958))]
+)
+def test_nouns_of_pud_as_written_and_without_capitals(finder, floors, ewt):
+    """Measured: 0.908 and 0.893 when trained on EWT dev; 0.971 and 0.964 of the package."""
+    if finder == "en_core_web_sm":
+        if "RAGKIT_REAL_MODELS" not in os.environ:
+            pytest.skip("RAGKIT_REAL_MODELS is not set: no spaCy package")
+        ewt = load_nouns(str(Path(os.environ["RAGKIT_REAL_MODELS"]) / finder))
+    sentences = read_conllu(REAL_DATA / "ud" / "en_pud-ud-test.conllu")
+    assert len(sentences) == 1000
+    for floor, written in zip(floors, (sentences, [s.lower() for s in sentences]), strict=True):
+        assert f1_of_nouns(ewt, written) > floor
 
 
 @cache

@@ -1,11 +1,11 @@
 """Readers from other people's folders: right, or refused with a sentence before any work."""
 
 import json
-import string
 from dataclasses import replace
 
 import pytest
 import torch
+from spelt import SPECIAL, TEXT, byte_level
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers.trainers import BpeTrainer, UnigramTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -16,9 +16,6 @@ from ragkit.models.fid import load_reader
 from ragkit.models.reader import PART
 from ragkit.settings import ReaderSettings
 
-SPECIAL = ["<unk>", "<s>", "</s>"]
-LETTERS = " ".join(string.ascii_letters + string.digits + string.punctuation)
-TEXT = [LETTERS, *(f"The mayor of Velmar is Tilda Brann, born in {y}." for y in range(1900, 1990))]
 PASSAGES = [
     Passage("0", "Velmar", "Velmar is a port on the river Ossa.  Its mayor is Tilda Brann."),
     Passage("1", "Ossa", "The Ossa is a river of 312 km in the north."),
@@ -30,16 +27,6 @@ ANSWERS = ["Tilda Brann", "T. H. Brann", "1,961", "“Ossa”", "ñandú 世界"
 def template(single):
     specials = [(token, SPECIAL.index(token)) for token in ("<s>", "</s>")]
     return processors.TemplateProcessing(single=single, special_tokens=specials)
-
-
-def byte_level():
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    letters = pre_tokenizers.ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=600, special_tokens=SPECIAL, initial_alphabet=letters)
-    made.train_from_iterator(TEXT, trainer)
-    return made
 
 
 def sentencepiece():

@@ -13,7 +13,13 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from ragkit.data.corpus import Passage
 from ragkit.errors import RagkitError, RetrieverError
-from ragkit.models.retriever import Retriever, crop, embedded_tokenizer, train_by_cropping
+from ragkit.models.retriever import (
+    Retriever,
+    crop,
+    embedded_tokenizer,
+    train_by_cropping,
+    with_pieces_of,
+)
 from ragkit.settings import RetrieverSettings
 
 PASSAGES = [
@@ -32,7 +38,7 @@ def other(**changes):
 
 @pytest.fixture(scope="module")
 def retriever():
-    return train_by_cropping(PASSAGES, SETTINGS, 0)
+    return train_by_cropping(PASSAGES, embedded_tokenizer(), SETTINGS, 0)
 
 
 @pytest.fixture
@@ -185,4 +191,22 @@ def test_crops_are_spans_with_the_title_half_the_time():
 
 def test_a_rate_too_high_is_said():
     with pytest.raises(RetrieverError, match=r"Lower retriever\.crop_rate"):
-        train_by_cropping(PASSAGES, other(crop_rate=1e30, crop_steps=5), 0)
+        train_by_cropping(PASSAGES, embedded_tokenizer(), other(crop_rate=1e30, crop_steps=5), 0)
+
+
+def test_word_pieces_are_learnt_from_the_text_and_the_same_every_time(tmp_path):
+    words = ["Hendrix", "guitar", "Żółw", "naïve", "Woodstock", "1969"]
+    texts = [f"{one} met {two} ({i % 7})" for i, one in enumerate(words) for two in words] * 3
+    first, again = (with_pieces_of(texts, 200) for _ in range(2))
+    assert first.get_vocab() == again.get_vocab()
+    wanted = ["hendrix", "met", "zołw", "naive", "(", "5", ")"]
+    assert first.tokenize("hendrix met Zołw naive (5)") == wanted
+    assert first.tokenize("hexor")[0] == "he"  # of pieces, not unknown
+    ids = first("Hendrix")["input_ids"]
+    assert ids == [*embedded_tokenizer()("").input_ids, first.get_vocab()["hendrix"]]
+    special = embedded_tokenizer().all_special_tokens
+    assert first.convert_tokens_to_ids(special) == embedded_tokenizer().convert_tokens_to_ids(
+        special
+    )
+    first.save_pretrained(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path).tokenize("Woodstock") == ["woodstock"]

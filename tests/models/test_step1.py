@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from ragkit.data.corpus import Passage, Question
+from ragkit.data.corpus import PARTS, PASSAGES, Passage, Question, write_passages
+from ragkit.data.files import write_arrays, write_jsonl
 from ragkit.data.worlds import build_world
-from ragkit.errors import ReaderError
+from ragkit.errors import DataError, ReaderError
 from ragkit.models import step1
 from ragkit.models.fid import load_reader
 from ragkit.models.reader import Reader
@@ -70,8 +72,10 @@ def test_half_precision_learns_much_the_same_and_keeps_float32_weights(tmp_path,
 
 
 def test_adapters_move_the_linear_layers_only_and_are_merged(tmp_path, plain):
-    losses = taught(tmp_path / "step1", lora_rank=4, rate=1e-2)
+    losses = taught(tmp_path / "step1", lora_rank=4)
     assert losses[-1] < losses[0]
+    rates = [[row["rate"] for row in log(folder)] for folder in (tmp_path / "step1", plain[1])]
+    assert rates[0] == pytest.approx([10 * rate for rate in rates[1]])  # adapters' own
     before = dict(load_reader("embedded", ReaderSettings()).model.named_parameters())
     for kept in (tmp_path / "step1/fine-tuned", tmp_path / "step1/step-3"):
         model = AutoModelForCausalLM.from_pretrained(kept, dtype=torch.float32)
@@ -139,6 +143,19 @@ def test_a_loss_that_is_not_a_number_stops(tmp_path):
         fine_tune(one, draw, tmp_path, 0)
 
 
+@pytest.mark.parametrize(("answer", "taken"), [("first", "nowhere"), ("found", "ulm")])
+def test_the_answer_taught_is_the_one_that_the_settings_name(tmp_path, answer, taken):
+    chosen = ReaderSettings(steps=1, batch=1, checkpoints=0, answer=answer)
+    one, asked = load_reader("embedded", chosen, to_train=True), []
+    question = Question("q", "where was Ada born", ("Nowhere", "Ulm"), ())
+    losses_of = one.losses
+    one.losses = lambda prompts: losses_of(asked.extend(prompts) or prompts)
+    shown = [OTHER, Passage("0", "Ada", "Ada was born in Ulm.")]
+    fine_tune(one, lambda rng: (question, shown), tmp_path, 0)
+    (prompt,) = asked
+    assert one.tokenizer.decode(prompt.ids[prompt.answer_start : -1]).strip() == taken
+
+
 def test_a_gold_passage_is_put_among_those_found_as_often_as_asked():
     gold, other = Passage("0", "A", "gold"), Passage("1", "B", "other")
     question = Question("q", "who", ("x",), (0,))
@@ -166,3 +183,25 @@ def test_training_worlds_share_no_name_with_the_measured_ones():
         for own, reserved in ((sizes | {"seed": 5}, True), (step1.WORLD | {"seed": 1}, False))
     )
     assert not {p.title for p in measured.passages} & {p.title for p in training.passages}
+
+
+def test_on_real_text_it_learns_from_no_question_that_it_then_teaches(tmp_path, monkeypatch):
+    passages = [Passage(str(i), "T", f"text {i}") for i in range(6)]
+    write_passages(tmp_path / PASSAGES, passages)
+    for part in PARTS:
+        rows = [asdict(Question(str(i), f"who {i}", ("a",), (i,))) for i in range(6)]
+        write_jsonl(tmp_path / f"{part}.jsonl", rows)
+    write_arrays(tmp_path / "candidates.safetensors", {"distill": np.arange(12).reshape(6, 2) % 6})
+    inputs = dict.fromkeys(("passages", "questions", "candidates"), tmp_path)
+    seen = []
+    monkeypatch.setattr(step1, "open_reader", lambda *given, **how: None)
+    monkeypatch.setattr(step1, "fine_tune", lambda reader, draw, folder, seed: seen.append(draw))
+    settings = {"set": {"source": "files", "name": "nq"}, "k": 2, "seed": 0, "questions": 4}
+    settings |= {"retriever": {}, "reader": {"gold_share": 0.0}}
+    step1.make_step1(tmp_path, inputs, settings)
+    pairs = [seen[0](random.Random(i)) for i in range(40)]
+    assert {question.id for question, _ in pairs} == {"4", "5"}
+    of_5 = next(found for question, found in pairs if question.id == "5")
+    assert {one.id for one in of_5} == {"4", "5"}  # its own candidates
+    with pytest.raises(DataError, match=r"set nq: .* Make its distill greater .* \(6\)"):
+        step1.make_step1(tmp_path, inputs, settings | {"questions": 6})

@@ -53,42 +53,42 @@ def function(*wrong):
 
 SOUND = [{}, function("return a * b", "return None")]
 FAULTS = [
-    ({"check": "print(total)"}, r": its check passes on the stub"),
+    ({"check": "print(total)"}, r", its check on the stub \(.*\): it passes"),
     (
         {"check": "assert total, 'Nothing yet.'"},
-        r": its check passes on the wrong answer 'total = numbers\[0\] \* numbers\[1\]'",
+        r", its check on the wrong answer 'total = numbers\[0\] \* numbers\[1\]' \(.*: it passes",
     ),
     ({"answer": ANSWER.replace("+", "-")}, r", its check on the solution: AssertionError: The sum"),
     (
         {"answer": ANSWER.replace("total = None", "del total")},
-        r": its check ends in NameError: .* on the stub\. Let an assert",
+        r", its check on the stub \(which an assert of its own must refuse\): NameError",
     ),
     ({"answer": ANSWER.replace("numbers[1]", "numbers[2]")}, r", its solution: IndexError"),
     (
         {"wrong": [WRONG, "total = numbers[2]"]},
-        r": the wrong answer 'total = numbers\[2\]' does not even run: IndexError",
+        r", the wrong answer 'total = numbers\[2\]': IndexError",
     ),
     (
         {"wrong": ["raise AssertionError('not by the check')"]},
-        r": the wrong answer .* does not even run: AssertionError",
+        r", the wrong answer .*: AssertionError",
     ),
     (
         {"answer": f"{ANSWER}\nprint(total.bit_length())", "wrong": ["total = 'five'"]},
-        r": the wrong answer .* does not even run: AttributeError",
+        r", the wrong answer .*: AttributeError",
     ),
     (
         function("return a * b", "return a / 0"),
-        r": its check ends in ZeroDivisionError in another cell: .* on the wrong answer 'return",
+        r", its check on the wrong answer 'return .*: ZeroDivisionError in another cell: ",
     ),
     (
         function("assert a > b, 'not by the check'"),
-        r": its check ends in AssertionError in another cell: not by the check on the wrong answer",
+        r", its check on the wrong answer .*: AssertionError in another cell: not by the check",
     ),
     (
         function("raise NotImplementedError"),
-        r": its check ends in NotImplementedError in another cell: .* on the w",
+        r", its check on the wrong .*: NotImplementedError in another cell: ",
     ),
-    ({"check": "assert total == 5"}, r": its check ends in AssertionError:  on the stub"),
+    ({"check": "assert total == 5"}, r", its check on the stub .*: AssertionError: $"),
 ]
 
 
@@ -200,7 +200,7 @@ def built(tmp_path, monkeypatch):
 
 def test_each_lesson_of_the_plan_lasts_90_minutes_and_names_what_there_is(built):
     plan = (built / "lesson_plan.md").read_text("utf8")
-    assert "$" not in plan
+    assert "{" not in plan
     rows = [
         [part.strip() for part in line.split("|")[1:-1]]
         for line in plan.splitlines()
@@ -212,7 +212,7 @@ def test_each_lesson_of_the_plan_lasts_90_minutes_and_names_what_there_is(built)
         # the second lesson begins where the first one ends, at 0:00
         assert start == f"{clock % 90 // 60}:{clock % 90 % 60:02}"
         clock += int(minutes)
-        assert what.startswith("Slack") == (clock % 90 == 0)
+        assert what.startswith("Ten minutes to spare") == (clock % 90 == 0)
         stem = next(stem for stem in NOTEBOOKS if stem[:2] == place[:2])
         headings = [line for cell in NOTEBOOKS[stem].cells for line in cell.source.splitlines()]
         for section in re.findall(r"\*(.+?)\*", place):

@@ -16,6 +16,7 @@ import pytest
 import spacy
 import torch
 from scipy import stats
+from spelt import pieced
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -30,7 +31,7 @@ from ragkit.attention.record import record
 from ragkit.data.corpus import Passage, Question
 from ragkit.data.sets import read_questions, read_tsv
 from ragkit.distillation import targets
-from ragkit.errors import DataError
+from ragkit.errors import DataError, ReaderError
 from ragkit.indicators import measures
 from ragkit.indicators.measures import interval
 from ragkit.models.retriever import embedded_tokenizer
@@ -122,15 +123,21 @@ def test_one_question_by_hand(reader, nouns, tmp_path):
     inside = np.array(prompt.owner) >= 0
     attention = (seen.alpha[:, 0, :, 0] * seen.norms[:, 0]).mean((0, 1)).double().numpy()[inside]
     table = one.model.get_input_embeddings().weight.detach().double().numpy()
-    units = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
-    tokens = np.array(prompt.ids)[inside]
+
+    def words_of(ids):
+        """Each token's word, and the unit vector of that: the mean of its pieces'."""
+        words = pieced(one, ids)
+        vectors = np.stack([table[list(word)].mean(0) for word in words])
+        return words, vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+    tokens, units = words_of(np.array(prompt.ids)[inside].tolist())
     lift = attention / attention.mean()
     for goal, text in (("answer", "Ulm"), ("nouns", "orla venn")):
-        wanted = one.tokenizer(text, add_special_tokens=False).input_ids
-        exact, got = np.isin(tokens, wanted), judged.tables[goal].iloc[0]
+        wanted, goals = words_of(one.tokenizer(text, add_special_tokens=False).input_ids)
+        exact, got = np.array([word in wanted for word in tokens]), judged.tables[goal].iloc[0]
         assert exact.any()
         # a token's repeats tie, and so do the wanted tokens themselves
-        close = (units[tokens] @ units[wanted].T).max(1).round(12)
+        close = (units @ goals.T).max(1).round(12)
         for ending, kept in (("", np.ones(len(tokens), bool)), (" (no exact)", ~exact)):
             near = np.argsort(-close[kept], kind="stable")[: max(1, round(0.05 * kept.sum()))]
             near = close[kept] >= close[kept][near].min()
@@ -151,10 +158,7 @@ def test_one_question_by_hand(reader, nouns, tmp_path):
     assert judged.verdict == UNSURE
     judging.write_html(judged, tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text("utf8")
-    assert "Nouns: orla, venn." in page
     assert "too few to tell" in page
-    spelt = re.sub(r"<[^>]*>|\s", "", page)
-    assert all("".join(text.lower().split()) in spelt for text in TEXTS)
 
 
 def test_questions_with_other_numbers_of_passages_do_not_touch_each_other(reader, nouns):
@@ -166,7 +170,7 @@ def test_questions_with_other_numbers_of_passages_do_not_touch_each_other(reader
         for name in ("attention", "Spearman", "Spearman (no exact)"):
             own = [one.tables[goal][name][0] for one in alone]
             assert together.tables[goal][name].tolist() == pytest.approx(own, abs=1e-4)
-    for name in ("rank order", "balanced", "agreement", "even", FIRST, CHANCE):
+    for name in ("rank order", "balanced", "agreement", FIRST, CHANCE):
         own = [one.tops[name][0] for one in alone]
         assert together.tops[name].tolist() == pytest.approx(own, abs=1e-4, nan_ok=True)
 
@@ -189,10 +193,11 @@ def test_dprs_ctxs_and_triviaqas_answers_are_read(tmp_path):
         ({"passages": "text"}, "a list of 2 to 20"),
         ({"passages": [{"text": "one"}]}, "a list of 2 to 20"),
         ({"passages": [{"text": "one"}] * 21}, "a list of 2 to 20"),
-        ({"passages": [{"text": "a"}, {"title": "b"}]}, r"passage 1 \(counted from 0\) has no"),
-        ({"passages": [{"text": "a"}, "b"]}, r"passage 1 \(counted from 0\) has no"),
-        ({"passages": [{"text": "a", "title": float("nan")}] * 2}, "a title that is no text"),
-        ({"passages": [{"text": "a", "title": ["b"]}] * 2}, "a title that is no text"),
+        ({"passages": [{"text": "a"}, {"title": "b"}]}, "a passage: no 'text'"),
+        ({"passages": [{"text": "a"}, "b"]}, "a passage: no 'text'"),
+        ({"passages": [{"text": "a"}, {"text": " "}]}, "a passage has no text"),
+        ({"passages": [{"text": "a", "title": float("nan")}] * 2}, "'title' is no text but nan"),
+        ({"passages": [{"text": "a", "title": ["b"]}] * 2}, r"'title' is no text but \['b'\]"),
         ({"gold": [3]}, "places of passages, 0 to 2"),
         ({"gold": [True]}, "places of passages"),
     ],
@@ -326,17 +331,34 @@ def test_without_a_noun_finder_the_rest_is_computed(reader, nouns, caplog, tmp_p
 
 
 def test_a_chat_reader_and_what_the_verdict_cannot_know(reader, caplog, tmp_path):
-    """An instruct model is asked by the plain prompt: said in the log and on the page."""
-    for name, template in (("plain", None), ("chat", "{{ messages }}")):
+    """An instruct model is asked by the plain prompt, or by its own: said in the log and page."""
+    turns = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}<reply>\n"
+    caplog.set_level("INFO")
+    for name, template in (("plain", None), ("chat", turns)):
         one, page = judging.load(reader), tmp_path / f"{name}.html"
         one.tokenizer.chat_template = template
         one.model.save_pretrained(tmp_path / name)
         one.tokenizer.save_pretrained(tmp_path / name)
         caplog.clear()
         judging.write_html(judge(str(tmp_path / name), [row()], "none"), page)
-        assert (judging.CHAT in caplog.text) == (name == "chat")
+        assert (judging.PLAIN in caplog.text) == (name == "chat")
         assert ("The reader has a chat template" in page.read_text("utf8")) == (name == "chat")
         assert "poisoned" in page.read_text("utf8")
+    caplog.clear()
+    judged = judge(str(tmp_path / "chat"), [row()], "none", chat=True)
+    assert judged.reader.settings.chat
+    assert judging.CHAT in caplog.text
+    assert judging.PLAIN not in caplog.text
+    judging.write_html(judged, page)
+    assert "in a turn of its own chat template" in page.read_text("utf8")
+    with pytest.raises(ReaderError, match="it has none"):
+        judge(str(tmp_path / "plain"), [row()], "none", chat=True)
+
+
+def test_the_answer_that_most_passages_hold_counts(tmp_path):
+    """Of several, as in a profile with reader.answer: found."""
+    asked = read_asked(lines(tmp_path / "q.jsonl", [row(answer=["Paris", "Tarholm", "Ulm"])]))
+    assert asked[0][0].answers == ("Tarholm", "Paris", "Ulm")
 
 
 def planted(n, scores, heads=1):
@@ -431,13 +453,8 @@ def test_the_numbers_of_a_look_by_hand():
     assert tops["balanced"].tolist() == [1] * 8
     assert tops[CHANCE].tolist() == [0.25] * 8
     assert tops["agreement"].tolist() == [0] * 8  # first in one order, last in the other
-    share = np.array([3.2, 0.2, 0.2, 0.2]) / 3.8
-    other = np.array([1.2, 0.2, 0.2, 2.2]) / 3.8
-    even = np.mean([-(one * np.log(one)).sum() / np.log(4) for one in (share, other)])
-    assert tops["even"][0] == pytest.approx(even)
     silent = judging.tops_of(planted(4, lambda q, gold, o: np.zeros(4)))
     assert silent["rank order"].tolist() == silent["agreement"].tolist() == [0.25] * 4
-    assert silent["even"].tolist() == pytest.approx([1] * 4)
 
 
 def test_both_orders_are_looked_at(reader, tmp_path):
@@ -528,8 +545,8 @@ def test_the_command_tells_what_it_does_and_writes_the_page(
     given = (reader, questions, "--nouns", nouns, "--space", reader, "--out", page)
     assert command(monkeypatch, *given) == 0
     assert f"verdict: {UNSURE} (2 questions" in caplog.text
-    signs = ("loading ", "cutting  2 questions", "reading  2 prompts", "measuring Indicator 2")
-    for sign in (*signs, "rank order: ", "balanced: ", "chosen heads: "):
+    signs = ("loading ", "reading  2 prompts", "rank order: ", "balanced: ", "chosen heads: ")
+    for sign in signs:
         assert sign in caplog.text
     assert "Is this reader fit to teach a retriever?" in page.read_text("utf8")
     assert re.search(r"attention: .*2/2 \[", capfd.readouterr().err)  # a step a question

@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from cells import defined
 
 from ragkit.pages import plots
 
@@ -37,7 +38,7 @@ def test_dots_lie_on_the_means_and_reach_over_the_intervals(table):
 
 def test_lines_by_closeness_follow_the_means_in_their_intervals(table):
     given = table.assign(goal="answer", percent=table["way"].map({"a": 90, "b": 95, "c": 100}))
-    figure, alt = plots.by_closeness(given)
+    figure, alt = defined("05_token_analysis", "figure").by_closeness(given)
     for axis, (_, part) in zip(figure.axes, given.groupby("set"), strict=True):
         assert set(part["mean"].round(6)) <= drawn(axis, "y")
         edges = np.concatenate([band.get_paths()[0].vertices[:, 1] for band in axis.collections])
@@ -71,7 +72,8 @@ def test_histograms_have_the_shares_at_their_bins_and_the_means_over_them():
     later = {"system": "weak later", "time": "after distillation", "mean": 0.75}
     table = pd.concat([table, table.assign(**later).iloc[1:].assign(share=1.0)])
     other = pd.DataFrame({**row, **later, "reader": "good", "system": "good later", **bins})
-    figure, alt = plots.histograms(pd.concat([table, other.assign(source="here")]), "rho")
+    histograms = defined("06_indicators", "figure").histograms
+    figure, alt = histograms(pd.concat([table, other.assign(source="here")]), "rho")
     places = ("weak paper", "weak here", "good paper", "good here")
     axes = dict(zip(places, figure.axes, strict=True))
     first, _, then, _ = (patch.get_data() for patch in axes["weak paper"].patches)
@@ -90,13 +92,14 @@ def test_a_heat_map_writes_its_shares_and_stars_what_is_marked():
     index, columns = pd.Index(["one", "two"], name="layer"), pd.Index([1, 2, 3], name="head")
     shares = pd.DataFrame([[0.1, 0.2, 0.3], [0.45, 0.5, 0.6]], index, columns)
     marked = np.array([[False, False, True], [True, False, False]])
-    figure, alt = plots.heat_map(shares, "share of attention", marked)
+    heat_map = defined("03_attention_scores", "figure").heat_map
+    figure, alt = heat_map(shares, "share of attention", marked)
     axis = figure.axes[0]
     assert [t.get_text() for t in axis.texts] == ["0.10", "0.20", "0.30*", "0.45*", "0.50", "0.60"]
     assert (axis.get_ylabel(), axis.get_xlabel()) == ("layer", "head")
     assert alt.endswith("by layer and head. Highest: layer two, head 3 (0.60).")
     plt.close(figure)
     wide = pd.DataFrame(np.ones((1, 9)), pd.Index(["one"], name="layer"))
-    figure, _ = plots.heat_map(wide, "share", np.arange(9)[None] == 4)
+    figure, _ = heat_map(wide, "share", np.arange(9)[None] == 4)
     assert [t.get_text() for t in figure.axes[0].texts] == [""] * 4 + ["*"] + [""] * 4
     plt.close(figure)

@@ -62,8 +62,7 @@ def published(tmp_path):
 def test_the_same_run_differs_nowhere(tmp_path, published):
     assert report.compare(stand(tmp_path / "run"), published) == [
         "Compared with the reference (profile tiny, commit 0123456): "
-        "of 3 gains and 2 verdicts, none differ (gains by their intervals).",
-        "Settings that differ: none.",
+        "of 3 gains and 2 verdicts, none differ (gains by their intervals)."
     ]
 
 
@@ -72,7 +71,7 @@ def test_gains_whose_intervals_lie_apart_and_other_verdicts_are_named(tmp_path, 
     gains = gains.replace("0.3,0.2,0.4", "0.45,0.4,0.5")  # this one only touches
     ledger = LEDGER.replace("undecided", "reproduced")
     summary, *compared = report.compare(stand(tmp_path / "run", PROFILE, gains, ledger), published)
-    assert compared[:-1] == [
+    assert compared == [
         "almanac, oracle: gain in HR@5 +0.100 [+0.050, +0.149] here, +0.200 [+0.150, +0.250] there",
         "C2: verdict 'reproduced' here, 'undecided' there",
     ]
@@ -87,15 +86,9 @@ def test_what_cannot_be_compared_is_said(tmp_path, published):
     assert report.compare(other, published) == [f"{named}: it has other question sets."]
 
 
-def test_other_seeds_sets_and_settings_are_said(tmp_path, published):
-    sets = [{"name": "almanac", "seed": 7}, {"name": "mine", "seed": 2}]
-    run = stand(
-        tmp_path / "run", PROFILE | {"k": 10, "sets": sets}, GAINS.replace("trivia", "mine")
-    )
-    compared = report.compare(run, published)
-    assert "of 2 gains" in compared[0]
-    assert compared[1].startswith("Settings that differ: k 10 here, 5 there; ")
-    assert "sets.almanac.seed 7 here, 1 there" in compared[1]
+def test_only_sets_that_both_have_are_compared(tmp_path, published):
+    run = stand(tmp_path / "run", gains=GAINS.replace("trivia", "mine"))
+    assert "of 2 gains" in report.compare(run, published)[0]
 
 
 def test_no_reference_is_a_sentence(tmp_path):
@@ -112,7 +105,7 @@ def test_no_reference_is_a_sentence(tmp_path):
 @pytest.fixture
 def finished(tmp_path):
     """A finished run that may be published, the reference before it, and a README."""
-    profile = load_profile("smoke")
+    profile = load_profile("full")
     run = stand(tmp_path / "run", profile.model_dump(mode="json"))
     (run / "figures" / "manifest.json").unlink()
     for end in ("svg", "png", "csv", "txt"):
@@ -125,7 +118,8 @@ def finished(tmp_path):
         "before\n<!-- ledger -->\nstale\n<!-- /ledger -->\n"
         "<!-- deviations -->\nold\n<!-- /deviations -->\nafter\n"
     )
-    return SimpleNamespace(profile=profile, folder=run, figures=run / "figures"), figures, readme
+    lab = SimpleNamespace(profile=profile, base="full", folder=run, figures=run / "figures")
+    return lab, figures, readme
 
 
 def test_a_run_becomes_the_reference(finished):
@@ -140,11 +134,35 @@ def test_a_run_becomes_the_reference(finished):
     assert "| C1 | It helps. | partly | w | up |" in lines
     assert "| C2 | It fails. | undecided |  |  |" in lines
     assert "| rows | not known | predicting | none |" in lines
-    assert lines.count("Measured with profile smoke, commit 0123456.") == 2
+    assert lines.count("Measured with in the worlds: profile full, commit 0123456.") == 2
     assert not {"stale", "old"} & set(lines)
     report.make_reference(lab, figures, readme)  # again: the same page
     assert readme.read_text().splitlines() == lines
     assert {path.name for path in figures.parent.iterdir()} == {"run", "figures", "README.md"}
+
+
+def test_another_profiles_reference_lies_beside_it_and_names_no_place(finished, tmp_path):
+    lab, figures, readme = finished
+    report.make_reference(lab, figures, readme)
+    before = {path.name: path.read_bytes() for path in figures.glob("*.*")}
+    sets = 'sets.0={"source":"files","name":"nq","passages":"p.tsv","questions":"q.jsonl"}'
+    profile = load_profile("real", [sets]).model_copy(update={"name": "real-1a2b3c"})
+    dumped = profile.model_dump(mode="json")
+    ledger = LEDGER.replace("partly", "reproduced")
+    run = stand(tmp_path / "other", dumped, ledger=ledger)
+    (run / "figures" / "manifest.json").unlink()
+    other = SimpleNamespace(profile=profile, base="real", folder=run, figures=run / "figures")
+    report.make_reference(other, figures, readme)
+    assert {path.name: path.read_bytes() for path in figures.glob("*.*")} == before
+    assert (figures / "real" / report.LEDGER).read_text() == ledger
+    assert not (figures / "real" / "kept.svg").exists()
+    kept = json.loads((figures / "real" / "manifest.json").read_text())
+    assert kept["profile"]["sets"][0]["passages"] == "p.tsv"
+    assert str(tmp_path.parent) not in json.dumps(kept)
+    text = readme.read_text()
+    assert "| claim | statement | in the worlds | on real text | set by set | paper |" in text
+    assert "| C1 | It helps. | partly | reproduced | w | up |" in text
+    assert "; on real text: profile real-1a2b3c, commit 0123456." in text
 
 
 def test_work_that_no_commit_holds_is_said():
@@ -154,13 +172,13 @@ def test_work_that_no_commit_holds_is_said():
 
 
 def spoil_profile(lab, readme):
-    lab.profile = load_profile("smoke", ["k=3"])
+    lab.profile = load_profile("full", ["k=3"])
 
 
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (spoil_profile, "other settings than profile smoke has now"),
+        (spoil_profile, "other settings than profile full has now"),
         (
             lambda lab, readme: (lab.figures / "09_ledger.csv").unlink(),
             "09_ledger.csv is missing or empty",

@@ -11,18 +11,16 @@ from urllib.parse import urlencode
 
 import numpy as np
 import pytest
-import torch
+from cells import defined
 
 from ragkit.data.corpus import Passage, Question
 from ragkit.distillation import targets
-from ragkit.models.index import Index
-from ragkit.models.retriever import Retriever
-from ragkit.pages import sliders
 from ragkit.pages.html import page as whole_page
 from ragkit.profile import load_profile
 from ragkit.settings import POOLINGS, ROWS, AttentionSettings
 
 K, LAYERS, HEADS, N = 4, 3, 2, 30
+EXAMPLES = 12  # shown on the page
 NASTY = "</script><script>document.title='broken'</script><!-- & \u2028"
 CHOICES = [  # reader, rows, norm, layer, pooling, temperature
     ("fine-tuned", "last_prompt", "on", "mean", "sum", "auto"),
@@ -60,13 +58,31 @@ def lab(tmp_path_factory):
         asked=lambda name: (asked, candidates),
         corpus=lambda name: SimpleNamespace(passages=passages, golds=golds),
         open=lambda kind, name: Path(kind),
-        encoder=lambda texts: torch.tensor(np.stack([queries[text] for text in texts])),
+        encode=lambda texts: np.stack([queries[text] for text in texts]),
         vectors=SimpleNamespace(take=lambda places: vectors[places]),
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Retriever, "load", lambda folder, settings: held.encoder)
-        patch.setattr(Index, "open", lambda folder: held.vectors)
-        yield held
+    return held
+
+
+def written_by(lab, **names):
+    """What notebook 03 defines for the page, with this lab and its models."""
+    models = SimpleNamespace(
+        retriever=lambda lab, name: SimpleNamespace(encode=lab.encode),
+        vectors=lambda lab, name: lab.vectors,
+    )
+    made = defined("03_attention_scores", "sliders", lab=lab)
+    vars(made)["of_set"].__globals__.update(models=models, lab=lab, **names)
+    return made
+
+
+def body(lab):
+    return written_by(lab).sliders()
+
+
+def data(lab, **names):
+    made = written_by(lab, **names)
+    held = re.search(r'id="data">(.*?)</script>', made.sliders(), re.DOTALL)[1]
+    return json.loads(held)
 
 
 def expected(lab, reader, rows, norm, layer, pooling, temperature):
@@ -86,7 +102,7 @@ def expected(lab, reader, rows, norm, layer, pooling, temperature):
 
 
 def test_the_page_holds_the_stored_scores(lab):
-    held = sliders.data(lab)["sets"][0]
+    held = data(lab)["sets"][0]
     asked, candidates = lab.asked("set")
     for reader in held["readers"]:
         stored = lab.look("set", reader["name"])
@@ -95,29 +111,28 @@ def test_the_page_holds_the_stored_scores(lab):
         assert np.allclose(held_sums, sums, rtol=1e-4)
         means = sums / np.maximum(tokens, 1)[:, None, None, None]
         assert np.allclose(held_means, means, rtol=1e-3, atol=1e-4)
-    assert len(held["examples"]) == sliders.EXAMPLES
+    assert len(held["examples"]) == EXAMPLES
     gold, retr = np.array(held["gold"]), np.array(held["retr"])
     for place, example in enumerate(held["examples"]):
         question, found = asked[place], candidates[place]
         assert example["question"] == question.text
         assert [title for title, _ in example["passages"]] == [f"{NASTY} title {i}" for i in found]
         assert gold[place].tolist() == [float(i in question.gold) for i in found]
-        query = lab.encoder([question.text])[0].numpy()
+        query = lab.encode([question.text])[0]
         assert np.allclose(retr[place], lab.vectors.take(found) @ query, rtol=1e-4)
 
 
-def test_fewer_questions_of_deep_readers(lab, monkeypatch):
+def test_fewer_questions_of_deep_readers(lab):
     one = 3 * 2 * LAYERS * len(POOLINGS) * K  # numbers of a question
-    for numbers, n in ((20 * one, 20), (13 * one - 1, sliders.EXAMPLES), (one, sliders.EXAMPLES)):
-        monkeypatch.setattr(sliders, "NUMBERS", numbers)
-        held = sliders.data(lab)["sets"][0]
+    for numbers, n in ((20 * one, 20), (13 * one - 1, EXAMPLES), (one, EXAMPLES)):
+        held = data(lab, NUMBERS=numbers)["sets"][0]
         shown = (held["gold"], held["retr"], *(one["attention"] for one in held["readers"]))
         assert {len(values) for values in shown} == {n}
         assert held["of"] == N
 
 
 def test_no_text_breaks_out_of_the_page(lab):
-    text = sliders.body(lab)
+    text = body(lab)
     assert text.count("<script") == text.count("</script") == 3
     embedded = re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1]
     assert "<" not in embedded
@@ -127,10 +142,8 @@ def test_no_text_breaks_out_of_the_page(lab):
 
 def said_by_the_page(lab, call):
     """What the page's own formulas give for a call; its data is `d`."""
-    script = re.search(r'<script id="arithmetic">(.*?)</script>', sliders.body(lab), re.DOTALL)[1]
-    whole = (
-        f"{script}; const d = {json.dumps(sliders.data(lab))}; console.log(JSON.stringify({call}))"
-    )
+    script = re.search(r'<script id="arithmetic">(.*?)</script>', body(lab), re.DOTALL)[1]
+    whole = f"{script}; const d = {json.dumps(data(lab))}; console.log(JSON.stringify({call}))"
     done = subprocess.run(["node", "-"], input=whole, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -149,7 +162,7 @@ def test_the_pages_formulas_give_what_ragkit_gives(lab, choice):
     assert seen["temperature"] == pytest.approx(used, rel=1e-2)
     assert seen["entropy"] == pytest.approx(targets.entropy(p), abs=1e-3)
     assert seen["top"]["share"] == pytest.approx(top)
-    held = sliders.data(lab)
+    held = data(lab)
     retr = targets.softmax(np.array(held["sets"][0]["retr"]), held["theta"])
     assert np.allclose(seen["retr"], retr, atol=1e-6)
     assert seen["kl"] == pytest.approx(float((p * np.log(p / retr)).sum(1).mean()), rel=1e-2)
@@ -157,7 +170,7 @@ def test_the_pages_formulas_give_what_ragkit_gives(lab, choice):
 
 def opened(lab, folder, address=""):
     """What a browser makes of the page at an address."""
-    page = whole_page("Sliders", sliders.body(lab), [("Sliders", "sliders.html")], "sliders.html")
+    page = whole_page("Sliders", body(lab), [("Sliders", "sliders.html")], "sliders.html")
     (folder / "sliders.html").write_text(page, "utf8")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'browser'}"]
     address = f"file://{folder}/sliders.html{address}"
@@ -167,7 +180,7 @@ def opened(lab, folder, address=""):
 
 @needs_browser
 def test_the_page_opens_with_a_question_whose_gold_passage_was_found(lab, tmp_path):
-    held = sliders.data(lab)["sets"][0]
+    held = data(lab)["sets"][0]
     first = np.array(held["gold"]).any(1).tolist().index(True)
     shown = opened(lab, tmp_path)
     question = re.search(r'<p id="question">(.*?)</p>', shown)[1]
