@@ -53,7 +53,7 @@ lint: $(READY)       ## ruff, mypy, and the order of the rooms
 lab: $(READY)        ## JupyterLab on working copies of the notebooks; those in lab/ are kept
 	mkdir -p lab
 	for one in notebooks/*.ipynb; do [ -e lab/$${one##*/} ] || cp $$one lab/; done
-	$(RUN) -m jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root) lab
+	$(RUN) -m jupyter lab lab $(if $(filter 0,$(shell id -u)),--allow-root)
 
 report: $(READY)     ## write the report of PROFILE again
 	$(RUN) -m ragkit report --profile '$(PROFILE)'

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 WORLDS = 8  # redrawn to learn from: other names than the measured one, no held-out wording
 WORLD: dict[str, Any] = {"entities": 48, "distill": 576, "dev": 1, "test": 1}
 SAME_KIND_SHARE = 0.3  # of the draws: all passages state one kind of fact of different entities
-CHECKPOINT_EVERY = 50  # steps
+MOST = 50  # steps between two checkpoints; in a short training about a ninth of all
 METRICS, ROWS = "metrics.jsonl", 80  # of them in a whole training
 WARM_UP, DECAY = 30, 0.3  # steps, share of the steps
 
@@ -146,7 +146,7 @@ def arguments(settings: ReaderSettings, folder: Path, seed: int) -> TrainingArgu
     given |= {"per_device_train_batch_size": in_a_pass, "remove_unused_columns": False}
     given |= {"gradient_accumulation_steps": mine // in_a_pass, "ddp_find_unused_parameters": True}
     given |= {"bf16": settings.dtype == "bfloat16", "fp16": settings.dtype == "float16"}
-    given |= {"save_steps": CHECKPOINT_EVERY, "save_total_limit": 1, "seed": seed}
+    given |= {"save_steps": min(MOST, 1 + settings.steps // 9), "save_total_limit": 1, "seed": seed}
     given |= {"logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
     AcceleratorState._reset_state()  # models may differ in precision; the processes stay connected
     made = TrainingArguments(str(folder), use_cpu=device.device().type == "cpu", **given)
