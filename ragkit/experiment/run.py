@@ -40,7 +40,7 @@ KILLED = (
     "its Python process was killed, most likely because memory ran out. Close other programs, then "
     "give the same command: it goes on from there."
 )
-QUIET = {"TQDM_DISABLE": "1"}  # bars of two processes on one line cannot be read
+QUIET = {"TQDM_DISABLE": "1"}  # bars cannot be read of two processes, or kept in a notebook
 OWN_ERRORS = {*vars(errors), "AttentionError"}
 
 

@@ -24,7 +24,8 @@ TEMPLATES = Environment(
 ADDRESS = re.compile(r"#\S*|[\w.-]+(/[\w.-]+)*(#\S*)?|data:image/(png|jpeg);base64,[\w+/=\s]+")
 ELSEWHERE = re.compile(r"url\s*\((?!\s*['\"]?#)|//|\\", re.IGNORECASE)  # in a style
 UNSEEN = re.compile(r"<(script|style|metadata)\b.*?(</\1\s*>|\Z)", re.IGNORECASE | re.DOTALL)
-INTERVAL = re.compile(r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\]")  # mean, low, high in a text
+# Mean, low, high and what is said of them, in a text.
+INTERVAL = re.compile(r"(-?[\d.]+) \[(-?[\d.]+), (-?[\d.]+)\](?: (holds|contradicted))?")
 KINDS = yaml.safe_load((asset("templates") / "allowed.yaml").read_text("utf8"))
 ALLOWED = {kind: frozenset(names.split()) for kind, names in KINDS.items()}
 Pages = list[tuple[str, str]]  # name and file
@@ -82,8 +83,7 @@ def figure(path: Path) -> Markup:
 
 
 def loop(*part: str) -> HTML:
-    """The loop of retriever, reader and target as a picture; `part` names the boxes that are marked
-    (`assets/templates/loop.html`)."""
+    """The loop of retriever, reader and target as a picture; boxes named by `part` are marked."""
     return HTML(fill("loop", part=part))
 
 

@@ -131,13 +131,15 @@ def test_what_our_own_code_draws_is_kept(tmp_path):
 
 @pytest.mark.parametrize("verdict", ["reproduced", "partly", "mixed", "not yet measured"])
 def test_a_card_names_its_verdict(verdict):
-    told = "almanac: a 0.10 [-0.20, 0.40] holds | b | c"
+    told = "almanac: a 0.10 [-0.20, 0.40] contradicted (planted 0.30 [0.20, 0.36] holds) | b | c"
     shown = html.ledger(pd.DataFrame([CARD | {"verdict": verdict, "measured": told}])).data
     assert f">{verdict}</span>" in shown
     assert re.search("<li>a 0.10 .*2 more runs of Step 1.*<li>b</li><li>c</li>", shown, re.DOTALL)
-    (drawn,) = re.findall(r'<line x1="(\S+)" x2="(\S+)" y1="0".*cx="(\S+)"', shown)
-    assert [*map(float, drawn)] == pytest.approx([-50, 100, 25])  # on the scale of its claim
-    assert drawn[0] in html.clean(shown)
+    found = r'<line x1="(\S+)" x2="(\S+)" y1="0" y2="0" style="stroke:(\S+);.*cx="(\S+)"'
+    (low, high, colour, mean), (*_, other, _) = re.findall(found, shown)
+    assert [*map(float, (low, high, mean))] == pytest.approx([-50, 100, 25])  # its claim's scale
+    assert (colour, other) == ("#b42318", "#1a7f37")  # of what is said of each
+    assert low in html.clean(shown)
 
 
 def test_the_pages_load_no_models():
