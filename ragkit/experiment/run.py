@@ -36,10 +36,8 @@ from ragkit.settings import REFERENCES
 log = logging.getLogger(__name__)
 NOISY = "papermill httpx bm25s datasets faiss traitlets spacy asyncio sentence_transformers"
 DRAWN_WITH = ("pandas", "matplotlib", "seaborn", "papermill", "nbclient", "ipykernel")
-KILLED = (
-    "its Python process was killed, most likely because memory ran out. Close other programs, then "
-    "give the same command: it goes on from there."
-)
+KILLED = "its Python process was killed, most likely because memory ran out. Close other "
+KILLED += "programs, then give the same command: it goes on from there."
 QUIET = {"TQDM_DISABLE": "1"}  # bars cannot be read of two processes, or kept in a notebook
 OWN_ERRORS = {*vars(errors), "AttentionError"}
 
@@ -120,11 +118,12 @@ def stoppable(work: Callable[[], object]) -> None:
     """Runs work that talks to a notebook's kernel in a thread: in the main thread papermill and
     nbclient take Ctrl-C for themselves. On Ctrl-C the kernel is ended."""
     with futures.ThreadPoolExecutor(1) as pool:
-        running = pool.submit(work)
+        pool.submit(int).result()  # the thread is there: what it does is known from here on
         try:
-            running.result()
+            pool.submit(work).result()
         except KeyboardInterrupt:
-            while not running.done():
+            behind = pool.submit(int)
+            while not behind.done():
                 for kernel in psutil.Process().children():
                     kernel.kill()
                 time.sleep(0.1)
