@@ -145,8 +145,8 @@ def loss_of(asked: Asked, looks: Looks, settings: Mapping[str, Any]) -> LossOf:
 
 
 def make_step2(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """Step 2 for one target and seed: `ranking.safetensors` of the test questions, `curve.json`
-    with HR@k on dev, and the retriever if `keep` is set."""
+    """Step 2 for one target and seed: `ranking.safetensors` of the test questions, and `curve.json`
+    with HR@k on dev."""
     distill = DistillSettings(**settings["distill"])
     asked = Asked.open(inputs, "distill", distill.questions, settings["k"])
     encoding = RetrieverSettings(**settings["retriever"])
@@ -158,8 +158,6 @@ def make_step2(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
     rows = train(lesson, distill, settings["seed"], folder)
     found = lesson.find("test", min(DEPTH, len(asked.corpus.passages)))
     if device.is_main():
-        if settings["keep"]:
-            retriever.save(folder / "model")
         write_arrays(folder / "ranking.safetensors", {"test": found})
         curve = [{name: row[name] for name in ("epoch", "loss", "hr")} for row in rows]
         write_json(folder / "curve.json", curve)

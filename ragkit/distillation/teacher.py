@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ragkit.attention.record import passage_scores
-from ragkit.data.corpus import Asked, Passage, Question
+from ragkit.data.corpus import Passage, Question
 from ragkit.data.files import write_arrays, write_json
 from ragkit.distillation.targets import Scores, holding
 from ragkit.models import device
-from ragkit.models.fid import open_reader
+from ragkit.models.fid import opened
 from ragkit.models.reader import Prompt, Reader
 
 Array = NDArray[np.float32]
@@ -119,8 +119,7 @@ def left_out_losses(reader: Reader, questions: Sequence[Question], found: Found)
 
 def make_teacher(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """A reader's look at the questions of a part: `scores.safetensors`, `trimmed.json`."""
-    asked = Asked.open(inputs, settings["part"], settings["questions"], settings["k"])
-    asked, reader = asked.scored(settings["reader"]), open_reader(inputs, settings)
+    asked, reader = opened(inputs, settings)
     scores = look(reader, asked.questions, asked.passages, settings["order"], settings["seed"])
     if device.is_main():
         write_arrays(folder / "scores.safetensors", scores)
@@ -133,8 +132,7 @@ make_heads = make_teacher  # of dev: the look by which heads are chosen
 
 def make_alone(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """What each passage alone says for the answer: `scores.safetensors` with `answer_logs`."""
-    asked = Asked.open(inputs, "distill", settings["questions"], settings["k"])
-    asked, reader = asked.scored(settings["reader"]), open_reader(inputs, settings)
+    asked, reader = opened(inputs, settings)
     logs = alone(reader, asked.questions, asked.passages)
     if device.is_main():
         write_arrays(folder / "scores.safetensors", {"answer_logs": logs})
@@ -142,8 +140,7 @@ def make_alone(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
 
 def make_loop(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """The same reader without one passage at a time: `scores.safetensors` with `loop`."""
-    asked = Asked.open(inputs, "distill", settings["questions"], settings["k"])
-    asked, reader = asked.scored(settings["reader"]), open_reader(inputs, settings)
+    asked, reader = opened(inputs, settings)
     losses = left_out_losses(reader, asked.questions, asked.passages)
     if device.is_main():
         write_arrays(folder / "scores.safetensors", {"loop": losses})

@@ -17,8 +17,9 @@ from safetensors.numpy import load_file
 from ragkit.data.corpus import Asked, Corpus, Passage, Question
 from ragkit.distillation import targets
 from ragkit.errors import NounsError, ProfileError
-from ragkit.experiment.graph import Graph, Of, stages
+from ragkit.experiment.graph import Graph, Of
 from ragkit.experiment.store import Stage, Store, fingerprint
+from ragkit.experiment.wanted import stages
 from ragkit.profile import Profile, load_profile
 
 TAKEN = ("course", "bench")  # folders below `runs/` that are no runs
@@ -144,8 +145,7 @@ class Lab:
         return targets.target_of(target, self.scores(set_name, target), distill, seed)
 
     def distilled(self, set_name: str, target: str, seed: int) -> tuple[Places, Curve]:
-        """Step 2: the test ranking `[questions, 20]`, and the curve over epochs (of the last part,
-        with index refreshes)."""
+        """Step 2: the test ranking `[questions, 20]`, and the curve over epochs."""
         folder = self.open_stage(self.graph.step2(set_name, target, seed))
         ranking = load_file(folder / "ranking.safetensors")["test"]
         return ranking, read_json(folder / "curve.json")

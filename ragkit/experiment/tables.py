@@ -12,8 +12,9 @@ from ragkit.data.corpus import CUTS, hits, reciprocal_ranks
 from ragkit.data.text import exact_match, f1
 from ragkit.distillation.targets import oracle_scores
 from ragkit.errors import StoreError
-from ragkit.experiment.graph import Of, answered
+from ragkit.experiment.graph import Of
 from ragkit.experiment.lab import Lab, read_json
+from ragkit.experiment.wanted import answered
 from ragkit.settings import reference
 
 
@@ -35,7 +36,7 @@ def per_question(lab: Lab, set_name: str) -> pd.DataFrame:
 
 
 def answer_rows(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -> pd.DataFrame:
-    """EM and F1 of the first test questions, by the systems and readers of `graph.answered`:
+    """EM and F1 of the first test questions, by the systems and readers of `wanted.answered`:
     columns set, system, reader, seed, question, EM, F1."""
     rows, questions = [], lab.corpus(set_name).questions["test"]
     for system, which, seed in answered(lab.graph, targets):

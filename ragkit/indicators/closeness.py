@@ -21,7 +21,7 @@ from ragkit.data.text import folded, readable, word_places
 from ragkit.distillation.teacher import Array, Found, token_contributions
 from ragkit.indicators import measures
 from ragkit.indicators.measures import Bools, Floats, Ints, Tokens
-from ragkit.models import device
+from ragkit.models import device, fid
 from ragkit.models.fid import load_reader, open_reader
 from ragkit.models.reader import PART, Prompt, Reader
 from ragkit.models.retriever import Retriever
@@ -206,11 +206,11 @@ def opened(
 ) -> tuple[Asked, Spans | None, Reader]:
     """The first test questions, their nouns (None where no noun finder is at hand), and the
     off-the-shelf reader, asked by questions."""
-    asked, nouns = Asked.open(inputs, "test", settings["questions"], settings["k"]), None
-    asked = asked.scored(settings["base"])
+    part, nouns = settings["part"], None
+    asked = Asked.open(inputs, part, settings["questions"], settings["k"]).scored(settings["base"])
     if "nouns" in inputs:
         spans = json.loads((inputs["nouns"] / "spans.json").read_text("utf8"))
-        nouns = spans["test"][: len(asked.questions)]
+        nouns = spans[part][: len(asked.questions)]
     base = ReaderSettings(**settings["base"])
     return asked, nouns, load_reader(base.model, base)
 
@@ -218,8 +218,7 @@ def opened(
 def make_tokens(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """The test questions' tokens as a reader sees them: `tokens.safetensors` (Tokens), and
     `words.json`: how the vocabulary spells each token that occurs, by its id."""
-    asked = Asked.open(inputs, "test", settings["questions"], settings["k"])
-    asked, reader = asked.scored(settings["reader"]), open_reader(inputs, settings)
+    asked, reader = fid.opened(inputs, settings)
     tokens = look_at_tokens(reader, asked.questions, asked.passages)
     if device.is_main():
         write_arrays(folder / "tokens.safetensors", vars(tokens))

@@ -172,18 +172,22 @@ def closest(close: Floats, question: Ints, share: float) -> Bools:
     return ranks(-close, question, "min") <= counts[question]
 
 
+@UNDEFINED
 def indicator(
     attention: Floats, close: Floats, question: Ints, exact: Bools, share: float
 ) -> pd.DataFrame:
-    """An indicator, a row a question: MEASURES (mean lift of the closest share, Spearman over all
-    tokens, and within the closest share), and each again with ' (no exact)': without the wanted
-    tokens themselves, which `exact` `[tokens]` marks. Tokens without a closeness are left out."""
+    """An indicator, a row a question: MEASURES (mean lift of the closest share and their `share` of
+    the attention, Spearman over all tokens, and within the closest), and each with ' (no exact)':
+    without the wanted tokens, which `exact` `[tokens]` marks. Those without closeness are left out.
+    """
     lifts, n = lift(attention, question), len(np.bincount(question))
     table = pd.DataFrame({"question": np.arange(n)})
     known = np.isfinite(lifts) & np.isfinite(close)
     for ending, kept in (("", known), (" (no exact)", known & ~exact)):
         near = closest(np.where(kept, close, np.nan), question, share)
         table[f"attention{ending}"] = means(lifts[near], question[near], n)
+        shares = [np.bincount(question[some], attention[some], n) for some in (near, known)]
+        table[f"share{ending}"] = shares[0] / shares[1]
         for name, some in (("Spearman", kept), ("Spearman closest", near)):
             table[name + ending] = spearman(lifts[some], close[some], question[some], n)
     return table

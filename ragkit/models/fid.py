@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
 from ragkit.attention.record import observe_cross
-from ragkit.data.corpus import Corpus, Passage, Question
+from ragkit.data.corpus import Asked, Corpus, Passage, Question
 from ragkit.data.text import readable
 from ragkit.models import device, gguf
 from ragkit.models.reader import CLOZE, PART, Prompt, Reader
@@ -134,3 +134,9 @@ def open_reader(
     reader.style = "question" if which == trained else "cloze"
     reader.fit(Corpus.load("", inputs["passages"], inputs["questions"]).questions["distill"])
     return reader
+
+
+def opened(inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> tuple[Asked, Reader]:
+    """The questions of a stage's part with the passages found for them, and its reader."""
+    asked = Asked.open(inputs, settings["part"], settings["questions"], settings["k"])
+    return asked.scored(settings["reader"]), open_reader(inputs, settings)

@@ -23,7 +23,8 @@ from ragkit.distillation.teacher import look
 from ragkit.errors import DataError, NounsError, ReaderError, StoreError
 from ragkit.experiment.rules import LINE
 from ragkit.indicators import measures
-from ragkit.indicators.closeness import in_words, look_at_tokens, space
+from ragkit.indicators.closeness import look_at_tokens
+from ragkit.indicators.foretellers import of_tokens, top
 from ragkit.indicators.measures import Interval, Tokens, interval
 from ragkit.indicators.nouns import find_nouns, load_nouns
 from ragkit.models import device
@@ -140,11 +141,6 @@ def look_at_all(reader: Reader, asked: list[Pair]) -> tuple[list[targets.Looks],
     return looks, Tokens(**{name: np.concatenate([x[name] for x in parts]) for name in parts[0]})
 
 
-def top(scores: measures.Floats) -> measures.Floats:
-    """The passage with most attention, as weights `[k]` that sum to 1: a tie shares them."""
-    return (scores == scores.max()) / (scores == scores.max()).sum()
-
-
 def tops_of(looks: list[targets.Looks]) -> pd.DataFrame:
     """A row a question. Where some passages hold the answer, not all: whether that with most
     attention does, by each of WAYS, beside FIRST and CHANCE; heads are chosen on the first half of
@@ -212,13 +208,8 @@ def judge(
     log.info("reading  %d prompts, as ranked, reversed, and by their tokens", len(asked))
     looks, tokens = look_at_all(reader, asked)
     counts["in no passage"] = sum(not one["rank"]["holds"].any() for one in looks)
-    told = in_words(reader, tokens, texts, [passages for _, passages in asked], spans)
-    vectors, attention, seen = space(told.forms, model), tokens.attention(READ), told.tokens
-    counts["vectors"] = int(np.isnan(vectors[seen.ids]).any(1).sum())
-    tables = {}
-    for goal, wanted in told.wanted.items():
-        close, exact = measures.closeness_to(seen, wanted, vectors), measures.exact(seen, wanted)
-        tables[goal] = measures.indicator(attention, close, tokens.question, exact, SHARE)
+    found = [passages for _, passages in asked]
+    tables, counts["vectors"] = of_tokens((reader, model), tokens, texts, found, spans)
     tops = tops_of(looks)
     return Judgement(reader, asked, tokens, tables, tops, verdict_of(tops), counts, how)
 

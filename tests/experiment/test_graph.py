@@ -19,11 +19,12 @@ import ragkit
 from ragkit.data.corpus import Passage, Question, write_passages
 from ragkit.data.files import write_arrays, write_jsonl
 from ragkit.distillation.targets import SYSTEMS
-from ragkit.experiment.graph import READING, Graph, Of, answered
-from ragkit.experiment.graph import stages as stages_of
+from ragkit.experiment.graph import READING, Graph, Of
 from ragkit.experiment.lab import Lab, changed_profile
 from ragkit.experiment.run import notebooks_of
 from ragkit.experiment.store import difference
+from ragkit.experiment.wanted import answered
+from ragkit.experiment.wanted import stages as stages_of
 from ragkit.profile import VARIATIONS, load_profile
 
 ROOT = Path(__file__).parent.parent.parent
@@ -266,26 +267,6 @@ def test_each_run_of_step_1_is_judged_by_its_own_reader():
         assert two.inputs["step1"] is graph.again(1).stage("step1", Of("almanac"))
     untaught = Of("almanac", "off-the-shelf", target="closed book")
     assert graph.stage("answers", untaught).key == graph.again(1).stage("answers", untaught).key
-
-
-def test_an_index_refresh_looks_again_with_the_retriever_as_it_is():
-    step2 = [one for one in stages_of(Graph(load_profile("smoke"))) if one.kind == "step2"]
-    refreshed = [one for one in step2 if one.inputs["retriever"].kind == "step2"]
-    assert len(refreshed) == 4  # two sets, two regimes
-    last = refreshed[-1]
-    first = last.inputs["retriever"]
-    assert last.inputs["candidates"].inputs["retriever"] is first
-    assert last.inputs["rank"].inputs["candidates"] is last.inputs["candidates"]
-    assert last.inputs["vectors"] is first.inputs["vectors"]  # only queries learn: no new encoding
-    assert last.settings["distill"]["epochs"] + first.settings["distill"]["epochs"] == 2
-    whole = Graph(load_profile("smoke", ["index_refreshes=1"]))  # and answers come from the last
-    answers = whole.stage("answers", Of("almanac", "fine-tuned", target="answer string"))
-    assert answers.inputs["ranking"].inputs["retriever"].kind == "step2"
-    both = whole.step2("almanac", "fine-tuned balanced", 0)  # heads are chosen once, on dev
-    heads = whole.step2("almanac", "fine-tuned chosen heads", 0)
-    for look in (both.inputs["rank"], both.inputs["reversed"], heads.inputs["rank"]):
-        assert look.inputs["candidates"].inputs["retriever"].kind == "step2"
-    assert heads.inputs["heads"].inputs["candidates"].inputs["retriever"].kind == "retriever"
 
 
 # What targets and systems are made of

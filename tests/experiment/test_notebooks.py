@@ -11,7 +11,6 @@ import papermill
 import pytest
 from logs import read_log
 from nbclient import NotebookClient
-from safetensors.numpy import load_file
 
 from ragkit.experiment.lab import Lab
 from ragkit.pages import course
@@ -73,21 +72,6 @@ def test_a_second_seed_of_step_1_gives_another_reader(lab, homes):
     assert weights[0].read_bytes() != weights[1].read_bytes()
     ledger = (lab.folder / "figures" / "09_ledger.csv").read_text()
     assert all(f"Step 1 with seed {seed}: HR@5" in ledger for seed in (0, 1))
-
-
-def test_an_index_refresh_gives_the_reader_new_candidates(lab):
-    stage = lab.graph.varied("index refresh").step2("trivia", "fine-tuned attention", 0)
-    later = {role: lab.store.home(one) for role, one in stage.inputs.items()}
-    before = lab.candidates("trivia")["distill"]
-    after = load_file(later["candidates"] / "candidates.safetensors")["distill"]
-    moved = (before[:, : lab.profile.k] != after[:, : lab.profile.k]).any(1)
-    assert moved.any()
-    looks = (lab.look("trivia", "fine-tuned"), load_file(later["rank"] / "scores.safetensors"))
-    # the same prompt in another batch: processors differ in whether its last digits stay
-    same = np.isclose(*(one["attention"] for one in looks), rtol=1e-3, atol=1e-5)
-    assert np.array_equal(~same.reshape(len(same), -1).all(1), moved)
-    curve = json.loads((lab.store.home(stage) / "curve.json").read_text())
-    assert [row["epoch"] for row in curve] == [0, 0.5, 1]
 
 
 def test_the_ceiling_is_the_oracle_on_the_query_side_and_on_both(lab):
