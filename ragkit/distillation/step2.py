@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ragkit.data.corpus import Asked, hits, passage_text
-from ragkit.data.files import write_arrays, write_json, write_jsonl
+from ragkit.data.files import write_jsonl
 from ragkit.distillation.targets import Looks, read_looks, scores_of, target_of
 from ragkit.errors import RetrieverError
 from ragkit.models import device
 from ragkit.models.index import DEPTH, Index
 from ragkit.models.retriever import Retriever
-from ragkit.settings import AttentionSettings, DistillSettings, IndexSettings, RetrieverSettings
+from ragkit.settings import AttentionSettings, DistillSettings, IndexSettings
 
 METRICS = "metrics.jsonl"
 LOOKS = 2  # times an epoch that Step 2 is looked at
@@ -149,15 +149,12 @@ def make_step2(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
     with HR@k on dev."""
     distill = DistillSettings(**settings["distill"])
     asked = Asked.open(inputs, "distill", distill.questions, settings["k"])
-    encoding = RetrieverSettings(**settings["retriever"])
-    retriever = Retriever.load(inputs["retriever"] / "model", encoding)
+    retriever = Retriever.open(inputs, settings)
     index = Index.open(inputs["vectors"], IndexSettings(**settings["index"]), inputs["index"])
     torch.manual_seed(settings["seed"])
     loss = loss_of(asked, read_looks(inputs), settings)
     lesson = Lesson(retriever, asked, index, distill.side, loss)
     rows = train(lesson, distill, settings["seed"], folder)
     found = lesson.find("test", min(DEPTH, len(asked.corpus.passages)))
-    if device.is_main():
-        write_arrays(folder / "ranking.safetensors", {"test": found})
-        curve = [{name: row[name] for name in ("epoch", "loss", "hr")} for row in rows]
-        write_json(folder / "curve.json", curve)
+    curve = [{name: row[name] for name in ("epoch", "loss", "hr")} for row in rows]
+    device.write(folder, {"ranking.safetensors": {"test": found}, "curve.json": curve})

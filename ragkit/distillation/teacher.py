@@ -14,7 +14,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ragkit.attention.record import passage_scores
 from ragkit.data.corpus import Passage, Question
-from ragkit.data.files import write_arrays, write_json
 from ragkit.distillation.targets import Scores, holding
 from ragkit.models import device
 from ragkit.models.fid import opened
@@ -121,10 +120,8 @@ def make_teacher(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str
     """A reader's look at the questions of a part: `scores.safetensors`, `trimmed.json`."""
     asked, reader = opened(inputs, settings)
     scores = look(reader, asked.questions, asked.passages, settings["order"], settings["seed"])
-    if device.is_main():
-        write_arrays(folder / "scores.safetensors", scores)
-        counts = {"trimmed": int((scores["trimmed"] > 0).sum()), "prompts": len(asked.questions)}
-        write_json(folder / "trimmed.json", counts)
+    counts = {"trimmed": int((scores["trimmed"] > 0).sum()), "prompts": len(asked.questions)}
+    device.write(folder, {"scores.safetensors": scores, "trimmed.json": counts})
 
 
 make_heads = make_teacher  # of dev: the look by which heads are chosen
@@ -134,13 +131,11 @@ def make_alone(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
     """What each passage alone says for the answer: `scores.safetensors` with `answer_logs`."""
     asked, reader = opened(inputs, settings)
     logs = alone(reader, asked.questions, asked.passages)
-    if device.is_main():
-        write_arrays(folder / "scores.safetensors", {"answer_logs": logs})
+    device.write(folder, {"scores.safetensors": {"answer_logs": logs}})
 
 
 def make_loop(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """The same reader without one passage at a time: `scores.safetensors` with `loop`."""
     asked, reader = opened(inputs, settings)
     losses = left_out_losses(reader, asked.questions, asked.passages)
-    if device.is_main():
-        write_arrays(folder / "scores.safetensors", {"loop": losses})
+    device.write(folder, {"scores.safetensors": {"loop": losses}})

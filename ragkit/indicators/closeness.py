@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from ragkit.data.corpus import Asked, Passage, Question, block
-from ragkit.data.files import write_arrays, write_json
 from ragkit.data.text import folded, readable, word_places
 from ragkit.distillation.teacher import Array, Found, token_contributions
 from ragkit.indicators import measures
@@ -25,7 +24,7 @@ from ragkit.models import device, fid
 from ragkit.models.fid import load_reader, open_reader
 from ragkit.models.reader import PART, Prompt, Reader
 from ragkit.models.retriever import Retriever
-from ragkit.settings import ReaderSettings, RetrieverSettings
+from ragkit.settings import ReaderSettings
 
 Words = Sequence[tuple[int, int]]  # where they stand in a text, by their characters
 Spans = Sequence[Words]  # the nouns of each question
@@ -220,11 +219,9 @@ def make_tokens(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str,
     `words.json`: how the vocabulary spells each token that occurs, by its id."""
     asked, reader = fid.opened(inputs, settings)
     tokens = look_at_tokens(reader, asked.questions, asked.passages)
-    if device.is_main():
-        write_arrays(folder / "tokens.safetensors", vars(tokens))
-        ids = np.unique(tokens.ids).tolist()
-        words = reader.tokenizer.convert_ids_to_tokens(ids)
-        write_json(folder / "words.json", dict(zip(ids, words, strict=True)))
+    ids = np.unique(tokens.ids).tolist()
+    words = dict(zip(ids, reader.tokenizer.convert_ids_to_tokens(ids), strict=True))
+    device.write(folder, {"tokens.safetensors": vars(tokens), "words.json": words})
 
 
 def make_contextual(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
@@ -234,8 +231,7 @@ def make_contextual(folder: Path, inputs: Mapping[str, Path], settings: Mapping[
     arrays: Arrays = {}
     if not reader.model.config.is_encoder_decoder:
         arrays = contextual_closeness(reader, asked.questions, asked.passages, nouns)
-    if device.is_main():
-        write_arrays(folder / "contextual.safetensors", arrays)
+    device.write(folder, {"contextual.safetensors": arrays})
 
 
 def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
@@ -247,11 +243,12 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
     tokens, reader = Tokens.load(inputs["tokens"]), open_reader(inputs, settings)
     contextual = load_file(inputs["contextual"] / "contextual.safetensors")
     asked, nouns, base = opened(inputs, settings)
-    encoding = RetrieverSettings(**settings["retriever"])
-    retriever = Retriever.load(inputs["retriever"] / "model", encoding)
     words = in_words(reader, tokens, asked.questions, asked.passages, nouns)
     spaces = {"input": space(words.forms, base), "own": space(words.forms, reader)}
-    spaces |= {"retriever": space(words.forms, retriever), "permuted": spaces["input"]}
+    spaces |= {
+        "retriever": space(words.forms, Retriever.open(inputs, settings)),
+        "permuted": spaces["input"],
+    }
     arrays: Arrays = {}
     for goal, wanted in words.wanted.items():
         exact = measures.exact(words.tokens, wanted)
@@ -266,8 +263,6 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
             places = zip(*(getattr(tokens, name).tolist() for name in PLACE), strict=True)
             seen = [known.get(one, np.nan) if one[-1] >= 0 else np.nan for one in places]
             arrays[f"{goal}/contextual"] = np.array(seen)
-    if device.is_main():
-        write_arrays(folder / "closeness.safetensors", arrays)
-        by_hand = {"vectors": spaces["input"], "word": words.tokens.ids}
-        write_arrays(folder / "vectors.safetensors", by_hand)
-        write_json(folder / "answers.json", words.wanted["answer"])
+    by_hand = {"vectors": spaces["input"], "word": words.tokens.ids}
+    made = {"closeness.safetensors": arrays, "vectors.safetensors": by_hand}
+    device.write(folder, made | {"answers.json": words.wanted["answer"]})

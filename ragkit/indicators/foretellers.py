@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 
 from ragkit.data.corpus import Question
-from ragkit.data.files import write_json
 from ragkit.data.text import exact_match
 from ragkit.distillation import targets, teacher
 from ragkit.distillation.teacher import Found
@@ -90,5 +89,5 @@ def make_foretellers(folder: Path, inputs: Mapping[str, Path], settings: Mapping
     for goal, table in of_tokens((reader, base), tokens, questions, found, nouns)[0].items():
         means = table.drop(columns="question").mean()
         values |= {f"{goal}: {name}": mean for name, mean in means.items()}
-    if device.is_main():
-        write_json(folder / "foretellers.json", {name: float(one) for name, one in values.items()})
+    made = {name: float(value) for name, value in values.items()}
+    device.write(folder, {"foretellers.json": made})

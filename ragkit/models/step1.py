@@ -30,7 +30,7 @@ from ragkit.models.fid import open_reader
 from ragkit.models.index import Index
 from ragkit.models.reader import Prompt, Reader
 from ragkit.models.retriever import Retriever
-from ragkit.settings import DAMAGES, ReaderSettings, RetrieverSettings, WorldSet
+from ragkit.settings import DAMAGES, ReaderSettings, WorldSet
 
 log = logging.getLogger(__name__)
 WORLDS = 8  # redrawn to learn from: other names than the measured one, no held-out wording
@@ -249,9 +249,9 @@ def make_step1(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
     the initial retriever searches; on real text from the questions of the distill part that stand
     behind those that it will teach from. DataError if there are none."""
     chosen, k, seed = settings["set"], settings["k"], settings["seed"]
-    encoding, examples = RetrieverSettings(**settings["retriever"]), list[Example]()
+    examples = list[Example]()
     if chosen["source"] == "world":
-        retriever = Retriever.load(inputs["retriever"] / "model", encoding)
+        retriever = Retriever.open(inputs, settings)
         for number in range(WORLDS):
             redrawn = WorldSet(**chosen | WORLD | {"seed": 1000 * seed + number})
             corpus = build_world(redrawn, reserved=False)
