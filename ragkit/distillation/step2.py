@@ -95,8 +95,7 @@ class Lesson(nn.Module):
 def train(lesson: Lesson, settings: DistillSettings, seed: int, folder: Path) -> list[Row]:
     """Step 2: moves the lesson's retriever so that the loss falls. Returns the rows of METRICS in
     `folder`, one for the start and each LOOKS-th of an epoch: mean `loss` since the row before (NaN
-    at the start), `hr` on dev, `rate`, `seconds` since the start. Raises RetrieverError if the loss
-    is not a number."""
+    at the start), `hr` on dev, `rate`, `seconds`. RetrieverError if the loss is not a number."""
     retriever = lesson.retriever
     accelerator = device.accelerator(retriever.settings.dtype)
     adam = torch.optim.AdamW(retriever.parameters(), lr=settings.rate, weight_decay=0.01)
@@ -145,8 +144,7 @@ def loss_of(asked: Asked, looks: Looks, settings: Mapping[str, Any]) -> LossOf:
 
 
 def make_step2(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """Step 2 for one target and seed: `ranking.safetensors` of the test questions, and `curve.json`
-    with HR@k on dev."""
+    """Step 2 for a target and seed: `ranking.safetensors` of test, `curve.json` of HR@k on dev."""
     distill = DistillSettings(**settings["distill"])
     asked = Asked.open(inputs, "distill", distill.questions, settings["k"])
     retriever = Retriever.open(inputs, settings)

@@ -97,8 +97,8 @@ def answer_losses(reader: Reader, prompts: list[Prompt], at_once: int) -> Array:
 
 
 def alone(reader: Reader, questions: Sequence[Question], found: Found) -> Array:
-    """Log-probability of each answer token given one passage alone `[questions, k, answer tokens]`,
-    NaN behind an answer's end."""
+    """Log-probability of the answer's tokens given each passage alone `[questions, k, tokens]`, NaN
+    behind its end."""
     pairs = zip(questions, found, strict=True)
     prompts = [reader.prompt(q, [p], q.answers[0]) for q, passages in pairs for p in passages]
     logs = -answer_losses(reader, prompts, 4 * reader.settings.at_once)

@@ -119,9 +119,8 @@ class Analysis:
     def followings(self, goal: Goal) -> pd.DataFrame:
         """How well an indicator orders the readers of all runs of Step 1 by the gain that each
         teaches: columns measure (COMPARED), signal (TAUGHT_BY, DIFFERENCE), readers, trainings,
-        correlation (of ranks), low, high, value (its Interval). Resampled by training: readers of
-        one are no independent sample. The untaught readers are one more to draw, but no training.
-        """
+        correlation (of ranks), low, high, value (its Interval). Trainings are drawn, for readers of
+        one are no independent sample; the untaught ones are one more to draw, but no training."""
         seen, rows = dict[tuple[str, str], Analysis](), []
         for seed, run in self.runs().items():
             for which in self.lab.readers():

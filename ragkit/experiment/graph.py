@@ -1,6 +1,5 @@
 """The experiment, declared once: what the stages of a profile are made of, kind by kind (they stand
-in `assets/kinds.yaml`; `wanted` lists those of a run). Choices taken otherwise are further stages.
-"""
+in `assets/kinds.yaml`; `wanted` lists a run's). Choices taken otherwise are further stages."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

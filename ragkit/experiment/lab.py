@@ -1,7 +1,5 @@
-"""How a notebook opens the experiment: a run, and its stages as the things that they hold.
-
-Asking for a thing makes what is missing. Nothing here loads torch; `models` opens the models.
-"""
+"""How a notebook opens the experiment: a run, and its stages as the things that they hold. Asking
+for one makes what is missing. Nothing here loads torch; `models` opens the models."""
 
 import copy
 import json
@@ -46,9 +44,8 @@ def read_json(file: Path) -> Any:
 
 
 class Lab:
-    """One run: a profile, its folder and store, and its graph with `sets`, `targets`, `readers`.
-    `status` says what happened to each stage that this process opened (`Store.status`); figures and
-    tables go to `figures`."""
+    """One run: a profile, its folder, store and graph with `sets`, `targets`, `readers`; figures and
+    tables go to `figures`. `status` says what happened to each stage opened (`Store.status`)."""
 
     def __init__(self, profile: str | Profile = "tiny", runs: Path | str = "runs") -> None:
         self.profile = profile if isinstance(profile, Profile) else changed_profile(profile, ())
@@ -92,8 +89,7 @@ class Lab:
         return self.corpora[key]
 
     def candidates(self, set_name: str, by: str = "candidates") -> dict[str, Places]:
-        """By part, each question's first 20 passages `[n, 20]`: the initial retriever's, or BM25's
-        (`bm25`, for `test` alone)."""
+        """By part, each question's first 20 passages `[n, 20]`: of the initial retriever or `bm25`."""
         return load_file(self.open(by, set_name) / "candidates.safetensors")
 
     def found(self, set_name: str, part: str) -> list[list[Passage]]:

@@ -168,8 +168,7 @@ def measured(lab: Lab) -> pd.DataFrame:
 
 
 def told(lab: Lab) -> str:
-    """The plan, for people (`assets/plan.txt`): what is fetched, the kinds of stages, hours, and
-    what does not fit."""
+    """The plan, for people (`assets/plan.txt`): what is fetched, takes hours, does not fit."""
     fetched, (table, how) = downloads(lab.profile), make(lab)
     at_once = workers_of(lab)
     seconds = table["seconds"].sum() / at_once + (0 if table.empty else NOTEBOOKS)

@@ -1,7 +1,6 @@
 """The encoder-decoder reader, fusion-in-decoder, and the loading of readers of either kind. Each
 passage is encoded with the question, the decoder attends to all; passage scores come from its
-cross-attention. Source: Izacard and Grave, 'Leveraging Passage Retrieval with Generative Models for
-Open Domain Question Answering'."""
+cross-attention. Source: Izacard and Grave (2021), 'Leveraging Passage Retrieval' (FiD)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -125,8 +124,7 @@ def open_reader(
     inputs: Mapping[str, Path], settings: Mapping[str, Any], to_train: bool = False
 ) -> Reader:
     """The reader `settings["which"]` of a stage: kept by `step1`, if that is among the inputs, else
-    untaught; asked by clozes where its name ends so. Answers are as long as those for distillation.
-    """
+    untaught; asked by clozes where its name ends so. Answers are as long as distillation's."""
     chosen, which = ReaderSettings(**settings["reader"]), settings.get("which", "")
     trained = which.removesuffix(CLOZE)
     kept = inputs["step1"] / trained.replace(" ", "-") if "step1" in inputs else chosen.model

@@ -83,8 +83,7 @@ class Retriever(nn.Module):
     @classmethod
     def load(cls, name: str | Path, settings: RetrieverSettings) -> "Retriever":
         """From a folder or a hub name (safetensors only, no remote code), in float32, with its own
-        pooling, normalisation and prompts unless the settings say otherwise. Raises RagkitError if
-        it cannot be loaded and used."""
+        pooling, normalisation, prompts, unless the settings say otherwise. Else a RagkitError."""
         path, place, safe = str(name), str(device.device()), {"use_safetensors": True}
         revision: dict[str, Any] = {"revision": settings.revision}
         with device.loading(path):

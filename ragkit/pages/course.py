@@ -1,10 +1,7 @@
-"""The course: a student and a solution copy of every notebook, and a lesson plan.
-
-How an exercise is written is said at the end of `assets/lesson_plan.md`. Nothing is written before
-it has been tried: each check must refuse the stub and every likely wrong answer by an assertion of
-its own, and pass on the solution. Marks and records are nbgrader's, so that its own commands work
-on the solution copies; it is no dependency.
-"""
+"""The course: a student and a solution copy of every notebook, and a lesson plan. How an exercise
+is written is said at the end of `assets/lesson_plan.md`. Nothing is written before it has been
+tried: each check must refuse the stub and every likely wrong answer by an assertion of its own, and
+pass on the solution. Marks are nbgrader's, whose commands work on the solution copies."""
 
 import json
 import logging

@@ -185,12 +185,9 @@ def judge(
     name: str, questions: str, nouns: str = NOUNS, other: str | None = None, chat: bool = False
 ) -> Judgement:
     """Judges a reader (a folder, a GGUF file, a hub name, or one of EMBEDDED) on the questions of a
-    file, asked by its own chat template or by the plain prompt.
-
-    `nouns` is a spaCy pipeline, by name or folder; without one Indicator 2 is not computed.
-    Closeness is measured in the input embeddings of the reader `other`, by default its own: readers
-    compare only within one space. What it cannot know stands on its page.
-    """
+    file, asked by its own chat template or by the plain prompt. `nouns` is a spaCy pipeline, by
+    name or folder; without one Indicator 2 is not computed. Closeness is measured in the input
+    embeddings of the reader `other`, by default its own: readers compare only within one space."""
     given, reader, counts = read_asked(Path(questions)), load(name, chat), Counter[str]()
     model = load(other) if other else reader
     how = {"Reader": name, "Closeness is measured in the input embeddings of": other or "its own"}
