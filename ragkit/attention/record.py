@@ -91,7 +91,7 @@ def observe_cross(
 ) -> None:
     """As `observe`, for the cross-attention of an encoder-decoder: tokens are the encoder's.
     `states` `[batch, tokens, size]` and `mask` `[batch, tokens]` come from it (FiD: of all passages
-    in a row); `ids` `[batch, answer]`, right-padded, go into the decoder; `rows` are places there."""
+    in a row); `ids` `[batch, answer]`, right-padded, go into the decoder; `rows`: places there."""
     layers = _decoder_layers(reader, encoder_decoder=True)
     _check(ids, torch.ones_like(ids), rows)
     _check(states[..., 0], mask, mask.argmax(1, keepdim=True))

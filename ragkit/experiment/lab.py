@@ -44,7 +44,7 @@ def read_json(file: Path) -> Any:
 
 
 class Lab:
-    """One run: a profile, its folder, store and graph with `sets`, `targets`, `readers`; figures and
+    """One run: profile, folder, store and graph, with `sets`, `targets`, `readers`; figures and
     tables go to `figures`. `status` says what happened to each stage opened (`Store.status`)."""
 
     def __init__(self, profile: str | Profile = "tiny", runs: Path | str = "runs") -> None:
@@ -89,7 +89,7 @@ class Lab:
         return self.corpora[key]
 
     def candidates(self, set_name: str, by: str = "candidates") -> dict[str, Places]:
-        """By part, each question's first 20 passages `[n, 20]`: of the initial retriever or `bm25`."""
+        """By part, each question's first 20 passages `[n, 20]`, the initial ones or by `bm25`."""
         return load_file(self.open(by, set_name) / "candidates.safetensors")
 
     def found(self, set_name: str, part: str) -> list[list[Passage]]:
