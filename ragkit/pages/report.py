@@ -49,7 +49,7 @@ class Renderer(IPythonRenderer):
         return super().inline_math(body)
 
     def block_math(self, body: str) -> str:
-        return self.inline_math(body, "block")
+        return f'<div class="wide">{self.inline_math(body, "block")}</div>'  # a long one scrolls
 
 
 def prose(markdown: str, escape: bool = False) -> Markup:
