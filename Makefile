@@ -77,7 +77,7 @@ pretrain: $(READY)   ## train the embedded readers again (hours); a killed run g
 	$(RUN) -m papermill notebooks/appendix/pretraining_fid.ipynb runs/pretraining_fid.ipynb -p OUT ragkit/assets/encoder_decoder
 
 # The other beginnings of notebook 11's readers: family and width; `make -j2 starts` for two cores.
-STARTS = falcon-64 falcon-96 falcon-128 bloom-64 gpt_neox-64
+STARTS = falcon-64 falcon-96 falcon-128 gpt_neox-64 persimmon-64
 starts: $(STARTS:%=runs/starts/%/sha256.txt)  ## train what the readers of PROFILE=study begin with (hours); a killed run goes on
 
 runs/starts/%/sha256.txt: $(READY)

@@ -188,7 +188,7 @@ def test_a_profile_key_there_and_back_again(before):
     there = told("distill.entropy=0.6")
     stages, notebooks = anew(before, there)
     systems = {"tokens", "contextual", "closeness"}  # with the passages that are found now
-    assert kinds_of(before[0], stages) == {"step2", "answers", "candidates", "teacher"} | systems
+    assert kinds_of(before[0], stages) == {"step2", "answers"} | systems
     assert notebooks == NOTEBOOKS
     assert reasons(before, there) == {"settings.profile.distill.entropy 0.5 -> 0.6"}
     assert told("distill.entropy=0.5") == before  # another run's name, the same keys
@@ -288,12 +288,12 @@ def test_each_target_takes_the_looks_that_it_needs(which):
         return {order if kind == "teacher" else kind: (kind, order, part, which)}
 
     both = look("rank") | look("reversed")
-    alone = {"alone": ("alone", None, None, which)}
+    alone = {"alone": ("alone", None, "distill", which)}
     assert looks(graph, f"{which} attention") == look("rank")
     assert looks(graph, f"{which} balanced") == both
     assert looks(graph, f"{which} chosen heads") == look("rank") | look("rank", "heads", "dev")
     assert looks(graph, f"{which} perplexity") == looks(graph, f"{which} EMDR2") == alone
-    assert looks(graph, f"{which} LOOP") == {"loop": ("loop", None, None, which)}
+    assert looks(graph, f"{which} LOOP") == {"loop": ("loop", None, "distill", which)}
     expected = {"calibrated": look("rank") | look("empty"), "levelled": look("shuffled")}
     expected |= {"reversed": look("reversed"), "shuffled": look("shuffled")}
     for order, needed in expected.items():

@@ -35,7 +35,7 @@ def test_there_are_enough_readers_and_trainings(lab):
     assert worlds * sum(map(len, of.values())) >= 125
     assert of["as it is"][0] == "off-the-shelf"
     assert "off-the-shelf" not in of["another seed"]  # it is the same model
-    assert of["BLOOM"][0] == of["BLOOM, after 3000 steps"][0] == "off-the-shelf"
+    assert of["GPT-NeoX"][0] == of["GPT-NeoX, after 3000 steps"][0] == "off-the-shelf"
     assert {"step 12", "step 50", "step 200", "fine-tuned"} <= set(of["encoder-decoder"])
 
 
