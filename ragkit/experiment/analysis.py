@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -11,13 +10,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ragkit.data.corpus import hits
 from ragkit.data.speech import Tagged, parts_of_speech
 from ragkit.distillation.targets import UNTAUGHT
 from ragkit.errors import NounsError
-from ragkit.experiment.lab import Lab, read_json
-from ragkit.experiment.tables import published
-from ragkit.experiment.wanted import STUDY, TAUGHT_BY, studied, trained
+from ragkit.experiment.lab import Lab
+from ragkit.experiment.tables import hit_rate
+from ragkit.experiment.wanted import TAUGHT_BY
 from ragkit.indicators import measures
 from ragkit.indicators.measures import Bools, Cut, Floats, Interval, Tokens
 from ragkit.settings import WorldSet
@@ -92,8 +90,7 @@ class Analysis:
     def hits(self, ranking: NDArray[np.int64] | None = None, k: int = 5) -> Floats:
         """HR@k of each test question by a ranking `[questions]`; default: the initial one."""
         rows = self.lab.candidates(self.set_name)["test"] if ranking is None else ranking
-        corpus = self.lab.corpus(self.set_name)
-        return hits(rows.tolist(), corpus.golds(corpus.questions["test"], rows), k)
+        return hit_rate(self.lab, self.set_name, rows, k)
 
     def gold_found(self) -> Bools:
         """Whether the k passages of each question looked at hold a gold one `[questions]`."""
@@ -156,27 +153,3 @@ def computed(sets: Mapping[str, Analysis]) -> dict[Goal, str]:
         sys.stdout.write(f"Indicator 2 is not computed: {error}\n")
         del found["nouns"]
     return found
-
-
-def readers(lab: Lab) -> pd.DataFrame:
-    """Notebook 11's readers, a row each: `set`, `training`, `reader`, every foreteller, and by each
-    signal of STUDY the gain that it teaches, on all test questions and on those of either half of
-    the entities. Where the run's profile has no study: those of the reference (or StoreError)."""
-    if not lab.profile.study:
-        return published(lab, "study", "11_readers.csv")
-    rows = []
-    for set_name, training in product(lab.sets, STUDY["trainings"]):
-        own = lab.with_graph(trained(lab.graph, training))
-        analysis = Analysis(own, set_name)
-        half = np.unique(analysis.groups(), return_inverse=True)[1] % 2
-        for which in studied(lab.graph, training):
-            row = {"set": set_name, "training": training, "reader": which}
-            row |= read_json(own.open("foretellers", set_name, which) / "foretellers.json")
-            for signal in STUDY["signals"]:
-                target, seeds = f"{which} {signal}", lab.profile.distill.seeds
-                found = [own.distilled(set_name, target, seed)[0] for seed in seeds]
-                gains = np.mean([analysis.hits(one) for one in found], axis=0) - analysis.hits()
-                row[f"gain by {signal}"] = gains.mean()
-                row |= {f"gain by {signal}, half {h}": gains[half == h].mean() for h in (0, 1)}
-            rows.append(row)
-    return pd.DataFrame(rows)

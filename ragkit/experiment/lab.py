@@ -17,7 +17,6 @@ from ragkit.distillation import targets
 from ragkit.errors import NounsError, ProfileError
 from ragkit.experiment.graph import Graph, Of
 from ragkit.experiment.store import Stage, Store, fingerprint
-from ragkit.experiment.wanted import stages
 from ragkit.profile import Profile, load_profile
 
 TAKEN = ("course", "bench")  # folders below `runs/` that are no runs
@@ -56,11 +55,6 @@ class Lab:
         self.status, self.sets = self.store.status, self.graph.sets
         self.targets, self.readers = self.graph.targets, self.graph.readers
         self.corpora: dict[str, Corpus] = {}
-
-    @property
-    def stages(self) -> list[Stage]:
-        """Every stage of the run, inputs first."""
-        return stages(self.graph)
 
     def open(self, kind: str, set_name: str, which: str = "") -> Path:
         """The folder of a kind of stage of a set, and of a reader; made if it is missing."""

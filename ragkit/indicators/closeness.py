@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
@@ -24,7 +25,7 @@ from ragkit.models import device, fid
 from ragkit.models.fid import load_reader, open_reader
 from ragkit.models.reader import PART, Prompt, Reader
 from ragkit.models.retriever import Retriever
-from ragkit.settings import ReaderSettings
+from ragkit.settings import AttentionSettings, IndicatorSettings, ReaderSettings
 
 Words = Sequence[tuple[int, int]]  # where they stand in a text, by their characters
 Spans = Sequence[Words]  # the nouns of each question
@@ -165,6 +166,26 @@ def space(forms: Sequence[str], model: Reader | Retriever) -> Floats:
         ]:
             vectors[row] = table[pieces].double().mean(0).cpu().numpy()
     return vectors
+
+
+def indicators_of(
+    readers: tuple[Reader, Reader],
+    tokens: Tokens,
+    questions: Sequence[Question],
+    found: Found,
+    nouns: Spans | None,
+) -> tuple[dict[str, pd.DataFrame], int]:
+    """Both indicators (`measures.indicator`) by goal, of `tokens` as the first of two readers saw
+    them, in the input embeddings of the other; and how many tokens have no vector there."""
+    reader, base = readers
+    words = in_words(reader, tokens, questions, found, nouns)
+    vectors, seen = space(words.forms, base), words.tokens
+    attention, tables = tokens.attention(AttentionSettings()), {}
+    for goal, wanted in words.wanted.items():
+        close, exact = measures.closeness_to(seen, wanted, vectors), measures.exact(seen, wanted)
+        given = attention, close, tokens.question, exact, IndicatorSettings().share
+        tables[goal] = measures.indicator(*given)
+    return tables, int(np.isnan(vectors[seen.ids]).any(1).sum())
 
 
 @torch.no_grad()

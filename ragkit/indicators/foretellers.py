@@ -1,31 +1,21 @@
 """What can be known of a reader before any retriever learns from it: the indicators, and simpler
 checks (`assets/foretelling.yaml` says what each is)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from ragkit.data.corpus import Question
 from ragkit.data.text import exact_match
 from ragkit.distillation import targets, teacher
-from ragkit.distillation.teacher import Found
 from ragkit.indicators import closeness, measures
-from ragkit.indicators.closeness import Spans
-from ragkit.indicators.measures import Floats, Tokens
+from ragkit.indicators.measures import Floats
 from ragkit.models import device
 from ragkit.models.answers import premise_cases
 from ragkit.models.fid import open_reader
-from ragkit.models.reader import Reader
-from ragkit.settings import AttentionSettings, IndicatorSettings
-
-
-def top(scores: Floats) -> Floats:
-    """The passage of most attention, as weights `[..., k]` that sum to 1: a tie shares them."""
-    most = scores == scores.max(-1, keepdims=True)
-    return most / most.sum(-1, keepdims=True)
+from ragkit.settings import AttentionSettings
 
 
 def of_passages(
@@ -39,35 +29,17 @@ def of_passages(
     telling = holds.max(1, keepdims=True) > holds.min(1, keepdims=True)
     shares = rank / rank.sum(1, keepdims=True)
     found = {"top holds the answer": rank, "top holds the answer, balanced": both}
-    table = {name: np.where(telling, top(s) * holds, np.nan).sum(1) for name, s in found.items()}
+    table = {
+        name: np.where(telling, targets.top(s) * holds, np.nan).sum(1) for name, s in found.items()
+    }
     table["entropy"] = -(shares * np.log(shares)).sum(1) / np.log(k)
-    table["last in place"] = top(rank)[:, -1]
-    table["orders agree"] = (top(rank) * top(back)).sum(1)
+    table["last in place"] = targets.top(rank)[:, -1]
+    table["orders agree"] = (targets.top(rank) * targets.top(back)).sum(1)
     question = np.repeat(np.arange(n), k)
     places = {"follows the place": np.tile(np.arange(k, dtype=float), (n, 1))}
     for name, other in (places | dict(others)).items():
         table[name] = measures.spearman(rank.ravel(), other.ravel(), question, n)
     return pd.DataFrame(table)
-
-
-def of_tokens(
-    readers: tuple[Reader, Reader],
-    tokens: Tokens,
-    questions: Sequence[Question],
-    found: Found,
-    nouns: Spans | None,
-) -> tuple[dict[str, pd.DataFrame], int]:
-    """Both indicators (`measures.indicator`) by goal, of `tokens` as the first of two readers saw
-    them, in the input embeddings of the other; and how many tokens have no vector there."""
-    reader, base = readers
-    words = closeness.in_words(reader, tokens, questions, found, nouns)
-    vectors, seen = closeness.space(words.forms, base), words.tokens
-    attention, tables = tokens.attention(AttentionSettings()), {}
-    for goal, wanted in words.wanted.items():
-        close, exact = measures.closeness_to(seen, wanted, vectors), measures.exact(seen, wanted)
-        given = attention, close, tokens.question, exact, IndicatorSettings().share
-        tables[goal] = measures.indicator(*given)
-    return tables, int(np.isnan(vectors[seen.ids]).any(1).sum())
 
 
 def make_foretellers(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
@@ -86,7 +58,9 @@ def make_foretellers(folder: Path, inputs: Mapping[str, Path], settings: Mapping
     losses = teacher.answer_losses(reader, whole, reader.settings.at_once)
     values |= {"exact match": np.mean(right), "loss": np.nanmean(np.nanmean(losses, axis=1))}
     tokens = closeness.look_at_tokens(reader, questions, found).texts
-    for goal, table in of_tokens((reader, base), tokens, questions, found, nouns)[0].items():
+    for goal, table in closeness.indicators_of((reader, base), tokens, questions, found, nouns)[
+        0
+    ].items():
         means = table.drop(columns="question").mean()
         values |= {f"{goal}: {name}": mean for name, mean in means.items()}
     made = {name: float(value) for name, value in values.items()}

@@ -19,12 +19,12 @@ from ragkit.data.files import read_jsonl, text_and_answers, write_whole
 from ragkit.data.sets import with_text
 from ragkit.data.text import same_question, words
 from ragkit.distillation import targets
+from ragkit.distillation.targets import top
 from ragkit.distillation.teacher import look
 from ragkit.errors import DataError, NounsError, ReaderError, StoreError
 from ragkit.experiment.rules import LINE
 from ragkit.indicators import measures
-from ragkit.indicators.closeness import look_at_tokens
-from ragkit.indicators.foretellers import of_tokens, top
+from ragkit.indicators.closeness import indicators_of, look_at_tokens
 from ragkit.indicators.measures import Interval, Tokens, interval
 from ragkit.indicators.nouns import find_nouns, load_nouns
 from ragkit.models import device
@@ -206,7 +206,7 @@ def judge(
     looks, tokens = look_at_all(reader, asked)
     counts["in no passage"] = sum(not one["rank"]["holds"].any() for one in looks)
     found = [passages for _, passages in asked]
-    tables, counts["vectors"] = of_tokens((reader, model), tokens, texts, found, spans)
+    tables, counts["vectors"] = indicators_of((reader, model), tokens, texts, found, spans)
     tops = tops_of(looks)
     return Judgement(reader, asked, tokens, tables, tops, verdict_of(tops), counts, how)
 

@@ -56,7 +56,7 @@ def told(*changes):
         notebooks = notebooks_of(lab, Path(ragkit.__file__).parent.parent / "notebooks")
         records = {one.name[:2]: one.record | {"inputs": {}} for one in notebooks}
     stages = {}
-    for one in lab.stages:
+    for one in stages_of(lab.graph):
         stages[one.name] = {"kind": one.kind, "key": one.key, "record": one.record}
     return json.loads(json.dumps([stages, records]))
 
@@ -472,9 +472,11 @@ def test_a_lab_asks_with_the_answer_that_the_stages_score(tmp_path, monkeypatch)
 
 def test_a_lab_makes_nothing_by_being_opened_and_shares_its_store(tmp_path):
     lab = Lab("smoke", tmp_path)
-    assert len(lab.stages) > 100
+    assert len(stages_of(lab.graph)) > 100
     assert not list(lab.folder.glob("stages/*"))
     for graph in (lab.graph.varied("reverse KL"), lab.graph.again(1)):
         other = lab.with_graph(graph)
         assert other.store is lab.store
-        assert {one.key for one in other.stages} - {one.key for one in lab.stages}
+        assert {one.key for one in stages_of(other.graph)} - {
+            one.key for one in stages_of(lab.graph)
+        }

@@ -13,6 +13,7 @@ from logs import read_log
 from nbclient import NotebookClient
 
 from ragkit.experiment.lab import Lab
+from ragkit.experiment.wanted import stages as stages_of
 from ragkit.pages import course
 from ragkit.pages.course import exercises_of
 
@@ -42,13 +43,13 @@ def lab(smoke):
 @pytest.fixture(scope="module")
 def homes(lab):
     """The folders of the run's stages by name."""
-    return {one.name: lab.store.home(one) for one in lab.stages}
+    return {one.name: lab.store.home(one) for one in stages_of(lab.graph)}
 
 
 def test_the_smoke_run_ends_with_a_report(lab):
     manifest = json.loads((lab.folder / "manifest.json").read_text())
     assert set(manifest["notebooks"]) == {path.stem for path in NOTEBOOKS}
-    assert set(manifest["stages"]) == {one.name for one in lab.stages}
+    assert set(manifest["stages"]) == {one.name for one in stages_of(lab.graph)}
     for page in ["index", "sliders", "manifest", *(p.stem for p in NOTEBOOKS)]:
         assert (lab.folder / "report" / f"{page}.html").is_file()
     told = [*manifest["stages"].values(), *manifest["notebooks"].values()]

@@ -5,10 +5,11 @@ from itertools import product
 import pytest
 
 from ragkit.errors import StoreError
-from ragkit.experiment import analysis, wanted
+from ragkit.experiment import analysis, tables, wanted
 from ragkit.experiment.graph import Of
 from ragkit.experiment.lab import Lab, changed_profile
 from ragkit.experiment.wanted import STUDY, studied, trained
+from ragkit.experiment.wanted import stages as stages_of
 
 SMALL = """
 name: small-study
@@ -53,15 +54,15 @@ def test_each_training_has_its_own_step_1_and_all_one_space_of_closeness(lab):
 
 
 def test_the_run_holds_what_the_notebook_opens(lab):
-    keys = {one.key for one in lab.stages}
+    keys = {one.key for one in stages_of(lab.graph)}
     for training in STUDY["trainings"]:
         own = trained(lab.graph, training)
         for which in studied(lab.graph, training):
             assert own.stage("foretellers", Of("trivia", which)).key in keys
             for signal in STUDY["signals"]:
                 assert own.step2("trivia", f"{which} {signal}", 2).key in keys
-    plain = {one.key for one in Lab("tiny", lab.runs).stages}
-    assert not any(one.kind == "foretellers" for one in Lab("tiny", lab.runs).stages)
+    plain = {one.key for one in stages_of(Lab("tiny", lab.runs).graph)}
+    assert not any(one.kind == "foretellers" for one in stages_of(Lab("tiny", lab.runs).graph))
     assert plain
 
 
@@ -73,7 +74,7 @@ def test_the_readers_of_a_small_study(tmp_path, monkeypatch):
     (tmp_path / "small.yaml").write_text(SMALL, "utf8")
     (tmp_path / "starts").mkdir()
     lab = Lab(changed_profile(str(tmp_path / "small.yaml"), ()), tmp_path / "runs")
-    table = analysis.readers(lab)
+    table = tables.readers(lab)
     told = table[["training", "reader"]].to_numpy().tolist()
     assert told == [
         ["as it is", "off-the-shelf"],
@@ -96,4 +97,4 @@ def test_the_readers_of_a_small_study(tmp_path, monkeypatch):
 def test_without_a_study_the_published_one_is_opened(tmp_path, monkeypatch):
     monkeypatch.setattr("ragkit.settings.REFERENCES", tmp_path)
     with pytest.raises(StoreError, match="make reproduce PROFILE=study"):
-        analysis.readers(Lab("smoke", tmp_path))
+        tables.readers(Lab("smoke", tmp_path))

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 from test_closeness import FOUND, NOUNS, QUESTIONS, READER, SETTINGS, inputs, reader  # noqa: F401
 
-from ragkit.distillation import teacher
+from ragkit.distillation import targets, teacher
 from ragkit.indicators import closeness, foretellers, measures
 from ragkit.settings import AttentionSettings
 
@@ -44,7 +44,7 @@ def test_the_checks_of_passages_by_hand():
 
 
 def test_a_tie_at_the_top_counts_by_its_share():
-    assert foretellers.top(np.array([[2.0, 2.0, 1.0]])).tolist() == [[0.5, 0.5, 0]]
+    assert targets.top(np.array([[2.0, 2.0, 1.0]])).tolist() == [[0.5, 0.5, 0]]
 
 
 def test_the_stage_holds_every_foreteller_of_the_rules(tmp_path, inputs, reader):  # noqa: F811
