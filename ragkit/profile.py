@@ -39,19 +39,18 @@ class Profile(Section):
     beside: tuple[settings.Beside, ...] = Field(default=("LOOP", "EMDR2"), strict=False)
     # In which notebook 03 compares what readers see; shuffled is the one that it needs.
     orders: tuple[settings.Order, ...] = Field(default=settings.ORDERS, strict=False)
-    index_refreshes: Annotated[int, Field(ge=0)] = 0  # within Step 2: new candidates, a new look
     nouns: settings.Place = "embedded"  # what finds them: or a folder or package of spaCy
     indicators: settings.IndicatorSettings = settings.IndicatorSettings()
     # Those of VARIATIONS that notebook 08 runs Step 2 again for, under the first of its seeds.
     variations: tuple[str, ...] = Field(default=tuple(CHOICES["taken"]), strict=False)
+    # The folder of the beginnings (`make starts`) of notebook 11's readers; they are made besides.
+    study: settings.Place | None = None
     evaluate: settings.EvaluateSettings = settings.EvaluateSettings()
 
     @model_validator(mode="after")
     def choices_can_be_taken(self) -> "Profile":
         if unknown := [name for name in self.variations if name not in VARIATIONS]:
             raise ValueError(f"no variation {unknown[0]!r}; there are {', '.join(VARIATIONS)}")
-        if self.index_refreshes >= self.distill.epochs:
-            raise ValueError("index_refreshes parts Step 2 into more pieces than distill.epochs")
         return self
 
 

@@ -49,7 +49,6 @@ def test_shipped_profiles_load(name):
         ("index: {kind: ivfpq}\n", ["index.kind: unknown key"]),
         ("index: {factry: Flat}\n", ["index.factry", "'factory'"]),
         ("variations: [reverse kl]\n", ["no variation 'reverse kl'", "reverse KL"]),
-        ("index_refreshes: 2\n", ["index_refreshes parts Step 2 into more pieces"]),
     ],
 )
 def test_what_is_wrong_is_named(tmp_path, extra, words):

@@ -90,9 +90,8 @@ def observe_cross(
     reader: PreTrainedModel, states: Tensor, mask: Tensor, ids: Tensor, rows: Tensor, visit: Visit
 ) -> None:
     """As `observe`, for the cross-attention of an encoder-decoder: tokens are the encoder's.
-    `states` `[batch, tokens, size]` and `mask` `[batch, tokens]` come from the encoder (FiD: all
-    passages' in a row); `ids` `[batch, answer]` go into the decoder, right-padded; `rows` are
-    places in `ids`."""
+    `states` `[batch, tokens, size]` and `mask` `[batch, tokens]` come from it (FiD: of all passages
+    in a row); `ids` `[batch, answer]`, right-padded, go into the decoder; `rows`: places there."""
     layers = _decoder_layers(reader, encoder_decoder=True)
     _check(ids, torch.ones_like(ids), rows)
     _check(states[..., 0], mask, mask.argmax(1, keepdim=True))

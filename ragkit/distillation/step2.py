@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ragkit.data.corpus import Asked, hits, passage_text
-from ragkit.data.files import write_arrays, write_json, write_jsonl
+from ragkit.data.files import write_jsonl
 from ragkit.distillation.targets import Looks, read_looks, scores_of, target_of
 from ragkit.errors import RetrieverError
 from ragkit.models import device
 from ragkit.models.index import DEPTH, Index
 from ragkit.models.retriever import Retriever
-from ragkit.settings import AttentionSettings, DistillSettings, IndexSettings, RetrieverSettings
+from ragkit.settings import AttentionSettings, DistillSettings, IndexSettings
 
 METRICS = "metrics.jsonl"
 LOOKS = 2  # times an epoch that Step 2 is looked at
@@ -95,8 +95,7 @@ class Lesson(nn.Module):
 def train(lesson: Lesson, settings: DistillSettings, seed: int, folder: Path) -> list[Row]:
     """Step 2: moves the lesson's retriever so that the loss falls. Returns the rows of METRICS in
     `folder`, one for the start and each LOOKS-th of an epoch: mean `loss` since the row before (NaN
-    at the start), `hr` on dev, `rate`, `seconds` since the start. Raises RetrieverError if the loss
-    is not a number."""
+    at the start), `hr` on dev, `rate`, `seconds`. RetrieverError if the loss is not a number."""
     retriever = lesson.retriever
     accelerator = device.accelerator(retriever.settings.dtype)
     adam = torch.optim.AdamW(retriever.parameters(), lr=settings.rate, weight_decay=0.01)
@@ -145,21 +144,15 @@ def loss_of(asked: Asked, looks: Looks, settings: Mapping[str, Any]) -> LossOf:
 
 
 def make_step2(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """Step 2 for one target and seed: `ranking.safetensors` of the test questions, `curve.json`
-    with HR@k on dev, and the retriever if `keep` is set."""
+    """Step 2 for a target and seed: `ranking.safetensors` of test, `curve.json` of HR@k on dev."""
     distill = DistillSettings(**settings["distill"])
     asked = Asked.open(inputs, "distill", distill.questions, settings["k"])
-    encoding = RetrieverSettings(**settings["retriever"])
-    retriever = Retriever.load(inputs["retriever"] / "model", encoding)
+    retriever = Retriever.open(inputs, settings)
     index = Index.open(inputs["vectors"], IndexSettings(**settings["index"]), inputs["index"])
     torch.manual_seed(settings["seed"])
     loss = loss_of(asked, read_looks(inputs), settings)
     lesson = Lesson(retriever, asked, index, distill.side, loss)
     rows = train(lesson, distill, settings["seed"], folder)
     found = lesson.find("test", min(DEPTH, len(asked.corpus.passages)))
-    if device.is_main():
-        if settings["keep"]:
-            retriever.save(folder / "model")
-        write_arrays(folder / "ranking.safetensors", {"test": found})
-        curve = [{name: row[name] for name in ("epoch", "loss", "hr")} for row in rows]
-        write_json(folder / "curve.json", curve)
+    curve = [{name: row[name] for name in ("epoch", "loss", "hr")} for row in rows]
+    device.write(folder, {"ranking.safetensors": {"test": found}, "curve.json": curve})

@@ -67,6 +67,12 @@ def entropy(targets: Floats) -> float:
     return float(-(targets * logs).sum(1).mean() / math.log(targets.shape[1]))
 
 
+def top(scores: Floats) -> Floats:
+    """The passage of most attention, as weights `[..., k]` that sum to 1: a tie shares them."""
+    most = scores == scores.max(-1, keepdims=True)
+    return most / most.sum(-1, keepdims=True)
+
+
 def standardise(scores: Floats) -> Floats:
     """Scores with mean 0 and deviation 1 in each question; one with equal scores becomes zeros."""
     spread = scores.std(1, keepdims=True)

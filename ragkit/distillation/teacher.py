@@ -13,11 +13,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ragkit.attention.record import passage_scores
-from ragkit.data.corpus import Asked, Passage, Question
-from ragkit.data.files import write_arrays, write_json
+from ragkit.data.corpus import Passage, Question
 from ragkit.distillation.targets import Scores, holding
 from ragkit.models import device
-from ragkit.models.fid import open_reader
+from ragkit.models.fid import opened
 from ragkit.models.reader import Prompt, Reader
 
 Array = NDArray[np.float32]
@@ -98,8 +97,8 @@ def answer_losses(reader: Reader, prompts: list[Prompt], at_once: int) -> Array:
 
 
 def alone(reader: Reader, questions: Sequence[Question], found: Found) -> Array:
-    """Log-probability of each answer token given one passage alone `[questions, k, answer tokens]`,
-    NaN behind an answer's end."""
+    """Log-probability of the answer's tokens given each passage alone `[questions, k, tokens]`, NaN
+    behind its end."""
     pairs = zip(questions, found, strict=True)
     prompts = [reader.prompt(q, [p], q.answers[0]) for q, passages in pairs for p in passages]
     logs = -answer_losses(reader, prompts, 4 * reader.settings.at_once)
@@ -119,13 +118,10 @@ def left_out_losses(reader: Reader, questions: Sequence[Question], found: Found)
 
 def make_teacher(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """A reader's look at the questions of a part: `scores.safetensors`, `trimmed.json`."""
-    asked = Asked.open(inputs, settings["part"], settings["questions"], settings["k"])
-    asked, reader = asked.scored(settings["reader"]), open_reader(inputs, settings)
+    asked, reader = opened(inputs, settings)
     scores = look(reader, asked.questions, asked.passages, settings["order"], settings["seed"])
-    if device.is_main():
-        write_arrays(folder / "scores.safetensors", scores)
-        counts = {"trimmed": int((scores["trimmed"] > 0).sum()), "prompts": len(asked.questions)}
-        write_json(folder / "trimmed.json", counts)
+    counts = {"trimmed": int((scores["trimmed"] > 0).sum()), "prompts": len(asked.questions)}
+    device.write(folder, {"scores.safetensors": scores, "trimmed.json": counts})
 
 
 make_heads = make_teacher  # of dev: the look by which heads are chosen
@@ -133,17 +129,13 @@ make_heads = make_teacher  # of dev: the look by which heads are chosen
 
 def make_alone(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """What each passage alone says for the answer: `scores.safetensors` with `answer_logs`."""
-    asked = Asked.open(inputs, "distill", settings["questions"], settings["k"])
-    asked, reader = asked.scored(settings["reader"]), open_reader(inputs, settings)
+    asked, reader = opened(inputs, settings)
     logs = alone(reader, asked.questions, asked.passages)
-    if device.is_main():
-        write_arrays(folder / "scores.safetensors", {"answer_logs": logs})
+    device.write(folder, {"scores.safetensors": {"answer_logs": logs}})
 
 
 def make_loop(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """The same reader without one passage at a time: `scores.safetensors` with `loop`."""
-    asked = Asked.open(inputs, "distill", settings["questions"], settings["k"])
-    asked, reader = asked.scored(settings["reader"]), open_reader(inputs, settings)
+    asked, reader = opened(inputs, settings)
     losses = left_out_losses(reader, asked.questions, asked.passages)
-    if device.is_main():
-        write_arrays(folder / "scores.safetensors", {"loop": losses})
+    device.write(folder, {"scores.safetensors": {"loop": losses}})

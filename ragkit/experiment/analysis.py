@@ -1,4 +1,4 @@
-"""What notebooks 05 to 09 look at: tokens, closeness, and indicators beside retrieval gains."""
+"""What notebooks 05 to 11 look at: tokens, closeness, and indicators beside retrieval gains."""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -10,12 +10,12 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from ragkit.data.corpus import hits
 from ragkit.data.speech import Tagged, parts_of_speech
 from ragkit.distillation.targets import UNTAUGHT
 from ragkit.errors import NounsError
-from ragkit.experiment.graph import TAUGHT_BY
 from ragkit.experiment.lab import Lab
+from ragkit.experiment.tables import hit_rate
+from ragkit.experiment.wanted import TAUGHT_BY
 from ragkit.indicators import measures
 from ragkit.indicators.measures import Bools, Cut, Floats, Interval, Tokens
 from ragkit.settings import WorldSet
@@ -90,8 +90,7 @@ class Analysis:
     def hits(self, ranking: NDArray[np.int64] | None = None, k: int = 5) -> Floats:
         """HR@k of each test question by a ranking `[questions]`; default: the initial one."""
         rows = self.lab.candidates(self.set_name)["test"] if ranking is None else ranking
-        corpus = self.lab.corpus(self.set_name)
-        return hits(rows.tolist(), corpus.golds(corpus.questions["test"], rows), k)
+        return hit_rate(self.lab, self.set_name, rows, k)
 
     def gold_found(self) -> Bools:
         """Whether the k passages of each question looked at hold a gold one `[questions]`."""
@@ -117,9 +116,8 @@ class Analysis:
     def followings(self, goal: Goal) -> pd.DataFrame:
         """How well an indicator orders the readers of all runs of Step 1 by the gain that each
         teaches: columns measure (COMPARED), signal (TAUGHT_BY, DIFFERENCE), readers, trainings,
-        correlation (of ranks), low, high, value (its Interval). Resampled by training: readers of
-        one are no independent sample. The untaught readers are one more to draw, but no training.
-        """
+        correlation (of ranks), low, high, value (its Interval). Trainings are drawn, for readers of
+        one are no independent sample; the untaught ones are one more to draw, but no training."""
         seen, rows = dict[tuple[str, str], Analysis](), []
         for seed, run in self.runs().items():
             for which in self.lab.readers():

@@ -1,10 +1,9 @@
 """The experiment, declared once: what the stages of a profile are made of, kind by kind (they stand
-in `assets/kinds.yaml`). Choices taken otherwise and index refreshes are further stages."""
+in `assets/kinds.yaml`; `wanted` lists a run's). Choices taken otherwise are further stages."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import product, zip_longest
 from typing import Any
 
 from ragkit.data.corpus import passage_count, passage_settings
@@ -17,8 +16,6 @@ from ragkit.experiment.store import KINDS, Stage
 from ragkit.profile import Profile, varied
 from ragkit.settings import WorldSet, derived_seed
 
-CEILING = "both sides"  # the variation by which the oracle shows how far Step 2 can go
-TAUGHT_BY = ("attention", "perplexity")  # the signals that every reader teaches by
 # The rankings of systems without Step 2; of no system, the initial one's.
 UNLEARNT = dict.fromkeys(("", "closed book", "initial"), "candidates") | {"BM25": "bm25"}
 # Of the reader's section, what matters where it only reads; the rest is Step 1's.
@@ -29,25 +26,21 @@ READING += ["chat", "answer"]
 @dataclass(frozen=True)
 class Of:
     """What one stage is of: a set, and where its kind asks for it a reader, the order in which it
-    reads the passages (of `targets.ROLES`), a target, a seed.
-    `start` is the stage whose retriever Step 2 goes on from after an index refresh (None: the
-    initial one); `epochs` and `keep` belong to a part of Step 2."""
+    reads the passages (of `targets.ROLES`), a target, a seed."""
 
     set_name: str
     which: str = ""
     order: str = ""
     target: str = ""
     seed: int = 0
-    start: Stage | None = None
-    epochs: int = 0
-    keep: bool = False
 
 
 class Graph:
-    """All stages of one profile; `sets` by name, `targets` of the main table with what they are."""
+    """All stages of one profile; `sets` by name, `targets` of the main table with what they are.
+    Closeness is measured in the embeddings of the reader of `base`, by default the profile's."""
 
-    def __init__(self, profile: Profile, note: str = "") -> None:
-        self.profile, self.note = profile, note
+    def __init__(self, profile: Profile, note: str = "", base: Profile | None = None) -> None:
+        self.profile, self.note, self.base = profile, note, base or profile
         self.sets = {one.name: one for one in profile.sets}
         self.has_clozes = all(isinstance(one, WorldSet) for one in profile.sets)
         self.trains_retriever = profile.retriever.model == "embedded"
@@ -56,6 +49,7 @@ class Graph:
         names = targets.TARGETS.items()
         self.targets = {name: told for name, told in names if not name.startswith(lacking)}
         own = {"weights": model_files(profile.reader.model), "state": finder_state(profile.nouns)}
+        own["base_weights"] = model_files(self.base.reader.model)
         self.common = profile.model_dump(mode="json") | own | {"shuffle_seed": profile.seed}
         for name in ("stage", "varied", "again"):
             setattr(self, name, cache(getattr(self, name)))  # each is made once
@@ -104,20 +98,17 @@ class Graph:
     def stage(self, kind: str, of: Of) -> Stage:
         """The stage of a kind; asking for it makes nothing."""
         seed = f"seed {of.seed}" if of.target or kind == "answers" else ""
-        part = f"first {of.epochs}" if of.keep else ""
-        what = ", ".join(filter(None, (of.target, of.which, of.order, seed, part)))
-        if of.start is not None:
-            what = f"{what} after {of.start.name.split('/')[2].removesuffix(self.note)}".strip()
+        what = ", ".join(filter(None, (of.target, of.which, of.order, seed)))
         name = "/".join(filter(None, (kind, of.set_name, what))) + self.note
         maker, settings = f"ragkit.{KINDS[kind]['module']}:make_{kind}", self.settings(kind, of)
         roles = KINDS[kind].get("inputs", "").split()
-        inputs = {role: one for role in roles if (one := self.input(role, kind, of)) is not None}
+        inputs = {role: one for role in roles if (one := self.input(role, of)) is not None}
         inputs |= self.looks(of) if kind == "step2" else {}
         machine = {"device": self.profile.device, "threads": self.profile.threads}
         units = {KINDS[kind]["unit"]: self.units(kind, of)}
         return Stage(kind, name, maker, settings, inputs, machine, units)
 
-    def input(self, role: str, kind: str, of: Of) -> Stage | None:
+    def input(self, role: str, of: Of) -> Stage | None:
         """The stage that stands for a role of a kind's inputs; None where there is nothing."""
         after = Of(of.set_name)
         match role:
@@ -131,12 +122,6 @@ class Graph:
                 return self.step2(of.set_name, of.target, of.seed)
             case "ranking":
                 role = UNLEARNT[of.target]
-            case "retriever" if of.start is not None:
-                return of.start
-            case "vectors" | "index" | "candidates":
-                # Where only the query side learns, Step 2 goes on with the first vectors and index.
-                if role == "candidates" or kind == "index" or self.profile.distill.side == "both":
-                    after = replace(after, start=of.start)
             case "tokens":
                 after = of
             case "contextual":
@@ -146,7 +131,7 @@ class Graph:
     def looks(self, of: Of) -> dict[str, Stage]:
         """A reader's looks that a target is made of, by role (`targets.ROLES`); controls: none."""
         which, signal = teacher_of(of.target) or ("", "")
-        seen = Of(of.set_name, which, start=of.start)
+        seen = Of(of.set_name, which)
         if signal not in targets.BY_ATTENTION:
             kinds = {"LOOP": "loop", "perplexity": "alone", "EMDR2": "alone"}
             return {kinds[signal]: self.stage(kinds[signal], seen)} if which else {}
@@ -154,7 +139,7 @@ class Graph:
         looks = {
             o: self.stage("teacher", replace(seen, order=o)) for o in targets.LOOKS[settings.order]
         }
-        if settings.heads == "chosen":  # on the first candidates, whatever was refreshed since
+        if settings.heads == "chosen":
             looks["heads"] = self.stage("heads", Of(of.set_name, which, "rank"))
         return looks
 
@@ -164,7 +149,8 @@ class Graph:
         known = vars(of) | self.common | {"set": one.model_dump(mode="json")}
         known |= {"world": getattr(one, "world", None), "closed_book": of.target == "closed book"}
         known |= {"questions": number, "answered": number, "part": KINDS[kind].get("part")}
-        known["base"] = {key: known["reader"][key] for key in READING}
+        base = self.base.reader.model_dump(mode="json")
+        known["base"] = {key: base[key] for key in READING}
         if of.which == ENCODER_DECODER:
             same = {"answer": self.profile.reader.answer}  # closeness is to one answer
             known |= {"which": READERS[1], "reader": known["encoder_decoder"] | same}
@@ -184,7 +170,7 @@ class Graph:
                 known["weights"] = model_files(known["reader"]["model"])
             case "step2":
                 own = {key: one for key, one in known["distill"].items() if key != "seeds"}
-                known |= {"distill": own | {"epochs": of.epochs}, "seed": of.seed}
+                known |= {"distill": own, "seed": of.seed}
         if kind != "step1":
             known["reader"] = {key: known["reader"][key] for key in READING}
         return {name: known[name] for name in KINDS[kind].get("settings", "").split()}
@@ -210,86 +196,9 @@ class Graph:
             case "prompts":
                 reader = self.settings(kind, of)["reader"]
                 return int(reader["steps"] * reader["batch"])
-        times = {"premises": 4, "step2": of.epochs}
+        times = {"premises": 4, "step2": self.profile.distill.epochs}
         return self.number(kind, of) * times.get(kind, 1)
 
     def step2(self, set_name: str, target: str, seed: int) -> Stage:
-        """Step 2 for a target and seed; with index refreshes it is the last of several parts. At a
-        refresh the retriever as it is looks for new candidates, and the reader looks at them."""
-        of = Of(set_name, target=target, seed=seed, epochs=self.profile.distill.epochs)
-        for left in range(self.profile.index_refreshes, 0, -1):
-            part = of.epochs // (left + 1)
-            start = self.stage("step2", replace(of, epochs=part, keep=True))
-            of = replace(of, epochs=of.epochs - part, start=start)
-        return self.stage("step2", of)
-
-
-def answered(graph: Graph, chosen: Iterable[str] | None = None) -> Iterator[tuple[str, str, int]]:
-    """System, reader and seed of all answers in the main table, or for some targets: each reader's
-    for retrievers that it taught (both regimes': all seeds), the fine-tuned one's for controls."""
-    for which in READERS:
-        yield "closed book", which, 0
-    if graph.profile.evaluate.bm25:
-        yield "BM25", READERS[1], 0
-    teachers = {t: (teacher_of(t) or READERS[1:])[0] for t in chosen or graph.targets}
-    for which in dict.fromkeys([*READERS, *teachers.values()]):
-        yield "initial", which, 0
-    for target, which in teachers.items():
-        repeated = which in READERS and target.endswith(" attention")
-        for seed in graph.seeds(target)[: None if repeated else 1]:
-            yield target, which, seed
-
-
-def of_set(graph: Graph, name: str) -> Iterator[Stage]:
-    """What the notebooks ask of one set, under the first seed of Step 1."""
-    profile, first = graph.profile, graph.profile.distill.seeds[0]
-    for kind in ("step1", *(["bm25"] if profile.evaluate.bm25 else [])):
-        yield graph.stage(kind, Of(name))
-    for which in graph.readers():
-        yield graph.stage("heads", Of(name, which, "rank"))
-    taught = [f"{which} {signal}" for signal in profile.beside for which in READERS]
-    yield from of_run(graph, name, [*graph.targets, *taught])
-    if profile.encoder_decoder:  # the fifth system of the paper's figure
-        found = graph.system(name, *targets.SYSTEMS["encoder-decoder distillation"])
-        yield graph.stage("closeness", found)
-    for order, which in product(profile.orders, graph.asked()):  # notebook 03
-        yield from (graph.stage("teacher", Of(name, which, one)) for one in targets.LOOKS[order])
-    yield from (earlier.stage("candidates", Of(name)) for earlier in graph.passed_over(name))
-    if isinstance(graph.sets[name], WorldSet) and profile.distill.side == "query":
-        yield graph.varied(CEILING).step2(name, "oracle", first)
-    for variation, which in product(profile.variations, READERS):
-        yield graph.varied(variation).step2(name, f"{which} attention", first)
-    for seed in profile.step1_seeds[1:]:
-        yield from of_run(graph.again(seed), name, [f"{which} attention" for which in READERS])
-
-
-def of_run(graph: Graph, name: str, chosen: Iterable[str]) -> Iterator[Stage]:
-    """What the claims ask of one run of Step 1, and these targets."""
-    for which in graph.readers():
-        yield graph.stage("closeness", Of(name, which))
-    for which in graph.asked():
-        yield graph.stage("premises", Of(name, which))
-        yield graph.stage("closeness", graph.system(name, which, f"{which} attention"))
-    along = [f"{which} {signal}" for signal in TAUGHT_BY for which in graph.readers()]
-    for target in dict.fromkeys([*chosen, *along]):
-        for seed in graph.seeds(target):
-            yield graph.step2(name, target, seed)
-    for system, which, seed in answered(graph, [t for t in chosen if t in graph.targets]):
-        yield graph.stage("answers", Of(name, which, target=system, seed=seed))
-
-
-@cache
-def stages(graph: Graph) -> list[Stage]:
-    """All stages of a profile, each once, inputs before what is made of them, the sets by turns."""
-    found: dict[str, Stage] = {}
-
-    def add(stage: Stage) -> None:
-        if stage.key not in found:
-            for one in stage.inputs.values():
-                add(one)
-            found[stage.key] = stage
-
-    for turn in zip_longest(*(of_set(graph, name) for name in graph.sets)):
-        for stage in filter(None, turn):
-            add(stage)
-    return list(found.values())
+        """Step 2 for a target and seed."""
+        return self.stage("step2", Of(set_name, target=target, seed=seed))

@@ -1,7 +1,5 @@
-"""How a notebook opens the experiment: a run, and its stages as the things that they hold.
-
-Asking for a thing makes what is missing. Nothing here loads torch; `models` opens the models.
-"""
+"""How a notebook opens the experiment: a run, and its stages as the things that they hold. Asking
+for one makes what is missing. Nothing here loads torch; `models` opens the models."""
 
 import copy
 import json
@@ -17,7 +15,7 @@ from safetensors.numpy import load_file
 from ragkit.data.corpus import Asked, Corpus, Passage, Question
 from ragkit.distillation import targets
 from ragkit.errors import NounsError, ProfileError
-from ragkit.experiment.graph import Graph, Of, stages
+from ragkit.experiment.graph import Graph, Of
 from ragkit.experiment.store import Stage, Store, fingerprint
 from ragkit.profile import Profile, load_profile
 
@@ -45,9 +43,8 @@ def read_json(file: Path) -> Any:
 
 
 class Lab:
-    """One run: a profile, its folder and store, and its graph with `sets`, `targets`, `readers`.
-    `status` says what happened to each stage that this process opened (`Store.status`); figures and
-    tables go to `figures`."""
+    """One run: profile, folder, store and graph, with `sets`, `targets`, `readers`; figures and
+    tables go to `figures`. `status` says what happened to each stage opened (`Store.status`)."""
 
     def __init__(self, profile: str | Profile = "tiny", runs: Path | str = "runs") -> None:
         self.profile = profile if isinstance(profile, Profile) else changed_profile(profile, ())
@@ -58,11 +55,6 @@ class Lab:
         self.status, self.sets = self.store.status, self.graph.sets
         self.targets, self.readers = self.graph.targets, self.graph.readers
         self.corpora: dict[str, Corpus] = {}
-
-    @property
-    def stages(self) -> list[Stage]:
-        """Every stage of the run, inputs first."""
-        return stages(self.graph)
 
     def open(self, kind: str, set_name: str, which: str = "") -> Path:
         """The folder of a kind of stage of a set, and of a reader; made if it is missing."""
@@ -91,8 +83,7 @@ class Lab:
         return self.corpora[key]
 
     def candidates(self, set_name: str, by: str = "candidates") -> dict[str, Places]:
-        """By part, each question's first 20 passages `[n, 20]`: the initial retriever's, or BM25's
-        (`bm25`, for `test` alone)."""
+        """By part, each question's first 20 passages `[n, 20]`, the initial ones or by `bm25`."""
         return load_file(self.open(by, set_name) / "candidates.safetensors")
 
     def found(self, set_name: str, part: str) -> list[list[Passage]]:
@@ -144,8 +135,7 @@ class Lab:
         return targets.target_of(target, self.scores(set_name, target), distill, seed)
 
     def distilled(self, set_name: str, target: str, seed: int) -> tuple[Places, Curve]:
-        """Step 2: the test ranking `[questions, 20]`, and the curve over epochs (of the last part,
-        with index refreshes)."""
+        """Step 2: the test ranking `[questions, 20]`, and the curve over epochs."""
         folder = self.open_stage(self.graph.step2(set_name, target, seed))
         ranking = load_file(folder / "ranking.safetensors")["test"]
         return ranking, read_json(folder / "curve.json")

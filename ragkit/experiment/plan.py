@@ -24,6 +24,7 @@ from ragkit.errors import ProfileError
 from ragkit.experiment.lab import Lab
 from ragkit.experiment.run import workers_of
 from ragkit.experiment.store import KINDS, Stage, read_record
+from ragkit.experiment.wanted import stages as stages_of
 from ragkit.profile import Profile
 from ragkit.settings import EMBEDDED, HubSet, HubTable, WorldSet, asset
 
@@ -109,7 +110,7 @@ def downloads(profile: Profile) -> dict[str, float]:
 
 def make(lab: Lab) -> tuple[pd.DataFrame, str]:
     """What is missing of a run: COLUMNS and seconds, a row a stage; and where seconds come from."""
-    profile, missing = lab.profile, [one for one in lab.stages if lab.store.why_not(one)]
+    profile, missing = lab.profile, [one for one in stages_of(lab.graph) if lab.store.why_not(one)]
     table = pd.DataFrame([needs(one, profile) for one in missing], columns=COLUMNS)
     if downloads(profile) or any(isinstance(one, HubSet) for one in profile.sets):
         import torch  # only who plans waits for it
@@ -138,7 +139,7 @@ def recorded(lab: Lab, runs: Path) -> pd.DataFrame:
     def made_with(kind: str, settings: Any) -> tuple[Any, ...]:
         return kind, *(settings.get(name, {}).get("model") for name in ("reader", "retriever"))
 
-    wanted = {made_with(one.kind, one.settings) for one in lab.stages}
+    wanted = {made_with(one.kind, one.settings) for one in stages_of(lab.graph)}
     rows = []
     for saved in map(read_record, runs.glob("*/stages/*/*")):
         if saved and made_with(saved["kind"], saved["record"].get("settings", {})) in wanted:
@@ -160,7 +161,7 @@ def measured(lab: Lab) -> pd.DataFrame:
             less |= {"distill": profile.distill.model_copy(update=asked)}
             less |= {"encoder_decoder": None}  # of the decoder's size, about
             small, seen = Lab(profile.model_copy(update=less), folder), Counter[str]()
-            for stage in small.stages:
+            for stage in stages_of(small.graph):
                 seen[stage.kind] += 1
                 if seen[stage.kind] <= 2:  # the first of a kind also pays for what is loaded once
                     small.open_stage(stage)
@@ -168,8 +169,7 @@ def measured(lab: Lab) -> pd.DataFrame:
 
 
 def told(lab: Lab) -> str:
-    """The plan, for people (`assets/plan.txt`): what is fetched, the kinds of stages, hours, and
-    what does not fit."""
+    """The plan, for people (`assets/plan.txt`): what is fetched, takes hours, does not fit."""
     fetched, (table, how) = downloads(lab.profile), make(lab)
     at_once = workers_of(lab)
     seconds = table["seconds"].sum() / at_once + (0 if table.empty else NOTEBOOKS)

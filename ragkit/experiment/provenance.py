@@ -1,9 +1,6 @@
-"""What a result depends on: code, libraries, models' files; and where and when it was made.
-
-Code is every module of the package that a maker or a notebook reaches, each by its syntax tree
-without docstrings and comments: rewording a comment makes nothing anew. Asset files count through
-the calls `asset("name")` in those modules.
-"""
+"""What a result depends on: code, libraries, models' files; and where and when it was made. Code is
+every module of the package that a maker or notebook reaches, each by its syntax tree, comments and
+docstrings apart. Asset files count through the calls `asset("name")` in those modules."""
 
 import ast
 import hashlib

@@ -30,6 +30,7 @@ from ragkit.experiment import store
 from ragkit.experiment.lab import FIGURES, Lab, read_json
 from ragkit.experiment.provenance import PACKAGE, closure
 from ragkit.experiment.store import Stage, Store
+from ragkit.experiment.wanted import stages as stages_of
 from ragkit.profile import save_profile
 from ragkit.settings import REFERENCES
 
@@ -148,7 +149,7 @@ def notebooks_of(lab: Lab, sources: Path) -> list[Stage]:
     files = sorted(sources.glob("[0-9A]*.ipynb"))
     if not files:
         raise NotebookError(f"No notebooks in {sources}. Run this from a checkout.")
-    inputs = {one.name: one for one in lab.stages}
+    inputs = {one.name: one for one in stages_of(lab.graph)}
     common = {
         "profile": lab.profile.model_dump(mode="json", exclude={"name"}),
         "drawn with": {name: metadata.version(name) for name in DRAWN_WITH},
@@ -223,18 +224,18 @@ def reproduce(lab: Lab, sources: Path) -> dict[str, Any]:
     if store.SHARED:  # from here on the processes know of each other
         import_module("ragkit.models.device").start(lab.profile.device, lab.profile.threads)
     if not store.MAIN:
-        make_all(lab, lab.stages)
+        make_all(lab, stages_of(lab.graph))
         return {}
     started, when = time.monotonic(), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     with store.only_run(lab.folder), room_on_disk(lab.folder, "notebooks and manifest"):
         save_profile(lab.profile, lab.folder / "profile.yaml")  # notebooks and `tidy` read it
-        make_all(lab, lab.stages)
+        make_all(lab, stages_of(lab.graph))
         store.SHARED = False  # what follows, the main process does alone
         alone = [one for one in notebooks_of(lab, sources) if "tables" not in one.settings]
         publish(lab, alone)
         publish(lab, notebooks := notebooks_of(lab, sources))  # now with those of these tables
         trimmed = {}
-        for one in lab.stages:
+        for one in stages_of(lab.graph):
             file = lab.store.home(one) / "trimmed.json"
             if file.is_file() and (counts := read_json(file))["trimmed"]:
                 trimmed[one.name] = counts
@@ -242,7 +243,7 @@ def reproduce(lab: Lab, sources: Path) -> dict[str, Any]:
             "profile": lab.profile.model_dump(mode="json"),
             "started": when,
             "seconds_of_this_call": round(time.monotonic() - started, 1),
-            "stages": {one.name: told(lab, one) for one in lab.stages},
+            "stages": {one.name: told(lab, one) for one in stages_of(lab.graph)},
             "trimmed_prompts": trimmed,
             "notebooks": {one.name: told(lab, one) for one in notebooks},
         }
@@ -252,7 +253,7 @@ def reproduce(lab: Lab, sources: Path) -> dict[str, Any]:
 
 def tidy(lab: Lab, sources: Path) -> int:
     """Removes what the run's profile does not reach any more; returns how many stages that were."""
-    wanted = {lab.store.home(one) for one in [*lab.stages, *notebooks_of(lab, sources)]}
+    wanted = {lab.store.home(one) for one in [*stages_of(lab.graph), *notebooks_of(lab, sources)]}
     with store.only_run(lab.folder):
         old = [home for home in (lab.folder / "stages").glob("*/*") if home not in wanted]
         for place in [*old, *(lab.folder / "partial").iterdir()]:

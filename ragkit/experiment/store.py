@@ -1,9 +1,7 @@
-"""Stages remembered on disk by what they were made from, and why one must be made.
-
-A finished stage lies in `<run>/stages/<kind>/<key>` and is never changed. The key is made of all
-that the result depends on: going back to an earlier setting finds the earlier result. Beside it
-lies `stage.json`: the record behind the key, hashes of the files, cost and provenance.
-"""
+"""Stages remembered on disk by what they were made from, and why one must be made. A finished stage
+lies in `<run>/stages/<kind>/<key>` and is never changed. The key is made of all that the result
+depends on: going back to an earlier setting finds the earlier result. Beside it lies `stage.json`:
+the record behind the key, hashes of the files, cost and provenance."""
 
 import hashlib
 import json

@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from ragkit.data.corpus import Asked, Passage, Question, block
-from ragkit.data.files import write_arrays, write_json
 from ragkit.data.text import folded, readable, word_places
 from ragkit.distillation.teacher import Array, Found, token_contributions
 from ragkit.indicators import measures
 from ragkit.indicators.measures import Bools, Floats, Ints, Tokens
-from ragkit.models import device
+from ragkit.models import device, fid
 from ragkit.models.fid import load_reader, open_reader
 from ragkit.models.reader import PART, Prompt, Reader
 from ragkit.models.retriever import Retriever
-from ragkit.settings import ReaderSettings, RetrieverSettings
+from ragkit.settings import AttentionSettings, IndicatorSettings, ReaderSettings
 
 Words = Sequence[tuple[int, int]]  # where they stand in a text, by their characters
 Spans = Sequence[Words]  # the nouns of each question
@@ -168,6 +168,26 @@ def space(forms: Sequence[str], model: Reader | Retriever) -> Floats:
     return vectors
 
 
+def indicators_of(
+    readers: tuple[Reader, Reader],
+    tokens: Tokens,
+    questions: Sequence[Question],
+    found: Found,
+    nouns: Spans | None,
+) -> tuple[dict[str, pd.DataFrame], int]:
+    """Both indicators (`measures.indicator`) by goal, of `tokens` as the first of two readers saw
+    them, in the input embeddings of the other; and how many tokens have no vector there."""
+    reader, base = readers
+    words = in_words(reader, tokens, questions, found, nouns)
+    vectors, seen = space(words.forms, base), words.tokens
+    attention, tables = tokens.attention(AttentionSettings()), {}
+    for goal, wanted in words.wanted.items():
+        close, exact = measures.closeness_to(seen, wanted, vectors), measures.exact(seen, wanted)
+        given = attention, close, tokens.question, exact, IndicatorSettings().share
+        tables[goal] = measures.indicator(*given)
+    return tables, int(np.isnan(vectors[seen.ids]).any(1).sum())
+
+
 @torch.no_grad()
 def contextual_closeness(
     reader: Reader, questions: Sequence[Question], found: Found, nouns: Spans | None
@@ -206,11 +226,11 @@ def opened(
 ) -> tuple[Asked, Spans | None, Reader]:
     """The first test questions, their nouns (None where no noun finder is at hand), and the
     off-the-shelf reader, asked by questions."""
-    asked, nouns = Asked.open(inputs, "test", settings["questions"], settings["k"]), None
-    asked = asked.scored(settings["base"])
+    part, nouns = settings["part"], None
+    asked = Asked.open(inputs, part, settings["questions"], settings["k"]).scored(settings["base"])
     if "nouns" in inputs:
         spans = json.loads((inputs["nouns"] / "spans.json").read_text("utf8"))
-        nouns = spans["test"][: len(asked.questions)]
+        nouns = spans[part][: len(asked.questions)]
     base = ReaderSettings(**settings["base"])
     return asked, nouns, load_reader(base.model, base)
 
@@ -218,14 +238,11 @@ def opened(
 def make_tokens(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """The test questions' tokens as a reader sees them: `tokens.safetensors` (Tokens), and
     `words.json`: how the vocabulary spells each token that occurs, by its id."""
-    asked = Asked.open(inputs, "test", settings["questions"], settings["k"])
-    asked, reader = asked.scored(settings["reader"]), open_reader(inputs, settings)
+    asked, reader = fid.opened(inputs, settings)
     tokens = look_at_tokens(reader, asked.questions, asked.passages)
-    if device.is_main():
-        write_arrays(folder / "tokens.safetensors", vars(tokens))
-        ids = np.unique(tokens.ids).tolist()
-        words = reader.tokenizer.convert_ids_to_tokens(ids)
-        write_json(folder / "words.json", dict(zip(ids, words, strict=True)))
+    ids = np.unique(tokens.ids).tolist()
+    words = dict(zip(ids, reader.tokenizer.convert_ids_to_tokens(ids), strict=True))
+    device.write(folder, {"tokens.safetensors": vars(tokens), "words.json": words})
 
 
 def make_contextual(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
@@ -235,8 +252,7 @@ def make_contextual(folder: Path, inputs: Mapping[str, Path], settings: Mapping[
     arrays: Arrays = {}
     if not reader.model.config.is_encoder_decoder:
         arrays = contextual_closeness(reader, asked.questions, asked.passages, nouns)
-    if device.is_main():
-        write_arrays(folder / "contextual.safetensors", arrays)
+    device.write(folder, {"contextual.safetensors": arrays})
 
 
 def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
@@ -248,11 +264,12 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
     tokens, reader = Tokens.load(inputs["tokens"]), open_reader(inputs, settings)
     contextual = load_file(inputs["contextual"] / "contextual.safetensors")
     asked, nouns, base = opened(inputs, settings)
-    encoding = RetrieverSettings(**settings["retriever"])
-    retriever = Retriever.load(inputs["retriever"] / "model", encoding)
     words = in_words(reader, tokens, asked.questions, asked.passages, nouns)
     spaces = {"input": space(words.forms, base), "own": space(words.forms, reader)}
-    spaces |= {"retriever": space(words.forms, retriever), "permuted": spaces["input"]}
+    spaces |= {
+        "retriever": space(words.forms, Retriever.open(inputs, settings)),
+        "permuted": spaces["input"],
+    }
     arrays: Arrays = {}
     for goal, wanted in words.wanted.items():
         exact = measures.exact(words.tokens, wanted)
@@ -267,8 +284,6 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
             places = zip(*(getattr(tokens, name).tolist() for name in PLACE), strict=True)
             seen = [known.get(one, np.nan) if one[-1] >= 0 else np.nan for one in places]
             arrays[f"{goal}/contextual"] = np.array(seen)
-    if device.is_main():
-        write_arrays(folder / "closeness.safetensors", arrays)
-        by_hand = {"vectors": spaces["input"], "word": words.tokens.ids}
-        write_arrays(folder / "vectors.safetensors", by_hand)
-        write_json(folder / "answers.json", words.wanted["answer"])
+    by_hand = {"vectors": spaces["input"], "word": words.tokens.ids}
+    made = {"closeness.safetensors": arrays, "vectors.safetensors": by_hand}
+    device.write(folder, made | {"answers.json": words.wanted["answer"]})

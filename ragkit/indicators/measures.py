@@ -104,8 +104,7 @@ def lift(attention: Floats, question: Ints) -> Floats:
 @UNDEFINED
 def closeness(tokens: Floats, wanted: Floats) -> Floats:
     """Cosine of each token `[tokens, d]` to the nearest of the wanted vectors `[wanted, d]`.
-    NaN where a vector is missing or zero, or none is wanted. Rounded to 12 digits, so that a token
-    that comes twice is as close twice."""
+    NaN where a vector is missing or zero, or none is wanted. Of 12 digits, so that equals tie."""
     units, goals = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (tokens, wanted))
     goals = goals[np.isfinite(goals).all(1)]
     if not len(goals):
@@ -123,9 +122,8 @@ def closeness_to(
     tokens: Tokens, wanted: Wanted, vectors: Floats, dealt: np.random.Generator | None = None
 ) -> Floats:
     """Closeness of each token's word `[tokens]` to the wanted words of its question, by the vectors
-    of all words `[words, d]`. With `dealt` these are dealt out anew among the words, for each
-    question again: dealt once for all, common words would have the same luck everywhere, which no
-    interval shows."""
+    of all words `[words, d]`. With `dealt` these are dealt anew among the words for each question:
+    dealt once, common words would have the same luck everywhere, which no interval shows."""
     order, parts = np.arange(len(vectors)), []
     there = np.flatnonzero(np.isfinite(vectors).all(1))
     for mine, goal in zip(by_question(tokens.question, len(wanted)), wanted, strict=True):
@@ -172,18 +170,21 @@ def closest(close: Floats, question: Ints, share: float) -> Bools:
     return ranks(-close, question, "min") <= counts[question]
 
 
+@UNDEFINED
 def indicator(
     attention: Floats, close: Floats, question: Ints, exact: Bools, share: float
 ) -> pd.DataFrame:
-    """An indicator, a row a question: MEASURES (mean lift of the closest share, Spearman over all
-    tokens, and within the closest share), and each again with ' (no exact)': without the wanted
-    tokens themselves, which `exact` `[tokens]` marks. Tokens without a closeness are left out."""
+    """An indicator, a row a question: MEASURES (mean lift of the closest tokens, their `share` of
+    the attention, Spearman over all tokens, and within the closest), and each with ' (no exact)':
+    without the wanted tokens, marked by `exact` `[tokens]`; those without closeness left out."""
     lifts, n = lift(attention, question), len(np.bincount(question))
     table = pd.DataFrame({"question": np.arange(n)})
     known = np.isfinite(lifts) & np.isfinite(close)
     for ending, kept in (("", known), (" (no exact)", known & ~exact)):
         near = closest(np.where(kept, close, np.nan), question, share)
         table[f"attention{ending}"] = means(lifts[near], question[near], n)
+        shares = [np.bincount(question[some], attention[some], n) for some in (near, known)]
+        table[f"share{ending}"] = shares[0] / shares[1]
         for name, some in (("Spearman", kept), ("Spearman closest", near)):
             table[name + ending] = spearman(lifts[some], close[some], question[some], n)
     return table

@@ -9,7 +9,7 @@ import spacy
 from spacy.language import Language
 
 from ragkit.data.corpus import PARTS
-from ragkit.data.files import read_jsonl, write_json
+from ragkit.data.files import read_jsonl
 from ragkit.data.speech import NOUN_TAGS, noun_places
 from ragkit.errors import NounsError
 from ragkit.models import device
@@ -44,11 +44,9 @@ def find_nouns(model: Language, texts: list[str]) -> list[list[tuple[int, int]]]
 
 def make_nouns(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """`spans.json`: where the nouns of every question of each part stand."""
-    if not device.is_main():
-        return
     in_world = settings["nouns"] == "embedded" and settings["world"]
     finder, spans = None if in_world else load_nouns(settings["nouns"]), {}
     for part in PARTS:
         texts = [row["text"] for _, row in read_jsonl(inputs["questions"] / f"{part}.jsonl")]
         spans[part] = find_nouns(finder, texts) if finder else list(map(noun_places, texts))
-    write_json(folder / "spans.json", spans)
+    device.write(folder, {"spans.json": spans})

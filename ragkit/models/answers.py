@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ragkit.data.corpus import Asked, Pair
-from ragkit.data.files import write_json
 from ragkit.data.text import exact_match
 from ragkit.models import device
 from ragkit.models.fid import open_reader
@@ -19,8 +18,7 @@ def make_answers(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str
     asked = Asked.open(inputs, "test", settings["answered"], k)
     reader = open_reader(inputs, settings)
     answers = reader.answer(list(map(reader.prompt, asked.questions, asked.passages)))
-    if device.is_main():
-        write_json(folder / "answers.json", answers)
+    device.write(folder, {"answers.json": answers})
 
 
 def premise_cases(asked: Asked, k: int, seed: int) -> dict[str, list[Pair]]:
@@ -56,5 +54,4 @@ def make_premises(folder: Path, inputs: Mapping[str, Path], settings: Mapping[st
         told = zip(pairs, answers, strict=True)
         known = {q.id: exact_match(answer, q.answers) for (q, _), answer in told}
         exact[name] = [known.get(q.id) for q in asked.questions]
-    if device.is_main():
-        write_json(folder / "exact.json", exact)
+    device.write(folder, {"exact.json": exact})

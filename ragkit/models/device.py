@@ -16,6 +16,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from tqdm.auto import tqdm
 
+from ragkit.data.files import write_arrays, write_json
 from ragkit.errors import ProfileError, RagkitError
 from ragkit.settings import Device
 
@@ -45,6 +46,12 @@ def is_main() -> bool:
 def size() -> int:
     """The number of processes of this run."""
     return int(PartialState().num_processes)
+
+
+def write(folder: Path, files: Mapping[str, Any]) -> None:
+    """Writes what a stage made, in the main process: arrays to safetensors, else values to JSON."""
+    for name, made in files.items() if is_main() else ():
+        (write_arrays if name.endswith(".safetensors") else write_json)(folder / name, made)
 
 
 def agreed(value: Any = None) -> Any:

@@ -1,7 +1,6 @@
 """The encoder-decoder reader, fusion-in-decoder, and the loading of readers of either kind. Each
 passage is encoded with the question, the decoder attends to all; passage scores come from its
-cross-attention. Source: Izacard and Grave, 'Leveraging Passage Retrieval with Generative Models for
-Open Domain Question Answering'."""
+cross-attention. Source: Izacard and Grave (2021), 'Leveraging Passage Retrieval' (FiD)."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -15,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_outputs import BaseModelOutput
 
 from ragkit.attention.record import observe_cross
-from ragkit.data.corpus import Corpus, Passage, Question
+from ragkit.data.corpus import Asked, Corpus, Passage, Question
 from ragkit.data.text import readable
 from ragkit.models import device, gguf
 from ragkit.models.reader import CLOZE, PART, Prompt, Reader
@@ -125,8 +124,7 @@ def open_reader(
     inputs: Mapping[str, Path], settings: Mapping[str, Any], to_train: bool = False
 ) -> Reader:
     """The reader `settings["which"]` of a stage: kept by `step1`, if that is among the inputs, else
-    untaught; asked by clozes where its name ends so. Answers are as long as those for distillation.
-    """
+    untaught; asked by clozes where its name ends so. Answers are as long as distillation's."""
     chosen, which = ReaderSettings(**settings["reader"]), settings.get("which", "")
     trained = which.removesuffix(CLOZE)
     kept = inputs["step1"] / trained.replace(" ", "-") if "step1" in inputs else chosen.model
@@ -134,3 +132,9 @@ def open_reader(
     reader.style = "question" if which == trained else "cloze"
     reader.fit(Corpus.load("", inputs["passages"], inputs["questions"]).questions["distill"])
     return reader
+
+
+def opened(inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> tuple[Asked, Reader]:
+    """The questions of a stage's part with the passages found for them, and its reader."""
+    asked = Asked.open(inputs, settings["part"], settings["questions"], settings["k"])
+    return asked.scored(settings["reader"]), open_reader(inputs, settings)

@@ -12,11 +12,11 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 
 from ragkit.data.corpus import PARTS, PASSAGES, Corpus, Passages, passage_text
-from ragkit.data.files import write_arrays, write_whole
+from ragkit.data.files import write_whole
 from ragkit.errors import RetrieverError
 from ragkit.models import device
 from ragkit.models.retriever import Retriever
-from ragkit.settings import IndexSettings, RetrieverSettings
+from ragkit.settings import IndexSettings
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # on import it sets its own, and reports much
 log = logging.getLogger(__name__)
@@ -90,8 +90,7 @@ def bm25(queries: Sequence[str], passages: Sequence[str], k: int) -> Places:
 def make_vectors(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """The passages' vectors; a killed encoding goes on behind its last whole shard. Raises
     RetrieverError for vectors too large for `index.dtype`."""
-    encoding = RetrieverSettings(**settings["retriever"])
-    retriever = Retriever.load(inputs["retriever"] / "model", encoding)
+    retriever = Retriever.open(inputs, settings)
     chosen, passages = IndexSettings(**settings["index"]), Passages(inputs["passages"] / PASSAGES)
     path, progress = folder / VECTORS, folder / PROGRESS
     done = device.agreed(int(progress.read_text("utf8")) if progress.is_file() else 0)
@@ -137,13 +136,12 @@ def make_candidates(folder: Path, inputs: Mapping[str, Path], settings: Mapping[
     """The first DEPTH passages of every question of every part."""
     corpus = Corpus.load("", inputs["passages"], inputs["questions"])
     index = Index.open(inputs["vectors"], IndexSettings(**settings["index"]), inputs["index"])
-    encoding = RetrieverSettings(**settings["retriever"])
-    retriever = Retriever.load(inputs["retriever"] / "model", encoding)
+    retriever = Retriever.open(inputs, settings)
     queries = {part: retriever.encode([q.text for q in corpus.questions[part]]) for part in PARTS}
     if device.is_main():
         depth = min(DEPTH, len(corpus.passages))
         found = {part: index.search(asked, depth) for part, asked in queries.items()}
-        write_arrays(folder / "candidates.safetensors", found)
+        device.write(folder, {"candidates.safetensors": found})
 
 
 def make_bm25(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
@@ -153,4 +151,4 @@ def make_bm25(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, A
         texts = [passage_text(p) for p in corpus.passages]
         asked = [q.text for q in corpus.questions["test"]]
         found = bm25(asked, texts, min(DEPTH, len(texts)))
-        write_arrays(folder / "candidates.safetensors", {"test": found})
+        device.write(folder, {"candidates.safetensors": {"test": found}})

@@ -76,10 +76,14 @@ class Retriever(nn.Module):
         self.encoder.save(str(folder), create_model_card=False)
 
     @classmethod
+    def open(cls, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> "Retriever":
+        """The retriever among a stage's inputs."""
+        return cls.load(inputs["retriever"] / "model", RetrieverSettings(**settings["retriever"]))
+
+    @classmethod
     def load(cls, name: str | Path, settings: RetrieverSettings) -> "Retriever":
         """From a folder or a hub name (safetensors only, no remote code), in float32, with its own
-        pooling, normalisation and prompts unless the settings say otherwise. Raises RagkitError if
-        it cannot be loaded and used."""
+        pooling, normalisation, prompts, unless the settings say otherwise. Else a RagkitError."""
         path, place, safe = str(name), str(device.device()), {"use_safetensors": True}
         revision: dict[str, Any] = {"revision": settings.revision}
         with device.loading(path):

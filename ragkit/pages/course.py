@@ -1,10 +1,7 @@
-"""The course: a student and a solution copy of every notebook, and a lesson plan.
-
-How an exercise is written is said at the end of `assets/lesson_plan.md`. Nothing is written before
-it has been tried: each check must refuse the stub and every likely wrong answer by an assertion of
-its own, and pass on the solution. Marks and records are nbgrader's, so that its own commands work
-on the solution copies; it is no dependency.
-"""
+"""The course: a student and a solution copy of every notebook, slides, a lesson plan. The end of
+`assets/lesson_plan.md` says how an exercise is written. Nothing is written before it has been
+tried: each check must refuse the stub and every likely wrong answer by an assertion of its own, and
+pass on the solution. Marks are nbgrader's, whose commands work on the solution copies."""
 
 import json
 import logging
@@ -27,6 +24,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from ragkit.errors import NotebookError
 from ragkit.experiment.run import KILLED, kernel_of_here, stoppable
 from ragkit.experiment.store import only_run
+from ragkit.pages import html
+from ragkit.pages.report import output_html, prose
 from ragkit.settings import asset
 
 log = logging.getLogger(__name__)
@@ -165,6 +164,16 @@ def verify(stem: str, notebook: NotebookNode, folder: Path) -> list[str]:
     return found
 
 
+def write_slides(ran: list[Path], folder: Path) -> None:
+    """Slides of executed notebooks: a page each that runs no script and loads nothing."""
+    folder.mkdir()
+    pages = [(path.stem.replace("_", " "), f"{path.stem}.html") for path in ran]
+    for path, (name, file) in zip(ran, pages, strict=True):
+        cells = nbformat.read(path, as_version=4).cells
+        body = html.fill("slides", cells=cells, prose=prose, shown=output_html)
+        (folder / file).write_text(html.page(name, body, pages, file), "utf8")
+
+
 def write(sources: Path, run: Path, profile: str) -> Path:
     """Tries all exercises on a finished run, then writes `course/` beside it, which it returns.
     `profile` is the run's, a name or a file, by which the copies open it. Raises NotebookError if
@@ -189,6 +198,7 @@ def write(sources: Path, run: Path, profile: str) -> Path:
             copy = copy_of(notebook, profile, "../..", kind)
             copy = with_lesson(copy, LESSONS[stem], kind) if stem in LESSONS else copy
             nbformat.write(copy, folder / kind / f"{stem}.ipynb")
+    write_slides(sorted((run / "notebooks").glob("[0-9]*.ipynb")), folder / "slides")
     plan = Template(asset("lesson_plan.md").read_text("utf8"), trim_blocks=True)
     text = plan.render(profile=profile, exercises=exercises, lessons=LESSONS)
     (folder / "lesson_plan.md").write_text(text, "utf8")

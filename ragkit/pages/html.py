@@ -90,9 +90,8 @@ def loop(*part: str) -> HTML:
 def marked_tokens(
     tokens: Sequence[str], weights: Sequence[float], owners: Sequence[int], titles: Sequence[str]
 ) -> HTML:
-    """Each passage with its tokens shaded by their weight; the largest is the darkest. `owners` is
-    the number of each token's passage, negative where it has none. A token that begins with `##` is
-    joined to the one before it."""
+    """Each passage with its tokens shaded by their weight; the largest is the darkest. `owners`: of
+    each token the passage, negative for none. One that begins with `##` joins the one before it."""
     marked = [one for one in zip(tokens, weights, owners, strict=True) if one[2] >= 0]
     largest = max((weight for _, weight, _ in marked), default=0.0) or 1.0
     return HTML(fill("marked_tokens", marked=marked, titles=titles, largest=largest))

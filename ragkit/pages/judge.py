@@ -19,11 +19,12 @@ from ragkit.data.files import read_jsonl, text_and_answers, write_whole
 from ragkit.data.sets import with_text
 from ragkit.data.text import same_question, words
 from ragkit.distillation import targets
+from ragkit.distillation.targets import top
 from ragkit.distillation.teacher import look
 from ragkit.errors import DataError, NounsError, ReaderError, StoreError
 from ragkit.experiment.rules import LINE
 from ragkit.indicators import measures
-from ragkit.indicators.closeness import in_words, look_at_tokens, space
+from ragkit.indicators.closeness import indicators_of, look_at_tokens
 from ragkit.indicators.measures import Interval, Tokens, interval
 from ragkit.indicators.nouns import find_nouns, load_nouns
 from ragkit.models import device
@@ -140,11 +141,6 @@ def look_at_all(reader: Reader, asked: list[Pair]) -> tuple[list[targets.Looks],
     return looks, Tokens(**{name: np.concatenate([x[name] for x in parts]) for name in parts[0]})
 
 
-def top(scores: measures.Floats) -> measures.Floats:
-    """The passage with most attention, as weights `[k]` that sum to 1: a tie shares them."""
-    return (scores == scores.max()) / (scores == scores.max()).sum()
-
-
 def tops_of(looks: list[targets.Looks]) -> pd.DataFrame:
     """A row a question. Where some passages hold the answer, not all: whether that with most
     attention does, by each of WAYS, beside FIRST and CHANCE; heads are chosen on the first half of
@@ -189,12 +185,9 @@ def judge(
     name: str, questions: str, nouns: str = NOUNS, other: str | None = None, chat: bool = False
 ) -> Judgement:
     """Judges a reader (a folder, a GGUF file, a hub name, or one of EMBEDDED) on the questions of a
-    file, asked by its own chat template or by the plain prompt.
-
-    `nouns` is a spaCy pipeline, by name or folder; without one Indicator 2 is not computed.
-    Closeness is measured in the input embeddings of the reader `other`, by default its own: readers
-    compare only within one space. What it cannot know stands on its page.
-    """
+    file, asked by its own chat template or by the plain prompt. `nouns` is a spaCy pipeline, by
+    name or folder; without one Indicator 2 is not computed. Closeness is measured in the input
+    embeddings of the reader `other`, by default its own: readers compare only within one space."""
     given, reader, counts = read_asked(Path(questions)), load(name, chat), Counter[str]()
     model = load(other) if other else reader
     how = {"Reader": name, "Closeness is measured in the input embeddings of": other or "its own"}
@@ -212,13 +205,8 @@ def judge(
     log.info("reading  %d prompts, as ranked, reversed, and by their tokens", len(asked))
     looks, tokens = look_at_all(reader, asked)
     counts["in no passage"] = sum(not one["rank"]["holds"].any() for one in looks)
-    told = in_words(reader, tokens, texts, [passages for _, passages in asked], spans)
-    vectors, attention, seen = space(told.forms, model), tokens.attention(READ), told.tokens
-    counts["vectors"] = int(np.isnan(vectors[seen.ids]).any(1).sum())
-    tables = {}
-    for goal, wanted in told.wanted.items():
-        close, exact = measures.closeness_to(seen, wanted, vectors), measures.exact(seen, wanted)
-        tables[goal] = measures.indicator(attention, close, tokens.question, exact, SHARE)
+    found = [passages for _, passages in asked]
+    tables, counts["vectors"] = indicators_of((reader, model), tokens, texts, found, spans)
     tops = tops_of(looks)
     return Judgement(reader, asked, tokens, tables, tops, verdict_of(tops), counts, how)
 

@@ -1,8 +1,6 @@
-"""One seaborn theme, one function a figure; alt text is computed from the data.
-
+"""One seaborn theme, one function a figure, which gives it with its alt text; `show` keeps both.
 Every figure is one column of panels, WIDTH inches wide, so that its text stays legible where a
-phone shows it 360 pixels wide. A figure's function gives it with its alt text; `show` keeps both.
-"""
+phone shows it 360 pixels wide."""
 
 from pathlib import Path
 from textwrap import fill
@@ -56,8 +54,7 @@ def panels(
 
 
 def bounds(table: pd.DataFrame) -> pd.DataFrame:
-    """Mean, low and high as three rows of `value`, for seaborn to draw WITHIN them: their median is
-    the mean, their range the interval."""
+    """Mean, low and high as three rows of `value`, whose median and range seaborn draws WITHIN."""
     numbers = ["mean", "low", "high"]
     return table.melt(table.columns.difference(numbers, sort=False), numbers, "bound")
 

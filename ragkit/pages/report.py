@@ -118,8 +118,7 @@ def compare(run: Path, figures: Path) -> list[str]:
 
 
 def write(lab: Lab, figures: Path) -> tuple[Path, list[str]]:
-    """Writes `report/` in a finished run's folder. Returns its index page, and how the run compares
-    with the reference in `figures`."""
+    """Writes a finished run's `report/`; returns its index, and how it compares with `figures`."""
     folder = lab.folder / "report"
     folder.mkdir(exist_ok=True)
     manifest, own = read_json(lab.folder / "manifest.json"), figures / lab.base
@@ -157,8 +156,7 @@ def block(mark: str) -> re.Pattern[str]:
 
 def keep_outputs(lab: Lab, sources: Path) -> None:
     """Writes the outputs of a finished run into the notebooks in `sources`, to be read on the web:
-    figures as pictures with their alt text, no error stream. Raises StoreError where a notebook was
-    edited since it ran."""
+    figures as pictures with alt text, no error stream. StoreError if one was edited since."""
     for file in sorted(sources.glob("[0-9A]*.ipynb")):
         notebook = nbformat.read(file, as_version=4)
         ran = nbformat.read(lab.folder / "notebooks" / file.name, as_version=4)
@@ -187,9 +185,8 @@ def portable(value: Any) -> Any:
 
 def make_reference(lab: Lab, figures: Path, readme: Path) -> None:
     """Makes a finished run the reference of its profile: figures, tables and manifest in `figures`,
-    of another profile than `full` in a folder there; the README's tables are written anew. All is
-    checked before anything is touched (StoreError, which says all that is lacking), and written
-    aside first."""
+    of another profile than `full` in a folder there; the README's tables are written anew. Before
+    anything is touched all is checked (StoreError, which says all that is lacking)."""
     record, lacking = lab.folder / "manifest.json", []
     if (manifest := read_json(record))["profile"] != lab.profile.model_dump(mode="json"):
         lacking.append(f"{record} has other settings than profile {lab.profile.name} has now")

@@ -160,7 +160,7 @@ def asked_for(settings, **changed):
         "target": "oracle",
         "distill": DistillSettings(**distill).model_dump(mode="json", exclude={"seeds"}),
         "attention": AttentionSettings().model_dump(),
-        **{"k": 3, "seed": 0, "shuffle_seed": 0, "keep": False, **changed},
+        **{"k": 3, "seed": 0, "shuffle_seed": 0, **changed},
     }
 
 
@@ -172,7 +172,7 @@ def read(folder):
 @pytest.mark.parametrize("distill", [{}, {"side": "both", "direction": "retriever || target"}])
 def test_the_maker_teaches_a_retriever_to_find_what_the_oracle_says(inputs, tmp_path, distill):
     given, settings = inputs
-    step2.make_step2(tmp_path, given, asked_for(settings, distill=distill, keep=True))
+    step2.make_step2(tmp_path, given, asked_for(settings, distill=distill))
     ranking, curve = read(tmp_path)
     assert ranking.shape == (6, 6)
     assert np.array_equal(ranking[:, 0], np.arange(6))

@@ -223,9 +223,9 @@ def test_a_look_is_for_the_answer_that_the_settings_name(reader, tmp_path, answe
     write_arrays(tmp_path / "candidates.safetensors", {"distill": np.array([[0, 1, 2]])})
     inputs = dict.fromkeys(("passages", "questions", "candidates"), tmp_path)
     chosen = {"reader": reader.settings.model_dump() | {"answer": answer}}
-    chosen |= {"which": "off-the-shelf", "k": 3, "questions": 1}
+    chosen |= {"which": "off-the-shelf", "k": 3, "questions": 1, "part": "distill"}
     taken = asked if answer == "first" else replace(asked, answers=("tarholm", "Lyda"))
-    teacher.make_teacher(tmp_path, inputs, chosen | {"part": "distill", "order": "rank", "seed": 0})
+    teacher.make_teacher(tmp_path, inputs, chosen | {"order": "rank", "seed": 0})
     seen = load_file(tmp_path / "scores.safetensors")
     expected = teacher.look(reader, [taken], [PASSAGES])
     assert np.array_equal(seen["attention"], expected["attention"])

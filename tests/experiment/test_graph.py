@@ -19,11 +19,12 @@ import ragkit
 from ragkit.data.corpus import Passage, Question, write_passages
 from ragkit.data.files import write_arrays, write_jsonl
 from ragkit.distillation.targets import SYSTEMS
-from ragkit.experiment.graph import READING, Graph, Of, answered
-from ragkit.experiment.graph import stages as stages_of
+from ragkit.experiment.graph import READING, Graph, Of
 from ragkit.experiment.lab import Lab, changed_profile
 from ragkit.experiment.run import notebooks_of
 from ragkit.experiment.store import difference
+from ragkit.experiment.wanted import answered
+from ragkit.experiment.wanted import stages as stages_of
 from ragkit.profile import VARIATIONS, load_profile
 
 ROOT = Path(__file__).parent.parent.parent
@@ -31,7 +32,7 @@ NOTEBOOKS = {path.stem[:2] for path in (ROOT / "notebooks").glob("*.ipynb")}
 JUDGED = {"04", "05", "06", "07", "08", "09"}  # notebooks that reach the claims
 COMPUTE = {"02", "03", "04", "07"}  # those that load a model, or reach what does
 READERS = {"step1", "premises", "answers", "teacher", "heads", "alone", "loop", "tokens",
-           "contextual", "closeness"}  # fmt: skip
+           "contextual", "closeness", "foretellers"}  # fmt: skip
 SCRIPT = """
 import json, sys
 from importlib import metadata
@@ -55,7 +56,7 @@ def told(*changes):
         notebooks = notebooks_of(lab, Path(ragkit.__file__).parent.parent / "notebooks")
         records = {one.name[:2]: one.record | {"inputs": {}} for one in notebooks}
     stages = {}
-    for one in lab.stages:
+    for one in stages_of(lab.graph):
         stages[one.name] = {"kind": one.kind, "key": one.key, "record": one.record}
     return json.loads(json.dumps([stages, records]))
 
@@ -187,7 +188,7 @@ def test_a_profile_key_there_and_back_again(before):
     there = told("distill.entropy=0.6")
     stages, notebooks = anew(before, there)
     systems = {"tokens", "contextual", "closeness"}  # with the passages that are found now
-    assert kinds_of(before[0], stages) == {"step2", "answers", "candidates", "teacher"} | systems
+    assert kinds_of(before[0], stages) == {"step2", "answers"} | systems
     assert notebooks == NOTEBOOKS
     assert reasons(before, there) == {"settings.profile.distill.entropy 0.5 -> 0.6"}
     assert told("distill.entropy=0.5") == before  # another run's name, the same keys
@@ -268,26 +269,6 @@ def test_each_run_of_step_1_is_judged_by_its_own_reader():
     assert graph.stage("answers", untaught).key == graph.again(1).stage("answers", untaught).key
 
 
-def test_an_index_refresh_looks_again_with_the_retriever_as_it_is():
-    step2 = [one for one in stages_of(Graph(load_profile("smoke"))) if one.kind == "step2"]
-    refreshed = [one for one in step2 if one.inputs["retriever"].kind == "step2"]
-    assert len(refreshed) == 4  # two sets, two regimes
-    last = refreshed[-1]
-    first = last.inputs["retriever"]
-    assert last.inputs["candidates"].inputs["retriever"] is first
-    assert last.inputs["rank"].inputs["candidates"] is last.inputs["candidates"]
-    assert last.inputs["vectors"] is first.inputs["vectors"]  # only queries learn: no new encoding
-    assert last.settings["distill"]["epochs"] + first.settings["distill"]["epochs"] == 2
-    whole = Graph(load_profile("smoke", ["index_refreshes=1"]))  # and answers come from the last
-    answers = whole.stage("answers", Of("almanac", "fine-tuned", target="answer string"))
-    assert answers.inputs["ranking"].inputs["retriever"].kind == "step2"
-    both = whole.step2("almanac", "fine-tuned balanced", 0)  # heads are chosen once, on dev
-    heads = whole.step2("almanac", "fine-tuned chosen heads", 0)
-    for look in (both.inputs["rank"], both.inputs["reversed"], heads.inputs["rank"]):
-        assert look.inputs["candidates"].inputs["retriever"].kind == "step2"
-    assert heads.inputs["heads"].inputs["candidates"].inputs["retriever"].kind == "retriever"
-
-
 # What targets and systems are made of
 
 
@@ -307,12 +288,12 @@ def test_each_target_takes_the_looks_that_it_needs(which):
         return {order if kind == "teacher" else kind: (kind, order, part, which)}
 
     both = look("rank") | look("reversed")
-    alone = {"alone": ("alone", None, None, which)}
+    alone = {"alone": ("alone", None, "distill", which)}
     assert looks(graph, f"{which} attention") == look("rank")
     assert looks(graph, f"{which} balanced") == both
     assert looks(graph, f"{which} chosen heads") == look("rank") | look("rank", "heads", "dev")
     assert looks(graph, f"{which} perplexity") == looks(graph, f"{which} EMDR2") == alone
-    assert looks(graph, f"{which} LOOP") == {"loop": ("loop", None, None, which)}
+    assert looks(graph, f"{which} LOOP") == {"loop": ("loop", None, "distill", which)}
     expected = {"calibrated": look("rank") | look("empty"), "levelled": look("shuffled")}
     expected |= {"reversed": look("reversed"), "shuffled": look("shuffled")}
     for order, needed in expected.items():
@@ -491,9 +472,11 @@ def test_a_lab_asks_with_the_answer_that_the_stages_score(tmp_path, monkeypatch)
 
 def test_a_lab_makes_nothing_by_being_opened_and_shares_its_store(tmp_path):
     lab = Lab("smoke", tmp_path)
-    assert len(lab.stages) > 100
+    assert len(stages_of(lab.graph)) > 100
     assert not list(lab.folder.glob("stages/*"))
     for graph in (lab.graph.varied("reverse KL"), lab.graph.again(1)):
         other = lab.with_graph(graph)
         assert other.store is lab.store
-        assert {one.key for one in other.stages} - {one.key for one in lab.stages}
+        assert {one.key for one in stages_of(other.graph)} - {
+            one.key for one in stages_of(lab.graph)
+        }

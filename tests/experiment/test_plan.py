@@ -9,6 +9,7 @@ import pytest
 
 from ragkit.experiment import plan
 from ragkit.experiment.lab import Lab, changed_profile
+from ragkit.experiment.wanted import stages as stages_of
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def ratio(table, folder):
 
 def test_paper_is_planned_by_arithmetic_without_a_network(paper):
     lab, table = paper
-    assert table["name"].tolist() == [one.name for one in lab.stages]
+    assert table["name"].tolist() == [one.name for one in stages_of(lab.graph)]
     numbers = table[["seconds", "memory", "stays", "passing"]]
     assert (np.isfinite(numbers) & (numbers >= 0)).all(axis=None)
     said = plan.told(lab)
@@ -52,7 +53,7 @@ def test_step_1_of_falcon_rw_1b_needs_31_gb_in_passing(paper):
 
 
 def test_adapters_and_checkpointing_need_less(paper):
-    stage = next(one for one in paper[0].stages if one.kind == "step1")
+    stage = next(one for one in stages_of(paper[0].graph) if one.kind == "step1")
     whole, less, more = (
         plan.needs(stage, changed_profile("paper", changes))
         for changes in ([], ["reader.lora_rank=8"], ["reader.gradient_checkpointing=false"])
@@ -66,11 +67,11 @@ def test_a_plan_from_what_earlier_runs_recorded(smoke):
     """Another seed of everything: every stage is missing, and the finished run tells the rates."""
     lab = Lab(changed_profile("smoke", ["seed=5", "sets.0.seed=21", "sets.1.seed=22"]), smoke)
     table, how = plan.make(lab)
-    assert table["name"].tolist() == [one.name for one in lab.stages]
+    assert table["name"].tolist() == [one.name for one in stages_of(lab.graph)]
     assert how == "by stages that earlier runs recorded here"
     assert 1 / 1.5 < ratio(table, smoke / "smoke") < 1.5
     said = plan.told(lab)
-    for kind in {one.kind for one in lab.stages}:
+    for kind in {one.kind for one in stages_of(lab.graph)}:
         assert f"\n  {kind} " in said
 
 

@@ -17,6 +17,7 @@ from ragkit.experiment import claims, tables
 from ragkit.experiment.analysis import Analysis
 from ragkit.experiment.graph import Of
 from ragkit.experiment.lab import Lab, changed_profile
+from ragkit.experiment.wanted import stages as stages_of
 from ragkit.settings import WorldSet
 
 DATA, MODELS = (os.environ.get(f"RAGKIT_REAL_{name}", "") for name in ("DATA", "MODELS"))
@@ -66,7 +67,7 @@ def lab(files, tmp_path_factory):
 
 
 def test_every_stage_can_be_made_and_the_claims_are_asked(lab):
-    for stage in lab.stages:
+    for stage in stages_of(lab.graph):
         lab.open_stage(stage)
     assert {name.split(" ")[0] for name in lab.targets} == {
         "off-the-shelf", "fine-tuned", "uniform", "shuffled", "answer", "oracle"

@@ -17,6 +17,7 @@ from ragkit.errors import DataError, ProfileError, RagkitError
 from ragkit.experiment import run, store
 from ragkit.experiment.lab import Lab, changed_profile
 from ragkit.experiment.store import Store
+from ragkit.experiment.wanted import stages as stages_of
 from ragkit.models import device
 from ragkit.profile import load_profile
 
@@ -28,7 +29,7 @@ from ragkit.experiment import run
 from ragkit.experiment.lab import Lab
 run.workers_of = lambda lab: 2
 lab = Lab({0!r}, {1!r})
-run.make_all(lab, [one for one in lab.stages if one.kind in ("passages", "questions")])
+run.make_all(lab, [one for one in stages_of(lab.graph) if one.kind in ("passages", "questions")])
 """
 WORK = """
 import signal, subprocess, sys, time
@@ -60,11 +61,11 @@ def profile(folder, *sets):
 
 def data_of(lab):
     """The stages that only read data: cheap, and without torch."""
-    return [one for one in lab.stages if one.kind in ("passages", "questions")]
+    return [one for one in stages_of(lab.graph) if one.kind in ("passages", "questions")]
 
 
 def named(lab, name):
-    return next(one for one in lab.stages if one.name == name)
+    return next(one for one in stages_of(lab.graph) if one.name == name)
 
 
 def workers(process=None):

@@ -51,6 +51,7 @@ SETTINGS = {
     "questions": 2,
     "k": 2,
     "seed": 0,
+    "part": "test",
 }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from ragkit.errors import NotebookError
 from ragkit.pages import course
@@ -227,6 +227,25 @@ def test_a_rebuilt_course_never_loses_somebodys_work(built, tmp_path):
     assert {path.stem for path in (built / "student").iterdir()} == set(NOTEBOOKS)
     (kept,) = tmp_path.glob("course-*")
     assert (kept / "student" / "mine.ipynb").read_text() == "mine"
+
+
+def test_slides_show_what_cells_show_a_heading_each_without_code(tmp_path):
+    cells = [
+        new_markdown_cell("# 04 · Title"),
+        new_code_cell("hidden = 1", outputs=[new_output("stream", text="shown <b>\n")]),
+        new_markdown_cell("## One\nA sentence."),
+        new_markdown_cell("and more"),
+        new_markdown_cell("## Exercises"),
+        new_code_cell("x", outputs=[new_output("stream", text="never\n")]),
+    ]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "04_one.ipynb")
+    course.write_slides([tmp_path / "04_one.ipynb"], tmp_path / "slides")
+    page = (tmp_path / "slides" / "04_one.html").read_text("utf8")
+    assert page.count("<section>") == page.count("</section>") == 2
+    first, second = page.split("</section>")[:2]
+    assert "shown &lt;b&gt;" in first
+    assert "and more" in second
+    assert not any(word in page for word in ("hidden = 1", "never", "Exercises", "<script"))
 
 
 def test_without_a_finished_run_a_sentence_says_what_to_do(tmp_path, ragkit):
