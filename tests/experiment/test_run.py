@@ -282,6 +282,7 @@ def test_processes_that_work_as_one_join_before_they_ask_what_is_there(monkeypat
     monkeypatch.setattr(store, "MAIN", False)
     monkeypatch.setattr(device, "start", lambda *given: calls.append(given))
     monkeypatch.setattr(run, "make_all", lambda lab, stages: calls.append("stages"))
-    lab = SimpleNamespace(profile=load_profile("smoke"), stages=[])
+    lab = SimpleNamespace(profile=load_profile("smoke"), graph=None)
+    monkeypatch.setattr(run, "stages_of", lambda graph: [])
     assert run.reproduce(lab, Path()) == {}
     assert calls == [("cpu", 1), "stages"]

@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -242,7 +243,8 @@ def test_on_real_text_it_learns_from_no_question_that_it_then_teaches(tmp_path, 
     write_arrays(tmp_path / "candidates.safetensors", {"distill": np.arange(12).reshape(6, 2) % 6})
     inputs = dict.fromkeys(("passages", "questions", "candidates"), tmp_path)
     seen = []
-    monkeypatch.setattr(step1, "open_reader", lambda *given, **how: None)
+    stub = SimpleNamespace(settings=ReaderSettings())
+    monkeypatch.setattr(step1, "open_reader", lambda *given, **how: stub)
     monkeypatch.setattr(step1, "fine_tune", lambda reader, draw, folder, seed: seen.append(draw))
     settings = {"set": {"source": "files", "name": "nq"}, "k": 2, "seed": 0, "questions": 4}
     settings |= {"retriever": {}, "reader": {"gold_share": 0.0}}
