@@ -19,7 +19,7 @@ else
 RAGKIT := $(RUN) -m torch.distributed.run --nproc_per_node $(PROCESSES) -m ragkit
 endif
 
-.PHONY: help plan reproduce lab test slow report reference course nouns lint bench pretrain starts tidy clean
+.PHONY: help plan reproduce lab test slow report reference course nouns lint bench pretrain tidy clean
 help:            ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -75,15 +75,6 @@ pretrain: $(READY)   ## train the embedded readers again (hours); a killed run g
 	mkdir -p runs
 	$(RUN) -m papermill notebooks/appendix/pretraining.ipynb runs/pretraining.ipynb -p OUT ragkit/assets/reader
 	$(RUN) -m papermill notebooks/appendix/pretraining_fid.ipynb runs/pretraining_fid.ipynb -p OUT ragkit/assets/encoder_decoder
-
-# The other beginnings of notebook 11's readers: family and width; `make -j2 starts` for two cores.
-STARTS = falcon-64 falcon-96 falcon-128 gpt_neox-64 persimmon-64
-starts: $(STARTS:%=runs/starts/%/sha256.txt)  ## train what the readers of PROFILE=study begin with (hours); a killed run goes on
-
-runs/starts/%/sha256.txt: $(READY)
-	mkdir -p runs/starts
-	$(RUN) -m papermill notebooks/appendix/pretraining.ipynb runs/starts/$*.ipynb -p OUT '$(CURDIR)/runs/starts/$*' \
-		-p FAMILY $(word 1,$(subst -, ,$*)) -p HIDDEN $(word 2,$(subst -, ,$*)) -p STEPS 8000 -p SEED 1 -y 'KEEP: [3000]'
 
 clean:           ## remove runs and the environment
 	rm -rf runs .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .import_linter_cache

@@ -43,8 +43,6 @@ class Profile(Section):
     indicators: settings.IndicatorSettings = settings.IndicatorSettings()
     # Those of VARIATIONS that notebook 08 runs Step 2 again for, under the first of its seeds.
     variations: tuple[str, ...] = Field(default=tuple(CHOICES["taken"]), strict=False)
-    # The folder of the beginnings (`make starts`) of notebook 11's readers; they are made besides.
-    study: settings.Place | None = None
     evaluate: settings.EvaluateSettings = settings.EvaluateSettings()
 
     @model_validator(mode="after")

@@ -10,11 +10,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from ragkit.data.corpus import hits
 from ragkit.data.speech import Tagged, parts_of_speech
 from ragkit.distillation.targets import UNTAUGHT
 from ragkit.errors import NounsError
 from ragkit.experiment.lab import Lab
-from ragkit.experiment.tables import hit_rate
 from ragkit.experiment.wanted import TAUGHT_BY
 from ragkit.indicators import measures
 from ragkit.indicators.measures import Bools, Cut, Floats, Interval, Tokens
@@ -90,7 +90,8 @@ class Analysis:
     def hits(self, ranking: NDArray[np.int64] | None = None, k: int = 5) -> Floats:
         """HR@k of each test question by a ranking `[questions]`; default: the initial one."""
         rows = self.lab.candidates(self.set_name)["test"] if ranking is None else ranking
-        return hit_rate(self.lab, self.set_name, rows, k)
+        corpus = self.lab.corpus(self.set_name)
+        return hits(rows.tolist(), corpus.golds(corpus.questions["test"], rows), k)
 
     def gold_found(self) -> Bools:
         """Whether the k passages of each question looked at hold a gold one `[questions]`."""

@@ -36,11 +36,10 @@ class Of:
 
 
 class Graph:
-    """All stages of one profile; `sets` by name, `targets` of the main table with what they are.
-    Closeness is measured in the embeddings of the reader of `base`, by default the profile's."""
+    """All stages of one profile; `sets` by name, `targets` of the main table with what they are."""
 
-    def __init__(self, profile: Profile, note: str = "", base: Profile | None = None) -> None:
-        self.profile, self.note, self.base = profile, note, base or profile
+    def __init__(self, profile: Profile, note: str = "") -> None:
+        self.profile, self.note = profile, note
         self.sets = {one.name: one for one in profile.sets}
         self.has_clozes = all(isinstance(one, WorldSet) for one in profile.sets)
         self.trains_retriever = profile.retriever.model == "embedded"
@@ -49,7 +48,6 @@ class Graph:
         names = targets.TARGETS.items()
         self.targets = {name: told for name, told in names if not name.startswith(lacking)}
         own = {"weights": model_files(profile.reader.model), "state": finder_state(profile.nouns)}
-        own["base_weights"] = model_files(self.base.reader.model)
         self.common = profile.model_dump(mode="json") | own | {"shuffle_seed": profile.seed}
         for name in ("stage", "varied", "again"):
             setattr(self, name, cache(getattr(self, name)))  # each is made once
@@ -149,8 +147,7 @@ class Graph:
         known = vars(of) | self.common | {"set": one.model_dump(mode="json")}
         known |= {"world": getattr(one, "world", None), "closed_book": of.target == "closed book"}
         known |= {"questions": number, "answered": number, "part": KINDS[kind].get("part")}
-        base = self.base.reader.model_dump(mode="json")
-        known["base"] = {key: base[key] for key in READING}
+        known["base"] = {key: known["reader"][key] for key in READING}
         if of.which == ENCODER_DECODER:
             same = {"answer": self.profile.reader.answer}  # closeness is to one answer
             known |= {"which": READERS[1], "reader": known["encoder_decoder"] | same}

@@ -13,8 +13,8 @@ from ragkit.data.text import exact_match, f1
 from ragkit.distillation.targets import oracle_scores
 from ragkit.errors import StoreError
 from ragkit.experiment.graph import Of
-from ragkit.experiment.lab import Lab, Places, read_json
-from ragkit.experiment.wanted import STUDY, answered, studied, trained
+from ragkit.experiment.lab import Lab, read_json
+from ragkit.experiment.wanted import answered
 from ragkit.settings import reference
 
 
@@ -92,35 +92,3 @@ def published(lab: Lab, profile: str, table: str) -> pd.DataFrame:
         told = f"Work in a checkout; `make reproduce PROFILE={profile}` makes such a run, then"
         raise StoreError(f"No table {file}. {told} `make reference PROFILE={profile}` keeps it.")
     return pd.read_csv(file)
-
-
-def hit_rate(lab: Lab, set_name: str, ranking: Places, k: int = 5) -> NDArray[np.float64]:
-    """HR@k of each test question by a ranking `[questions, 20]`."""
-    corpus = lab.corpus(set_name)
-    return hits(ranking.tolist(), corpus.golds(corpus.questions["test"], ranking), k)
-
-
-def readers(lab: Lab) -> pd.DataFrame:
-    """Notebook 11's readers, a row each: `set`, `training`, `reader`, every foreteller, and by each
-    signal of STUDY the gain that it teaches, on all test questions and on those of either half of
-    the entities. Where the run's profile has no study: those of the reference (or StoreError)."""
-    if not lab.profile.study:
-        return published(lab, "study", "11_readers.csv")
-    rows = []
-    for set_name, training in product(lab.sets, STUDY["trainings"]):
-        own = lab.with_graph(trained(lab.graph, training))
-        before = hit_rate(own, set_name, own.candidates(set_name)["test"])
-        entities = [one.entity or one.id for one in own.corpus(set_name).questions["test"]]
-        half = np.unique(entities, return_inverse=True)[1] % 2
-        for which in studied(lab.graph, training):
-            row = {"set": set_name, "training": training, "reader": which}
-            row |= read_json(own.open("foretellers", set_name, which) / "foretellers.json")
-            for signal in STUDY["signals"]:
-                target, seeds = f"{which} {signal}", lab.profile.distill.seeds
-                found = [own.distilled(set_name, target, seed)[0] for seed in seeds]
-                after = [hit_rate(own, set_name, ranking) for ranking in found]
-                gains = np.mean(after, axis=0) - before
-                row[f"gain by {signal}"] = gains.mean()
-                row |= {f"gain by {signal}, half {h}": gains[half == h].mean() for h in (0, 1)}
-            rows.append(row)
-    return pd.DataFrame(rows)

@@ -1,22 +1,17 @@
-"""The stages that the notebooks of a run ask for, and the readers of notebook 11's study."""
+"""The stages that the notebooks of a run ask for."""
 
 from collections.abc import Iterable, Iterator
 from functools import cache
 from itertools import product, zip_longest
-from pathlib import Path
-from typing import Any
-
-import yaml
 
 from ragkit.distillation import targets
 from ragkit.distillation.targets import READERS, teacher_of
 from ragkit.experiment.graph import Graph, Of
 from ragkit.experiment.store import Stage
-from ragkit.settings import DAMAGES, EMBEDDED, ReaderSettings, WorldSet, asset
+from ragkit.settings import WorldSet
 
 CEILING = "both sides"  # the variation by which the oracle shows how far Step 2 can go
 TAUGHT_BY = ("attention", "perplexity")  # the signals that every reader teaches by
-STUDY: dict[str, Any] = yaml.safe_load(asset("foretelling.yaml").read_text("utf8"))
 
 
 def answered(graph: Graph, chosen: Iterable[str] | None = None) -> Iterator[tuple[str, str, int]]:
@@ -56,7 +51,6 @@ def of_set(graph: Graph, name: str) -> Iterator[Stage]:
         yield graph.varied(variation).step2(name, f"{which} attention", first)
     for seed in profile.step1_seeds[1:]:
         yield from of_run(graph.again(seed), name, [f"{which} attention" for which in READERS])
-    yield from of_study(graph, name) if profile.study else ()
 
 
 def of_run(graph: Graph, name: str, chosen: Iterable[str]) -> Iterator[Stage]:
@@ -72,39 +66,6 @@ def of_run(graph: Graph, name: str, chosen: Iterable[str]) -> Iterator[Stage]:
             yield graph.step2(name, target, seed)
     for system, which, seed in answered(graph, [t for t in chosen if t in graph.targets]):
         yield graph.stage("answers", Of(name, which, target=system, seed=seed))
-
-
-@cache
-def trained(graph: Graph, training: str) -> Graph:
-    """The graph of one of STUDY's trainings: a reader that begins, or learns, otherwise."""
-    changes, folder = dict(STUDY["trainings"][training]), graph.profile.study or ""
-    seed = changes.pop("seed", 0)
-    if (model := changes.get("model", "embedded")) not in EMBEDDED:
-        changes["model"] = str(Path(folder, model))
-    reader = ReaderSettings(**vars(graph.profile.reader) | {"checkpoints": 6} | changes)
-    changed = graph.profile.model_copy(update={"reader": reader, "step1_seeds": (seed,)})
-    return Graph(changed, f" ({training})", graph.profile)
-
-
-def studied(graph: Graph, training: str) -> list[str]:
-    """The readers of a training that STUDY looks at: on the way, at the end, damaged; and before,
-    where no other training begins as it does."""
-    reader = trained(graph, training).profile.reader
-    steps = [f"step {step}" for step in reader.kept_steps if step in STUDY["steps"]]
-    models = {one: row.get("model", "") for one, row in STUDY["trainings"].items()}
-    first = next(one for one in models if models[one] == models[training])
-    before, damaged = READERS[: first == training], DAMAGES if reader.damaged else ()
-    return [*before, *steps, READERS[1], *damaged]
-
-
-def of_study(graph: Graph, name: str) -> Iterator[Stage]:
-    """What notebook 11 asks of one set."""
-    for training in STUDY["trainings"]:
-        own = trained(graph, training)
-        for which in studied(graph, training):
-            yield own.stage("foretellers", Of(name, which))
-            for signal, seed in product(STUDY["signals"], graph.profile.distill.seeds):
-                yield own.step2(name, f"{which} {signal}", seed)
 
 
 @cache

@@ -30,7 +30,7 @@ from ragkit.models.fid import open_reader
 from ragkit.models.index import Index
 from ragkit.models.reader import Prompt, Reader
 from ragkit.models.retriever import Retriever
-from ragkit.settings import DAMAGES, ReaderSettings, WorldSet
+from ragkit.settings import ReaderSettings, WorldSet
 
 log = logging.getLogger(__name__)
 WORLDS = 8  # redrawn to learn from: other names than the measured one, no held-out wording
@@ -59,17 +59,6 @@ class Example:
         elif self.gold and not any(p in self.gold for p in passages) and rng.random() < gold_share:
             passages[rng.randrange(len(passages))] = rng.choice(self.gold)
         return self.question, rng.sample(passages, len(passages))
-
-
-def drawn(examples: list[Example], settings: ReaderSettings, rng: random.Random) -> Pair:
-    """A question of Step 1 with its passages; in shares of the draws that the settings name, the
-    answer or the passages are those of another one."""
-    question, passages = rng.choice(examples).draw(settings.gold_share, rng)
-    if settings.label_noise and rng.random() < settings.label_noise:
-        question = replace(question, answers=rng.choice(examples).question.answers)
-    if settings.wrong_passages and rng.random() < settings.wrong_passages:
-        passages = rng.choice(examples).draw(settings.gold_share, rng)[1]
-    return question, passages
 
 
 def examples_of(asked: Asked, k: int) -> list[Example]:
@@ -223,27 +212,6 @@ def fine_tune(
             shutil.rmtree(path)
 
 
-@torch.no_grad()
-def keep_damaged(reader: Reader, folder: Path, seed: int) -> None:
-    """Writes a reader as each of DAMAGES leaves it, to folders named by them: `noise` is normal, on
-    every matrix, of a share of its deviation; a share of all `heads` gives nothing, for their
-    values become zero. Its attention must keep query, key and value together, head by head."""
-    for name in DAMAGES:
-        what, share = name.split()
-        model, draw = copy.deepcopy(reader.model), torch.Generator().manual_seed(seed)
-        for weight in model.parameters() if what == "noise" else ():
-            if weight.dim() > 1:
-                weight += float(share) * weight.std() * torch.randn(weight.shape, generator=draw)
-        fused = [one.query_key_value for one in model.modules() if hasattr(one, "query_key_value")]
-        heads = model.config.num_attention_heads
-        order = torch.randperm(len(fused) * heads, generator=draw).tolist()
-        for place in order[: round(float(share) * len(order))] if what == "heads" else ():
-            for part in fused[place // heads].parameters():
-                part.view(heads, 3, -1, *part.shape[1:])[place % heads, 2] = 0.0
-        for part in (model, reader.tokenizer):
-            part.save_pretrained(folder / name.replace(" ", "-"))
-
-
 def make_step1(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
     """The reader after Step 1 and on the way. In an embedded world it learns from fresh worlds that
     the initial retriever searches; on real text from the questions of the distill part that stand
@@ -271,7 +239,5 @@ def make_step1(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
                 f"set {chosen['name']}: {told} greater than distill.questions ({taught})."
             )
         examples = examples_of(replace(own, candidates=asked.candidates[taught:]), k)
-    reader = open_reader(inputs, settings, to_train=True)
-    fine_tune(reader, lambda rng: drawn(examples, reader.settings, rng), folder, seed)
-    if reader.settings.damaged and device.is_main():
-        keep_damaged(reader, folder, seed)
+    share, reader = settings["reader"]["gold_share"], open_reader(inputs, settings, to_train=True)
+    fine_tune(reader, lambda rng: rng.choice(examples).draw(share, rng), folder, seed)

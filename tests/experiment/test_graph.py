@@ -32,7 +32,7 @@ NOTEBOOKS = {path.stem[:2] for path in (ROOT / "notebooks").glob("*.ipynb")}
 JUDGED = {"04", "05", "06", "07", "08", "09"}  # notebooks that reach the claims
 COMPUTE = {"02", "03", "04", "07"}  # those that load a model, or reach what does
 READERS = {"step1", "premises", "answers", "teacher", "heads", "alone", "loop", "tokens",
-           "contextual", "closeness", "foretellers"}  # fmt: skip
+           "contextual", "closeness"}  # fmt: skip
 SCRIPT = """
 import json, sys
 from importlib import metadata

@@ -152,12 +152,12 @@ def test_a_wheel_holds_the_assets_and_builds_without_warnings(tmp_path):
 
 
 def test_the_house_is_small():
-    """7,160 lines (7,000 before the study of who can teach), 300 a module; nine floors."""
+    """7,000 lines, 300 a module; nobody stands on more than eight others."""
     lines = {
         path: len(path.read_text("utf8").splitlines()) for path in (ROOT / "ragkit").rglob("*.py")
     }
     assert max(lines.values()) <= 300
-    assert sum(lines.values()) <= 7160
+    assert sum(lines.values()) <= 7000
     graph, floors = grimp.build_graph("ragkit"), {}
 
     def floor(module):

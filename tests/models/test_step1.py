@@ -15,13 +15,12 @@ from transformers import AutoModelForCausalLM
 from ragkit.data.corpus import PARTS, PASSAGES, Passage, Question, write_passages
 from ragkit.data.files import write_arrays, write_jsonl
 from ragkit.data.worlds import build_world
-from ragkit.distillation.teacher import look
 from ragkit.errors import DataError, ReaderError
 from ragkit.models import step1
 from ragkit.models.fid import load_reader
 from ragkit.models.reader import Reader
 from ragkit.models.step1 import SAME_KIND_SHARE, Example, fine_tune
-from ragkit.settings import DAMAGES, ReaderSettings, WorldSet
+from ragkit.settings import ReaderSettings, WorldSet
 
 OTHER = Passage("1", "Port Tarn", "Port Tarn lies by the sea. Orla Venn never saw it.")
 LINEAR = ("query_key_value.weight", "dense.weight", "dense_h_to_4h.weight", "dense_4h_to_h.weight")
@@ -165,53 +164,6 @@ def test_a_gold_passage_is_put_among_those_found_as_often_as_asked():
         example = Example(question, [other, other], [gold], [])
         drawn = [example.draw(share, random.Random(i))[1] for i in range(400)]
         assert np.mean([gold in passages for passages in drawn]) == pytest.approx(expected, abs=0.1)
-
-
-def test_answers_and_passages_of_another_question_come_in_their_shares():
-    """And where none are asked for, the draws are those of before: no random number is spent."""
-    each = [Passage(str(i), "A", str(i)) for i in range(40)]
-    examples = [
-        Example(Question(str(i), "who", (str(i),), (i,)), [each[i]], [each[i]], [])
-        for i in range(40)
-    ]
-
-    def share_wrong(**settings):
-        chosen = ReaderSettings(gold_share=0.0, **settings)
-        rng = random.Random(0)
-        pairs = [step1.drawn(examples, chosen, rng) for _ in range(2000)]
-        answers = np.mean([q.answers != (q.id,) for q, _ in pairs])
-        return answers, np.mean([found[0].id != q.id for q, found in pairs])
-
-    assert share_wrong() == (0, 0)
-    assert share_wrong(label_noise=0.5) == pytest.approx((0.5 * 39 / 40, 0), abs=0.04)
-    assert share_wrong(wrong_passages=1.0) == pytest.approx((0, 39 / 40), abs=0.03)
-    rngs = random.Random(7), random.Random(7)
-    plain = step1.drawn(examples, ReaderSettings(), rngs[0])
-    assert plain == rngs[1].choice(examples).draw(0.8, rngs[1])
-    assert rngs[0].random() == rngs[1].random()
-
-
-def test_damaged_readers_are_kept_noisy_or_without_some_heads(tmp_path):
-    reader = load_reader("embedded", ReaderSettings())
-    step1.keep_damaged(reader, tmp_path, 0)
-    assert {one.name.replace("-", " ") for one in tmp_path.iterdir()} == {*DAMAGES}
-    whole = dict(reader.model.named_parameters())
-    for name in DAMAGES:
-        what, share = name.split()
-        hurt = load_reader(tmp_path / name.replace(" ", "-"), ReaderSettings())
-        silent = []
-        for key, weight in hurt.model.named_parameters():
-            if what == "noise" and weight.dim() > 1:
-                moved = (weight - whole[key]).std() / whole[key].std()
-                assert float(moved.detach()) == pytest.approx(float(share), rel=0.1)
-            elif key.endswith("query_key_value.weight"):
-                silent += (weight.view(8, 3, 8, 64)[:, 2].abs().amax((1, 2)) == 0).tolist()
-        if what == "heads":
-            assert np.mean(silent) == float(share)
-        # what attention gives then: values of those heads are zero in every layer
-        question, passages = draw(random.Random(0))
-        seen = look(hurt, [question], [passages])["attention"][0, 1, 1]
-        assert (np.asarray(seen == 0).all(-1).sum() / 24) == pytest.approx(np.mean(silent or [0]))
 
 
 def test_passages_of_one_kind_of_fact_are_shown_together():
