@@ -27,6 +27,7 @@ BROKEN = "{source: files, name: broken, passages: bad.tsv, questions: q.jsonl, d
 HELD = """
 from ragkit.experiment import run
 from ragkit.experiment.lab import Lab
+from ragkit.experiment.wanted import stages as stages_of
 run.workers_of = lambda lab: 2
 lab = Lab({0!r}, {1!r})
 run.make_all(lab, [one for one in stages_of(lab.graph) if one.kind in ("passages", "questions")])
@@ -142,9 +143,10 @@ def test_a_killed_worker_gives_a_sentence_and_the_run_goes_on(tmp_path):
 def test_a_killed_run_leaves_no_process_behind(tmp_path):
     mine, runs = profile(tmp_path), tmp_path / "runs"
     lab = Lab(mine, runs)
+    finished = named(lab, "passages/b")
     with lab.store.alone(named(lab, "passages/a")):
         process = python("-c", HELD.format(mine, str(runs)), stderr=subprocess.DEVNULL)
-        until(lab.store.home(named(lab, "passages/b")).exists)
+        until(lambda: process.poll() is not None or lab.store.home(finished).exists())
         left = workers(process)
         assert left
         process.send_signal(signal.SIGKILL)

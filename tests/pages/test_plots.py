@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 from cells import defined
 
+from ragkit.distillation.targets import READERS
 from ragkit.pages import plots
 
 
@@ -37,14 +38,16 @@ def test_dots_lie_on_the_means_and_reach_over_the_intervals(table):
 
 
 def test_lines_by_closeness_follow_the_means_in_their_intervals(table):
+    names = {"weak": f"{READERS[0]}, gold retrieved", "good": f"{READERS[1]}, not"}
     given = table.assign(goal="answer", percent=table["way"].map({"a": 90, "b": 95, "c": 100}))
+    given["reader"] = given["reader"].map(names)
     figure, alt = defined("05_token_analysis", "figure").by_closeness(given)
     for axis, (_, part) in zip(figure.axes, given.groupby("set"), strict=True):
         assert set(part["mean"].round(6)) <= drawn(axis, "y")
         edges = np.concatenate([band.get_paths()[0].vertices[:, 1] for band in axis.collections])
         for bound in part[["low", "high"]].to_numpy().ravel():
             assert np.isclose(edges, bound).any()
-    assert "two, answer, good: 1.10 from 1.09 to 1.15" in alt
+    assert "two, answer, fine-tuned, not: 1.10 from 1.09 to 1.15" in alt
     plt.close(figure)
 
 
@@ -66,12 +69,12 @@ def test_points_that_share_a_value_stay_apart_and_checkpoints_are_joined():
 
 
 def test_histograms_have_the_shares_at_their_bins_and_the_means_over_them():
-    row = {"source": "paper", "reader": "weak", "system": "weak first", "mean": 0.25}
+    row = {"source": "paper", "reader": READERS[0], "system": "weak first", "mean": 0.25}
     bins = {"low": [0.0, 0.5], "high": [0.5, 1.0], "share": [0.75, 0.25]}
     table = pd.DataFrame({**row, "time": "before distillation", **bins})
     later = {"system": "weak later", "time": "after distillation", "mean": 0.75}
     table = pd.concat([table, table.assign(**later).iloc[1:].assign(share=1.0)])
-    other = pd.DataFrame({**row, **later, "reader": "good", "system": "good later", **bins})
+    other = pd.DataFrame({**row, **later, "reader": READERS[1], "system": "good later", **bins})
     histograms = defined("06_indicators", "figure").histograms
     figure, alt = histograms(pd.concat([table, other.assign(source="here")]), "rho")
     places = ("weak paper", "weak here", "good paper", "good here")
