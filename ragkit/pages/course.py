@@ -90,6 +90,7 @@ def copy_of(notebook: NotebookNode, profile: str, runs: str, kind: str = "") -> 
     for cell in copy.cells:
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
+            cell.metadata.pop("ran", None)
         if "parameters" in cell.metadata.get("tags", []):
             cell.source = f"PROFILE = {json.dumps(profile)}\nRUNS = {json.dumps(runs)}"
         if kind:

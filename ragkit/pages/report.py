@@ -24,7 +24,7 @@ from pygments.lexers import PythonLexer
 from ragkit.data.files import write_whole
 from ragkit.errors import StoreError
 from ragkit.experiment.lab import Lab, read_json
-from ragkit.experiment.store import replaced
+from ragkit.experiment.store import fingerprint, replaced
 from ragkit.pages import html
 from ragkit.settings import asset
 
@@ -156,9 +156,12 @@ def block(mark: str) -> re.Pattern[str]:
 
 def keep_outputs(lab: Lab, sources: Path) -> None:
     """Writes the outputs of a finished run into the notebooks in `sources`, to be read on the web:
-    figures as pictures with alt text, no error stream. StoreError if one was edited since."""
+    figures as pictures with alt text, no error stream. Each cell keeps a fingerprint of the source
+    that `ran`, so that an output which is no longer its own is seen. StoreError if a cell was
+    edited since the run."""
+    kept = {}
     for file in sorted(sources.glob("[0-9A]*.ipynb")):
-        notebook = nbformat.read(file, as_version=4)
+        notebook = kept[file] = nbformat.read(file, as_version=4)
         ran = nbformat.read(lab.folder / "notebooks" / file.name, as_version=4)
         made = {cell.id: cell for cell in ran.cells}
         for cell in (one for one in notebook.cells if one.cell_type == "code"):
@@ -166,11 +169,13 @@ def keep_outputs(lab: Lab, sources: Path) -> None:
                 raise StoreError(f"{file.name} was edited since it ran. `make reproduce` runs it.")
             cell.outputs = [one for one in made[cell.id].outputs if one.get("name") != "stderr"]
             cell.execution_count = made[cell.id].execution_count
+            cell.metadata["ran"] = fingerprint(cell.source)
             for one in cell.outputs:
                 if named := FIGURE.search(one.get("data", {}).get("text/html", "")):
                     drawn, alt = (lab.figures / f"{named[1]}.{end}" for end in ("png", "txt"))
                     picture = base64.b64encode(drawn.read_bytes()).decode()
                     one.data = {"image/png": picture, "text/plain": alt.read_text("utf8")}
+    for file, notebook in kept.items():  # now that none is in the way
         nbformat.write(notebook, file)
 
 

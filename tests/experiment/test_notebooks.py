@@ -13,6 +13,7 @@ from logs import read_log
 from nbclient import NotebookClient
 
 from ragkit.experiment.lab import Lab
+from ragkit.experiment.store import fingerprint
 from ragkit.experiment.wanted import stages as stages_of
 from ragkit.pages import course
 from ragkit.pages.course import exercises_of
@@ -33,6 +34,19 @@ def test_sources_are_clean(path):
     assert not re.search(r"""if\s+PROFILE|profile\.name\s*==""", text)
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     assert max(len(line) for source in code for line in source.splitlines()) <= 100
+
+
+def test_outputs_that_are_kept_are_those_of_their_cells():
+    """An edited cell must lose its output, or be run again (`make reference PROFILE=full`)."""
+    for path in NOTEBOOKS:
+        for cell in nbformat.read(path, as_version=4).cells:
+            if kept := cell.get("outputs"):
+                assert cell.metadata["ran"] == fingerprint(cell.source), f"{path.name}: {cell.id}"
+                assert not [one for one in kept if one.output_type == "error"]
+                assert not [one for one in kept if one.get("name") == "stderr"]
+                pictures = [one.data for one in kept if "image/png" in one.get("data", {})]
+                assert all(len(one["text/plain"]) > 40 for one in pictures)
+    assert sum(path.stat().st_size for path in NOTEBOOKS) < 6e6
 
 
 @pytest.fixture(scope="module")

@@ -3,9 +3,12 @@
 import json
 from types import SimpleNamespace
 
+import nbformat
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 from ragkit.errors import StoreError
+from ragkit.experiment.store import fingerprint
 from ragkit.pages import report
 from ragkit.profile import load_profile
 
@@ -163,6 +166,44 @@ def test_another_profiles_reference_lies_beside_it_and_names_no_place(finished, 
     assert "| claim | statement | in the worlds | on real text | set by set | paper |" in text
     assert "| C1 | It helps. | partly | reproduced | w | up |" in text
     assert "; on real text: profile real-1a2b3c, commit 0123456." in text
+
+
+@pytest.fixture
+def ran(finished, tmp_path):
+    """A notebook that a run executed: its source, and the folder of sources."""
+    lab, _, _ = finished
+    given = new_code_cell("PROFILE = 'tiny'", metadata={"tags": ["parameters"]})
+    cells = [given, new_code_cell("draw()"), new_code_cell("1 + 1")]
+    sources = tmp_path / "notebooks"
+    for folder in (sources, lab.folder / "notebooks"):
+        folder.mkdir()
+    nbformat.write(new_notebook(cells=cells), sources / "04_toy.ipynb")
+    given.source = "PROFILE = 'full'"
+    cells[1].outputs = [
+        new_output("stream", name="stderr", text="a warning"),
+        new_output("display_data", {"text/html": '<figure id="04_gains"><svg></svg></figure>'}),
+    ]
+    cells[2].outputs = [new_output("execute_result", {"text/plain": "2"}, execution_count=3)]
+    nbformat.write(new_notebook(cells=cells), lab.folder / "notebooks" / "04_toy.ipynb")
+    return lab, sources
+
+
+def test_outputs_are_kept_with_figures_as_pictures(ran):
+    report.keep_outputs(*ran)
+    given, drawn, summed = nbformat.read(ran[1] / "04_toy.ipynb", as_version=4).cells
+    assert given.source == "PROFILE = 'tiny'"
+    assert [one.data for one in drawn.outputs] == [{"image/png": "eA==", "text/plain": "x"}]
+    assert summed.outputs[0].data == {"text/plain": "2"}
+    assert summed.metadata["ran"] == fingerprint("1 + 1")
+
+
+def test_outputs_of_a_cell_that_was_edited_since_are_not_kept(ran):
+    file = ran[1] / "04_toy.ipynb"
+    file.write_text(file.read_text().replace("1 + 1", "1 + 2"))
+    before = file.read_text()
+    with pytest.raises(StoreError, match=r"04_toy\.ipynb was edited since it ran"):
+        report.keep_outputs(*ran)
+    assert file.read_text() == before
 
 
 def test_work_that_no_commit_holds_is_said():
