@@ -10,10 +10,11 @@ import yaml
 from ragkit.settings import asset
 
 ROOT = Path(__file__).parents[2]
-NOTEBOOKS = {  # of the course, by name: the texts of their cells
-    path.stem: ["".join(cell["source"]) for cell in json.loads(path.read_text("utf8"))["cells"]]
+CELLS = {  # of the course's notebooks, by name
+    path.stem: json.loads(path.read_text("utf8"))["cells"]
     for path in sorted((ROOT / "notebooks").glob("[0-9]*.ipynb"))
 }
+NOTEBOOKS = {stem: ["".join(cell["source"]) for cell in cells] for stem, cells in CELLS.items()}
 LESSONS = yaml.safe_load(asset("lessons.yaml").read_text("utf8"))
 QUIZZES = [question for lesson in LESSONS.values() for question in lesson["quiz"]]
 
@@ -44,6 +45,29 @@ def test_a_lesson_knows_the_exercises_and_the_open_question_of_its_notebook(stem
     assert set(LESSONS[stem]["exercises"].values()) <= {1, 2, 3}
     assert NOTEBOOKS[stem][-1].startswith("**Further.**")
     assert 4 <= sentences(LESSONS[stem]["further"]) <= 8
+
+
+def minutes_to_read(cells):
+    """Of prose at 180 words a minute, with what cells told in words; of open code at 5 seconds a
+    line; of pictures at 40 seconds; and 3 minutes for the quiz. Exercises and folded code apart."""
+    words = lines = pictures = 0
+    for cell in cells:
+        text = "".join(cell["source"])
+        if text.startswith("### Exercise"):
+            break
+        data = [one.get("data", {}) for one in cell.get("outputs", [])]
+        told = [text] if cell["cell_type"] == "markdown" else []
+        told += ["".join(one.get("text/markdown", "")) for one in data]
+        words += len(" ".join(told).split())
+        pictures += sum("image/png" in one for one in data)
+        if cell["cell_type"] == "code" and not cell["metadata"].get("jupyter"):
+            lines += len(text.splitlines())
+    return words / 180 + lines * 5 / 60 + pictures * 40 / 60 + 3
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_a_lesson_says_at_least_the_minutes_that_reading_takes(stem):
+    assert LESSONS[stem]["minutes"] >= minutes_to_read(CELLS[stem])
 
 
 @pytest.mark.parametrize("stem", LESSONS)
