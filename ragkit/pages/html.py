@@ -97,6 +97,17 @@ def marked_tokens(
     return HTML(fill("marked_tokens", marked=marked, titles=titles, largest=largest))
 
 
+def prompt(tokens: Sequence[str], owners: Sequence[int], parts: Mapping[int, str]) -> HTML:
+    """A whole prompt with its answer and an end token, coloured by part (`parts`: the names of the
+    owners that are no passage); each token is marked by the rows that stand on it."""
+    named = [parts.get(owner, "passage") for owner in owners]
+    said = [place for place, part in enumerate(named) if part == "answer"][:-1]
+    before = [place - 1 for place in said]
+    rows = {"last_prompt": before[:1], "predicting": before, "consuming": said}
+    marks = [[i for i, of in enumerate(rows.values(), 1) if n in of] for n in range(len(tokens))]
+    return HTML(fill("prompt", marked=zip(tokens, named, marks, strict=True), rows=rows))
+
+
 def ledger(table: pd.DataFrame, pages: Mapping[str, str] | None = None) -> HTML:
     """The claims (`ragkit.experiment.claims.ledger`) as cards, side by side where there is room;
     each leads to its notebook's page if that is among `pages`, by the notebook's number."""

@@ -33,12 +33,14 @@ def test_dots_lie_on_the_means_and_reach_over_the_intervals(table):
         assert set(wanted) <= drawn(axis, "x")
         assert [text.get_text() for text in axis.get_yticklabels()] == ["a", "b", "c"]
     assert "Largest: c on two." in alt
+    twice = pd.concat([part for _, part in table.groupby("set")]).set_index(np.arange(12) % 6)
+    assert plots.dots(twice, "way", "gain", 0)[1] == alt  # an index need not be unique
     assert "two, good, c: 1.100 from 1.090 to 1.150" in alt
     plt.close(figure)
 
 
 def test_lines_by_closeness_follow_the_means_in_their_intervals(table):
-    names = {"weak": f"{READERS[0]}, gold retrieved", "good": f"{READERS[1]}, not"}
+    names = {"weak": f"{READERS[0]}, gold retrieved", "good": f"{READERS[1]}, not retrieved"}
     given = table.assign(goal="answer", percent=table["way"].map({"a": 90, "b": 95, "c": 100}))
     given["reader"] = given["reader"].map(names)
     figure, alt = defined("05_token_analysis", "figure").by_closeness(given)
@@ -47,7 +49,7 @@ def test_lines_by_closeness_follow_the_means_in_their_intervals(table):
         edges = np.concatenate([band.get_paths()[0].vertices[:, 1] for band in axis.collections])
         for bound in part[["low", "high"]].to_numpy().ravel():
             assert np.isclose(edges, bound).any()
-    assert "two, answer, fine-tuned, not: 1.10 from 1.09 to 1.15" in alt
+    assert "two, answer, fine-tuned, not retrieved: 1.10 from 1.09 to 1.15" in alt
     plt.close(figure)
 
 
