@@ -137,7 +137,7 @@ def test_a_run_becomes_the_reference(finished):
     assert "| C1 | It helps. | partly | w | up |" in lines
     assert "| C2 | It fails. | undecided |  |  |" in lines
     assert "| rows | not known | predicting | none |" in lines
-    assert lines.count("Measured with in the worlds: profile full, commit 0123456.") == 2
+    assert lines.count("Measured in the worlds: profile full, commit 0123456.") == 2
     assert not {"stale", "old"} & set(lines)
     report.make_reference(lab, figures, readme)  # again: the same page
     assert readme.read_text().splitlines() == lines
