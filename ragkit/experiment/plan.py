@@ -4,6 +4,7 @@ the same models; where there are none, from two small runs of the same graph; an
 models are not here yet, from arithmetic: a stage's operations over a machine's."""
 
 import math
+import os
 import shutil
 import tempfile
 from collections import Counter
@@ -22,7 +23,7 @@ from scipy.optimize import nnls
 
 from ragkit.errors import ProfileError
 from ragkit.experiment.lab import Lab
-from ragkit.experiment.run import workers_of
+from ragkit.experiment.run import QUIET, workers_of
 from ragkit.experiment.store import KINDS, Stage, read_record
 from ragkit.experiment.wanted import stages as stages_of
 from ragkit.profile import Profile
@@ -150,14 +151,17 @@ def recorded(lab: Lab, runs: Path) -> pd.DataFrame:
 def measured(lab: Lab) -> pd.DataFrame:
     """The same, of the first stages of each kind in two runs on a few questions of one set."""
     profile, first = lab.profile, lab.profile.sets[0]
+    os.environ |= QUIET  # no bars of many small stages
+    # Of a large reader a prompt takes seconds, of a small one milliseconds.
+    most, asked_at, steps = (2, 8, 1) if shape_of(profile.reader.model)[0] > 1e7 else (8, 16, 4)
     with tempfile.TemporaryDirectory() as folder:
-        for times in (1, 8):
-            few = {p: min(16 * times, getattr(first, p)) for p in ("distill", "dev", "test")}
+        for times in (1, most):
+            few = {p: min(asked_at * times, getattr(first, p)) for p in ("distill", "dev", "test")}
             few |= {"entities": 30 * times} if isinstance(first, WorldSet) else {}
-            reader = profile.reader.model_copy(update={"steps": 4 * times})
+            reader = profile.reader.model_copy(update={"steps": steps * times})
             crops = profile.retriever.model_copy(update={"crop_steps": 8 * times})
             less = {"sets": (first.model_copy(update=few),), "reader": reader, "retriever": crops}
-            asked = {"questions": 8 * times}  # Step 1 of real text learns from the others
+            asked = {"questions": asked_at * times // 2}  # Step 1 of real text learns from the rest
             less |= {"distill": profile.distill.model_copy(update=asked)}
             less |= {"encoder_decoder": None}  # of the decoder's size, about
             small, seen = Lab(profile.model_copy(update=less), folder), Counter[str]()
