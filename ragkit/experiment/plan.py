@@ -4,7 +4,6 @@ the same models; where there are none, from two small runs of the same graph; an
 models are not here yet, from arithmetic: a stage's operations over a machine's."""
 
 import math
-import os
 import shutil
 import tempfile
 from collections import Counter
@@ -23,7 +22,7 @@ from scipy.optimize import nnls
 
 from ragkit.errors import ProfileError
 from ragkit.experiment.lab import Lab
-from ragkit.experiment.run import QUIET, workers_of
+from ragkit.experiment.run import workers_of
 from ragkit.experiment.store import KINDS, Stage, read_record
 from ragkit.experiment.wanted import stages as stages_of
 from ragkit.profile import Profile
@@ -151,7 +150,6 @@ def recorded(lab: Lab, runs: Path) -> pd.DataFrame:
 def measured(lab: Lab) -> pd.DataFrame:
     """The same, of the first stages of each kind in two runs on a few questions of one set."""
     profile, first = lab.profile, lab.profile.sets[0]
-    os.environ |= QUIET  # no bars of many small stages
     # Of a large reader a prompt takes seconds, of a small one milliseconds.
     most, asked_at, steps = (2, 8, 1) if shape_of(profile.reader.model)[0] > 1e7 else (8, 16, 4)
     with tempfile.TemporaryDirectory() as folder:
