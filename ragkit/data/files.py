@@ -7,16 +7,13 @@ import hashlib
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
-from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
 from ragkit.errors import DataError, StoreError
 from ragkit.settings import HubTable
@@ -88,16 +85,6 @@ def _listed(value: Any) -> list[Any]:
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes an object a line, by `write_whole`."""
     write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file."""
-    path.write_text(json.dumps(value, ensure_ascii=False), "utf8")
-
-
-def write_arrays(path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Writes a safetensors file."""
-    save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, path)
 
 
 def write_whole(path: Path, text: str) -> None:

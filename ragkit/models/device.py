@@ -2,6 +2,7 @@
 same stages: `spread` deals out lists of work, `share` the batches of a training, and only the main
 process writes files. And how models get there: what is wrong with them is said."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -9,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import faiss
+import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-from ragkit.data.files import write_arrays, write_json
 from ragkit.errors import ProfileError, RagkitError
 from ragkit.settings import Device
 
@@ -51,7 +53,10 @@ def size() -> int:
 def write(folder: Path, files: Mapping[str, Any]) -> None:
     """Writes what a stage made, in the main process: arrays to safetensors, else values to JSON."""
     for name, made in files.items() if is_main() else ():
-        (write_arrays if name.endswith(".safetensors") else write_json)(folder / name, made)
+        if name.endswith(".safetensors"):
+            save_file({key: np.ascontiguousarray(one) for key, one in made.items()}, folder / name)
+        else:
+            (folder / name).write_text(json.dumps(made, ensure_ascii=False), "utf8")
 
 
 def agreed(value: Any = None) -> Any:

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from logs import read_log
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from sentence_transformers.losses import DistillKLDivLoss
 from sentence_transformers.util import pairwise_dot_score
 
 from ragkit.data.corpus import Asked, Corpus, Passage, Question, write_passages
-from ragkit.data.files import write_arrays, write_jsonl
+from ragkit.data.files import write_jsonl
 from ragkit.distillation import step2
 from ragkit.errors import RetrieverError
 from ragkit.models import device
@@ -147,7 +147,7 @@ def inputs(tmp_path_factory):
         folders["retriever"] / "model"
     )
     found = np.stack([np.roll(np.arange(6), -i) for i in range(6)])
-    write_arrays(folders["candidates"] / "candidates.safetensors", {"distill": found})
+    save_file({"distill": found}, folders["candidates"] / "candidates.safetensors")
     given = {"passages": folders["data"], "questions": folders["data"], **folders}
     settings = {"retriever": retriever.model_dump(), "index": IndexSettings().model_dump()}
     make_vectors(folders["vectors"], given, settings)
@@ -187,7 +187,7 @@ def test_a_killed_maker_makes_the_same(inputs, tmp_path, monkeypatch):
     alone = tmp_path / "alone"
     alone.mkdir()
     logs = np.log(np.random.default_rng(0).uniform(0.1, 1, (6, 3, 2))).astype(np.float32)
-    write_arrays(alone / "scores.safetensors", {"answer_logs": logs})
+    save_file({"answer_logs": logs}, alone / "scores.safetensors")
     chosen = asked_for(settings, target="fine-tuned EMDR2", distill={"epochs": 2})
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
@@ -197,7 +197,7 @@ def test_a_killed_maker_makes_the_same(inputs, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(device, "write_json", killed)  # at the very end
+        patched.setattr(device, "write", killed)  # at the very end
         with pytest.raises(KeyboardInterrupt):
             step2.make_step2(tmp_path / "cut", {**given, "alone": alone}, chosen)
     step2.make_step2(tmp_path / "cut", {**given, "alone": alone}, chosen)

@@ -6,12 +6,12 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from tiny_models import fid
 
 from ragkit.attention import contributions, passage_scores, record
 from ragkit.data.corpus import Passage, Question, found_first, write_passages
-from ragkit.data.files import write_arrays, write_jsonl
+from ragkit.data.files import write_jsonl
 from ragkit.distillation import teacher
 from ragkit.models.fid import load_reader
 from ragkit.models.reader import PART
@@ -220,7 +220,7 @@ def test_a_look_is_for_the_answer_that_the_settings_name(reader, tmp_path, answe
     write_passages(tmp_path / "passages.arrow", PASSAGES)
     for part in ("distill", "dev", "test"):
         write_jsonl(tmp_path / f"{part}.jsonl", [asdict(asked)])
-    write_arrays(tmp_path / "candidates.safetensors", {"distill": np.array([[0, 1, 2]])})
+    save_file({"distill": np.array([[0, 1, 2]])}, tmp_path / "candidates.safetensors")
     inputs = dict.fromkeys(("passages", "questions", "candidates"), tmp_path)
     chosen = {"reader": reader.settings.model_dump() | {"answer": answer}}
     chosen |= {"which": "off-the-shelf", "k": 3, "questions": 1, "part": "distill"}
@@ -241,7 +241,7 @@ def test_the_makers_write_what_the_functions_give(reader, tmp_path):
         write_jsonl(tmp_path / f"{part}.jsonl", map(asdict, QUESTIONS))
     places = [[0, 1, 2], [2, 1, 0], [1, 2, 0]]
     found = {"distill": np.array(places), "dev": np.array(places[::-1])}
-    write_arrays(tmp_path / "candidates.safetensors", found)
+    save_file(found, tmp_path / "candidates.safetensors")
     inputs = dict.fromkeys(("passages", "questions", "candidates"), tmp_path)
     settings = {"reader": reader.settings.model_dump(), "which": "off-the-shelf", "k": 3}
 

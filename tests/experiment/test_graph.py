@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import ragkit
 from ragkit.data.corpus import Passage, Question, write_passages
-from ragkit.data.files import write_arrays, write_jsonl
+from ragkit.data.files import write_jsonl
 from ragkit.distillation.targets import SYSTEMS
 from ragkit.experiment.graph import READING, Graph, Of
 from ragkit.experiment.lab import Lab, changed_profile
@@ -459,7 +460,7 @@ def test_a_lab_asks_with_the_answer_that_the_stages_score(tmp_path, monkeypatch)
     for part in ("distill", "dev", "test"):
         write_jsonl(tmp_path / f"{part}.jsonl", [asdict(question)])
     found = dict.fromkeys(("distill", "dev", "test"), np.array([[0, 1, 2, 2, 2]]))
-    write_arrays(tmp_path / "candidates.safetensors", found)
+    save_file(found, tmp_path / "candidates.safetensors")
     monkeypatch.setattr(Lab, "open", lambda *_: tmp_path)
     first = {}
     for answer in ("first", "found"):

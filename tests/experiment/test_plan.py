@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from transformers import LlamaConfig
 
 from ragkit.experiment import plan
 from ragkit.experiment.lab import Lab, changed_profile
@@ -46,7 +47,7 @@ def test_step_1_of_falcon_rw_1b_needs_31_gb_in_passing(paper):
     lab, table = paper
     step1 = table.set_index("name").loc["step1/nq"]
     assert 29e9 < step1["passing"] < 33e9
-    weights, _, _ = plan.shape_of(lab.profile.reader.model)
+    weights, _ = plan.shape_of(lab.profile.reader.model)
     assert 1.2e9 < weights < 1.4e9
     kept = 1 + len(lab.profile.reader.kept_steps)
     assert step1["stays"] == pytest.approx(4 * weights * kept)
@@ -61,6 +62,19 @@ def test_adapters_and_checkpointing_need_less(paper):
     assert less["memory"] < 0.6 * whole["memory"]
     assert less["passing"] < 0.1 * whole["passing"]
     assert more["memory"] > whole["memory"]
+
+
+def test_a_large_reader_is_timed_by_one_layer_and_no_stage_is_made(tmp_path):
+    """Its configuration is enough: the prompts of a small run alone would take many minutes."""
+    LlamaConfig(hidden_size=256, intermediate_size=512, vocab_size=49152).save_pretrained(tmp_path)
+    lab = Lab(changed_profile("smoke", [f"reader.model={tmp_path}"]), tmp_path / "runs")
+    table, how = plan.make(lab)
+    assert how == "by arithmetic on this processor"
+    looks = table[table["kind"] == "teacher"]
+    assert (looks["seconds"] > 0).all()
+    each = looks["seconds"] / looks["units"]
+    assert each.max() == pytest.approx(each.min())
+    assert not list(lab.runs.glob("*/stages/*/*"))
 
 
 def test_a_plan_from_what_earlier_runs_recorded(smoke):

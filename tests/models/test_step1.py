@@ -9,11 +9,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from ragkit.data.corpus import PARTS, PASSAGES, Passage, Question, write_passages
-from ragkit.data.files import write_arrays, write_jsonl
+from ragkit.data.files import write_jsonl
 from ragkit.data.worlds import build_world
 from ragkit.errors import DataError, ReaderError
 from ragkit.models import step1
@@ -192,7 +193,7 @@ def test_on_real_text_it_learns_from_no_question_that_it_then_teaches(tmp_path, 
     for part in PARTS:
         rows = [asdict(Question(str(i), f"who {i}", ("a",), (i,))) for i in range(6)]
         write_jsonl(tmp_path / f"{part}.jsonl", rows)
-    write_arrays(tmp_path / "candidates.safetensors", {"distill": np.arange(12).reshape(6, 2) % 6})
+    save_file({"distill": np.arange(12).reshape(6, 2) % 6}, tmp_path / "candidates.safetensors")
     inputs = dict.fromkeys(("passages", "questions", "candidates"), tmp_path)
     seen = []
     stub = SimpleNamespace(settings=ReaderSettings())
