@@ -1,7 +1,7 @@
 """Profiles: one validated YAML file says which data, models and settings a run uses."""
 
-import difflib
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,10 +64,9 @@ def load_profile(name_or_path: str, changes: Sequence[str] = ()) -> Profile:
     Relative paths start from the file's folder. Raises ProfileError that names file and key."""
     path = SHIPPED.get(name_or_path, Path(name_or_path))
     if not path.is_file():
-        near = difflib.get_close_matches(name_or_path, SHIPPED, 1)
-        told = f" Did you mean {near[0]!r}?" if near else ""
+        near = [f" Did you mean {one!r}?" for one in get_close_matches(name_or_path, SHIPPED, 1)]
         known = f"give one of {', '.join(SHIPPED)} or a path to a YAML file."
-        raise ProfileError(f"No profile {name_or_path!r}: {known}{told}")
+        raise ProfileError(f"No profile {name_or_path!r}: {known}{''.join(near)}")
     try:
         values = yaml.safe_load(path.read_text("utf8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -108,8 +107,9 @@ def _explained(location: tuple[int | str, ...], message: str, kind: str) -> str:
     """One validation problem as a sentence that names the key."""
     key = ".".join(str(part) for part in location) or "(the whole file)"
     if kind != "extra_forbidden":
-        return f"  {key}: {message.removeprefix('Value error, ')}"
+        hint = " (YAML reads 1e-4 as a text; write 1.0e-4)" if kind == "float_type" else ""
+        return f"  {key}: {message.removeprefix('Value error, ')}{hint}"
     sections = [Profile.model_json_schema(), *Profile.model_json_schema()["$defs"].values()]
     known = {name for section in sections for name in section["properties"]} - {location[-1]}
-    near = difflib.get_close_matches(str(location[-1]), known, 1)
+    near = get_close_matches(str(location[-1]), known, 1)
     return f"  {key}: unknown key." + (f" The nearest valid key is {near[0]!r}." if near else "")
