@@ -42,7 +42,7 @@ class Profile(Section):
     nouns: settings.Place = "embedded"  # what finds them: or a folder or package of spaCy
     indicators: settings.IndicatorSettings = settings.IndicatorSettings()
     # Those of VARIATIONS that notebook 08 runs Step 2 again for, under the first of its seeds.
-    variations: tuple[str, ...] = Field(default=tuple(CHOICES["taken"]), strict=False)
+    variations: tuple[str, ...] = Field(tuple(CHOICES["taken"]), strict=False, min_length=1)
     evaluate: settings.EvaluateSettings = settings.EvaluateSettings()
 
     @model_validator(mode="after")

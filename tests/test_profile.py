@@ -177,6 +177,7 @@ def test_changes_are_made_before_validation(tmp_path):
         ("k", "is no change"),
         ("sets.9.distill=1", "'sets.9.distill=1' is no change"),
         ("reader.bach=1", "reader.bach: unknown key. The nearest valid key is 'batch'"),
+        ("variations=[]", "variations: .* at least 1 item"),
         ("reader.rate=1e-4", r"reader\.rate: .* valid number \(YAML .* write 1\.0e-4\)"),
     ):
         with pytest.raises(ProfileError, match=words):

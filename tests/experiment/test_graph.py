@@ -238,7 +238,7 @@ def test_inputs_come_first_names_are_unique_and_makers_exist(profile):
 
 
 def test_variations_and_seeds_share_what_they_do_not_touch():
-    graph = Graph(load_profile("smoke", ["variations=[]"]))
+    graph = Graph(load_profile("smoke"))
     own = {stage.key for stage in stages_of(graph)}
 
     def kinds(other):

@@ -26,7 +26,7 @@ SMALL = {
     "retriever.crop_steps": 4, "retriever.crop_batch": 8, "retriever.vocabulary": 400,
     "retriever.passage_tokens": 64, "distill.seeds": [0], "distill.epochs": 1,
     "indicators.questions": 6, "evaluate.answered": 4, "evaluate.bootstrap": 100,
-    "attention.chosen": 2, "nouns": "embedded",
+    "attention.chosen": 2, "nouns": "embedded", "variations": ["reverse KL"],
 }  # fmt: skip
 
 
