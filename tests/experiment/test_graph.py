@@ -30,7 +30,7 @@ from ragkit.profile import VARIATIONS, load_profile
 
 ROOT = Path(__file__).parent.parent.parent
 NOTEBOOKS = {path.stem[:2] for path in (ROOT / "notebooks").glob("*.ipynb")}
-JUDGED = {"04", "05", "06", "07", "08", "09"}  # notebooks that reach the claims
+JUDGED = {"04", "05", "06", "07", "08", "09", "10"}  # notebooks that reach the claims
 COMPUTE = {"02", "03", "04", "07"}  # those that load a model, or reach what does
 READERS = {"step1", "premises", "answers", "teacher", "heads", "alone", "loop", "tokens",
            "contextual", "closeness"}  # fmt: skip
@@ -67,8 +67,8 @@ class Copy:
 
     def __init__(self, folder):
         self.folder = folder
-        for name in ("ragkit", "notebooks"):
-            ignored = shutil.ignore_patterns("__pycache__")
+        for name in ("ragkit", "notebooks", "figures"):  # some notebooks open published tables
+            ignored = shutil.ignore_patterns("__pycache__", "*.svg", "*.png")
             shutil.copytree(ROOT / name, folder / name, ignore=ignored)
 
     def read(self, **installed):
