@@ -92,10 +92,10 @@ class Lab:
         return [[passages[i] for i in row[: self.profile.k]] for row in rows]
 
     def example(self, set_name: str, part: str) -> int:
-        """The first question of a part that finds a gold passage and others; 0 if there is none."""
-        corpus, k = self.corpus(set_name), self.profile.k
-        rows = self.candidates(set_name)[part][:, :k].tolist()
-        for place, (question, row) in enumerate(zip(corpus.questions[part], rows, strict=True)):
+        """The first question (of distill: that a teacher reads) with gold and others; or 0."""
+        corpus, k, most = self.corpus(set_name), self.profile.k, self.profile.distill.questions
+        rows = self.candidates(set_name)[part][: most if part == "distill" else None, :k].tolist()
+        for place, (question, row) in enumerate(zip(corpus.questions[part], rows, strict=False)):
             if 0 < len(set(row) & set(corpus.gold(question, row))) < k:
                 return place
         return 0

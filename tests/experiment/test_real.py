@@ -15,7 +15,7 @@ from ragkit.data.files import write_jsonl
 from ragkit.data.worlds import build_world
 from ragkit.experiment import claims, tables
 from ragkit.experiment.analysis import Analysis
-from ragkit.experiment.graph import Of
+from ragkit.experiment.graph import Graph, Of
 from ragkit.experiment.lab import Lab, changed_profile
 from ragkit.experiment.wanted import stages as stages_of
 from ragkit.settings import WorldSet
@@ -81,6 +81,11 @@ def test_every_stage_can_be_made_and_the_claims_are_asked(lab):
     assert np.isfinite(tables.per_question(lab, "nq")["HR@5"]).all()
     look = lab.look("nq", "fine-tuned")
     assert len(look["attention"]) == 8
+    place = lab.example("nq", "distill")
+    assert 0 < place < 8
+    fewer = lab.profile.distill.model_copy(update={"questions": place})  # the rest is Step 1's
+    other = lab.with_graph(Graph(lab.profile.model_copy(update={"distill": fewer})))
+    assert other.example("nq", "distill") == 0
     assert np.isfinite(look["attention"]).all()
 
 
