@@ -91,7 +91,7 @@ def dots(table: pd.DataFrame, row: str, label: str, line: float) -> tuple[Figure
     figure = panels(sns.pointplot, bounds(drawn), height, ncols, (label, ""), **look)
     for axis in figure.axes:
         axis.axvline(line, **RULE)
-    best = table.iloc[table["mean"].argmax()]
+    best = table.iloc[table["mean"].fillna(float("-inf")).argmax()]  # of few questions all are NaN
     said = f"{label}, by {row}, means with 95 percent intervals. "
     said += f"Largest: {best[row]} on {best['set']}."
     form = f"{{set}}, {{reader}}, {{{row}}}: {{mean:.3f}} from {{low:.3f}} to {{high:.3f}}"
