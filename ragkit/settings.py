@@ -12,6 +12,7 @@ ASSETS = Path(__file__).parent / "assets"
 REFERENCES = ASSETS.parents[1] / "figures"  # runs made the reference: `full`, others below it
 # The readers that ship, by name; the keys of stages hold the hashes of their files.
 EMBEDDED = {"embedded": ASSETS / "reader", "embedded encoder-decoder": ASSETS / "encoder_decoder"}
+EMBEDDED |= {path.name: path for path in sorted((ASSETS / "starts").iterdir())}  # notebook 11's
 # Settings that change no result, so that a stage made under others is used again.
 FREE = frozenset({"at_once", "gradient_checkpointing"})
 
@@ -77,11 +78,11 @@ class AnySet(Section):
     test: Count = 500
 
 
-def derived_seed(world: str, draw: int) -> int:
-    """The seed of a world that claims are judged on: a hash of the rules of claims.yaml, as parsed,
-    so that who writes the rules cannot know the world, and who changes them gets another."""
+def derived_seed(world: str, draw: int, file: str = "claims") -> int:
+    """The seed of a world that is measured by rules: a hash of theirs in a file of the assets, as
+    parsed, so that who writes them cannot know the world, and who changes them gets another."""
     # Not by `asset()`: no stage depends on the rules but through the seed in its settings.
-    rules = yaml.safe_load((ASSETS / "claims.yaml").read_text("utf8"))
+    rules = yaml.safe_load((ASSETS / f"{file}.yaml").read_text("utf8"))
     text = json.dumps([rules, world, draw], sort_keys=True)
     return int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10**8
 
@@ -91,7 +92,7 @@ class WorldSet(AnySet):
 
     source: Literal["world"]
     world: Literal["almanac", "trivia"]
-    seed: int  # of the world too; `rules` stands for `derived_seed`, and is kept as its number
+    seed: int  # of the world too; `rules` and `foretelling` stand for `derived_seed`'s number
     draw: Annotated[int, Field(ge=0)] = 0  # which of these; earlier ones were passed over
     entities: Count = 420
     wordings_per_fact: Annotated[int, Field(ge=1, le=5)] = 2
@@ -99,8 +100,10 @@ class WorldSet(AnySet):
     @model_validator(mode="before")
     @classmethod
     def seed_follows_from_rules(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("seed") == "rules":
-            return values | {"seed": derived_seed(values.get("world", ""), values.get("draw", 0))}
+        files = {"rules": "claims", "foretelling": "foretelling"}
+        if isinstance(values, dict) and (file := files.get(str(values.get("seed")))):
+            drawn = derived_seed(values.get("world", ""), values.get("draw", 0), file)
+            return values | {"seed": drawn}
         return values
 
 
@@ -197,6 +200,8 @@ class ReaderSettings(Section):
     batch: Count = 8
     rate: Positive = 1e-3  # at its peak, of all weights; adapters learn at ten times of it
     gold_share: Share = 0.8
+    label_noise: Share = 0.0  # of the draws of Step 1: the answer of another question
+    wrong_passages: Share = 0.0  # of the draws: the passages of another question
     checkpoints: Annotated[int, Field(ge=0, le=10)] = 5  # readers kept at steps/2, steps/4, ...
 
     @property

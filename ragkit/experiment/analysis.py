@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -14,8 +15,9 @@ from ragkit.data.corpus import hits
 from ragkit.data.speech import Tagged, parts_of_speech
 from ragkit.distillation.targets import UNTAUGHT
 from ragkit.errors import NounsError
-from ragkit.experiment.lab import Lab
-from ragkit.experiment.wanted import TAUGHT_BY
+from ragkit.experiment.lab import Lab, read_json
+from ragkit.experiment.tables import published
+from ragkit.experiment.wanted import STUDY, TAUGHT_BY, studied, trained
 from ragkit.indicators import measures
 from ragkit.indicators.measures import Bools, Cut, Floats, Interval, Tokens
 from ragkit.settings import WorldSet
@@ -154,3 +156,24 @@ def computed(sets: Mapping[str, Analysis]) -> dict[Goal, str]:
         sys.stdout.write(f"Indicator 2 is not computed: {error}\n")
         del found["nouns"]
     return found
+
+
+def readers(lab: Lab) -> pd.DataFrame:
+    """Notebook 11's readers, a row each: `set`, `training`, `reader`, every foreteller, and by each
+    signal of STUDY the gain that it teaches, on all test questions and on those of either half of
+    the entities. Where the run's profile has no study: those of the reference (or StoreError)."""
+    if not lab.profile.study:
+        return published(lab, "study", "11_readers.csv")
+    rows = []
+    for set_name, training in product(lab.sets, STUDY["trainings"]):
+        own = Analysis(lab.with_graph(trained(lab.graph, training)), set_name)
+        half = np.unique(own.groups(), return_inverse=True)[1] % 2
+        for which in studied(training):
+            row = {"set": set_name, "training": training, "reader": which}
+            row |= read_json(own.lab.open("foretellers", set_name, which) / "foretellers.json")
+            for signal in STUDY["signals"]:
+                gains = own.hit_gains(f"{which} {signal}").mean(0)
+                row[f"gain by {signal}"] = gains.mean()
+                row |= {f"gain by {signal}, half {h}": gains[half == h].mean() for h in (0, 1)}
+            rows.append(row)
+    return pd.DataFrame(rows)

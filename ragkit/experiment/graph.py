@@ -36,10 +36,11 @@ class Of:
 
 
 class Graph:
-    """All stages of one profile; `sets` by name, `targets` of the main table with what they are."""
+    """All stages of one profile; `sets` by name, `targets` of the main table with what they are.
+    Closeness is measured in the embeddings of the reader of `base`, by default the profile's."""
 
-    def __init__(self, profile: Profile, note: str = "") -> None:
-        self.profile, self.note = profile, note
+    def __init__(self, profile: Profile, note: str = "", base: Profile | None = None) -> None:
+        self.profile, self.note, self.base = profile, note, base or profile
         self.sets = {one.name: one for one in profile.sets}
         self.has_clozes = all(isinstance(one, WorldSet) for one in profile.sets)
         self.trains_retriever = profile.retriever.model == "embedded"
@@ -48,6 +49,7 @@ class Graph:
         names = targets.TARGETS.items()
         self.targets = {name: told for name, told in names if not name.startswith(lacking)}
         own = {"weights": model_files(profile.reader.model), "state": finder_state(profile.nouns)}
+        own["base_weights"] = model_files(self.base.reader.model)
         self.common = profile.model_dump(mode="json") | own | {"shuffle_seed": profile.seed}
         for name in ("stage", "varied", "again"):
             setattr(self, name, cache(getattr(self, name)))  # each is made once
@@ -80,8 +82,9 @@ class Graph:
         return [*READERS, *(CLOZES if self.has_clozes else ())]
 
     def seeds(self, target: str) -> tuple[int, ...]:
-        """Those of Step 2 for a target: all in the main table, one for readers on the way."""
-        return self.profile.distill.seeds[: None if target in self.targets else 1]
+        """Those of Step 2 for a target: all in the main table, and in a study; else one."""
+        whole = target in self.targets or self.profile.study
+        return self.profile.distill.seeds[: None if whole else 1]
 
     def system(self, set_name: str, which: str, target: str = "") -> Of:
         """A reader with the passages that a target's first retriever finds, or the initial one."""
@@ -147,7 +150,8 @@ class Graph:
         known = vars(of) | self.common | {"set": one.model_dump(mode="json")}
         known |= {"world": getattr(one, "world", None), "closed_book": of.target == "closed book"}
         known |= {"questions": number, "answered": number, "part": KINDS[kind].get("part")}
-        known["base"] = {key: known["reader"][key] for key in READING}
+        base = self.base.reader.model_dump(mode="json")
+        known["base"] = {key: base[key] for key in READING}
         if of.which == ENCODER_DECODER:
             same = {"answer": self.profile.reader.answer}  # closeness is to one answer
             known |= {"which": READERS[1], "reader": known["encoder_decoder"] | same}

@@ -39,6 +39,7 @@ NOISY = "papermill httpx bm25s datasets faiss traitlets spacy asyncio sentence_t
 DRAWN_WITH = ("pandas", "matplotlib", "seaborn", "papermill", "nbclient", "ipykernel")
 KILLED = "its Python process was killed, most likely because memory ran out. Close other "
 KILLED += "programs, then give the same command: it goes on from there."
+OPENS = ("published(", "readers(lab)")  # by which a notebook opens published tables
 QUIET = {"TQDM_DISABLE": "1"}  # bars cannot be read of two processes, or kept in a notebook
 OWN_ERRORS = {*vars(errors), "AttentionError"}
 
@@ -160,7 +161,7 @@ def notebooks_of(lab: Lab, sources: Path) -> list[Stage]:
         code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
         own = {"its source": store.fingerprint([one.source for one in cells]), **closure(code)}
         settings: Any = common | {"code": own, "source": os.path.relpath(file, PACKAGE.parent)}
-        if "published(" in code:
+        if any(one in code for one in OPENS):
             tables = [*REFERENCES.rglob("*.csv"), *(lab.folder / "figures").glob("*.csv")]
             others = [one for one in sorted(tables) if not one.name.startswith(file.stem[:2])]
             settings["tables"] = [[one.name, file_hash(one)] for one in others]

@@ -61,6 +61,17 @@ class Example:
         return self.question, rng.sample(passages, len(passages))
 
 
+def drawn(examples: list[Example], settings: ReaderSettings, rng: random.Random) -> Pair:
+    """A question of Step 1 with its passages; in shares of the draws that the settings name, the
+    answer or the passages are those of another one."""
+    question, passages = rng.choice(examples).draw(settings.gold_share, rng)
+    if settings.label_noise and rng.random() < settings.label_noise:
+        question = replace(question, answers=rng.choice(examples).question.answers)
+    if settings.wrong_passages and rng.random() < settings.wrong_passages:
+        passages = rng.choice(examples).draw(settings.gold_share, rng)[1]
+    return question, passages
+
+
 def examples_of(asked: Asked, k: int) -> list[Example]:
     """The questions asked with the first k of their candidates."""
     passages, by_kind, examples = asked.corpus.passages, defaultdict[str, set[int]](set), []
@@ -232,12 +243,9 @@ def make_step1(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, 
         asked, taught = Asked.open(inputs, "distill"), settings["questions"]
         own = replace(asked, questions=asked.questions[taught:])
         if not own.questions:
-            told = (
-                "Step 1 would learn from the questions that it then teaches from. Make its distill"
-            )
-            raise DataError(
-                f"set {chosen['name']}: {told} greater than distill.questions ({taught})."
-            )
+            told = "Step 1 would learn from the questions that it then teaches from. Make its"
+            more = f"{told} distill greater than distill.questions ({taught})."
+            raise DataError(f"set {chosen['name']}: {more}")
         examples = examples_of(replace(own, candidates=asked.candidates[taught:]), k)
-    share, reader = settings["reader"]["gold_share"], open_reader(inputs, settings, to_train=True)
-    fine_tune(reader, lambda rng: rng.choice(examples).draw(share, rng), folder, seed)
+    reader = open_reader(inputs, settings, to_train=True)
+    fine_tune(reader, lambda rng: drawn(examples, reader.settings, rng), folder, seed)

@@ -33,7 +33,7 @@ NOTEBOOKS = {path.stem[:2] for path in (ROOT / "notebooks").glob("*.ipynb")}
 JUDGED = {"04", "05", "06", "07", "08", "09", "10"}  # notebooks that reach the claims
 COMPUTE = {"02", "03", "04", "07"}  # those that load a model, or reach what does
 READERS = {"step1", "premises", "answers", "teacher", "heads", "alone", "loop", "tokens",
-           "contextual", "closeness"}  # fmt: skip
+           "contextual", "closeness", "foretellers"}  # fmt: skip
 SCRIPT = """
 import json, sys
 from importlib import metadata

@@ -5,15 +5,19 @@ import random
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import papermill
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from ragkit.data import worlds
+from ragkit.data.corpus import Passage, Question
 from ragkit.data.files import file_hash
 from ragkit.data.speech import parts_of_speech
-from ragkit.settings import EMBEDDED, WorldSet
+from ragkit.distillation.teacher import look
+from ragkit.models.fid import load_reader
+from ragkit.settings import EMBEDDED, ReaderSettings, WorldSet
 
 APPENDIX = Path(__file__).parent.parent.parent / "notebooks/appendix"
 NOTEBOOKS = {"embedded": "pretraining.ipynb", "embedded encoder-decoder": "pretraining_fid.ipynb"}
@@ -66,7 +70,13 @@ def texts(training_pages, training_examples):
 def test_the_source_is_clean(name):
     notebook = nbformat.read(APPENDIX / name, as_version=4)
     nbformat.validate(notebook)
-    assert set(papermill.inspect_notebook(str(APPENDIX / name))) == {"OUT", "STEPS", "SEED"}
+    given = {"OUT", "STEPS", "SEED"}
+    given |= (
+        {"FAMILY", "HIDDEN", "SHORT_PAGES", "DTYPE", "EARLY", "DAMAGED"}
+        if name == "pretraining.ipynb"
+        else set()
+    )
+    assert set(papermill.inspect_notebook(str(APPENDIX / name))) == given
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert max(len(line) for cell in code for line in cell.source.splitlines()) <= 100
     assert not any(cell.outputs for cell in code)
@@ -83,6 +93,28 @@ def test_two_steps_write_a_reader_like_the_shipped_one(tmp_path, which):
     (line,) = (homes[0] / "curve.jsonl").read_text().splitlines()
     assert json.loads(line).keys() >= {"step", "answer_loss", "exact_2", "whose_2", "whose_5"}
     assert not list(homes[0].glob("checkpoint*"))
+
+
+@pytest.mark.parametrize(("family", "hidden"), [("gpt_neox", 96), ("persimmon", 64)])
+def test_another_family_becomes_a_reader_with_damaged_copies(tmp_path, family, hidden):
+    given = {"OUT": str(tmp_path / "reader"), "STEPS": 2, "FAMILY": family, "HIDDEN": hidden}
+    given |= {"EARLY": 1, "DAMAGED": True, "DTYPE": "float16"}
+    notebook = APPENDIX / "pretraining.ipynb"
+    papermill.execute_notebook(notebook, tmp_path / "ran.ipynb", given, progress_bar=False)
+    names = ("reader", "reader-early", "reader-noise", "reader-heads")
+    whole, early, noisy, hurt = (load_reader(tmp_path / n, ReaderSettings()) for n in names)
+    assert {one.model.config.model_type for one in (whole, early, noisy, hurt)} == {family}
+    weights = dict(whole.model.named_parameters())
+    for name, weight in noisy.model.named_parameters():
+        if weight.dim() > 1:
+            moved = (weight - weights[name]).std() / weights[name].std()
+            assert float(moved.detach()) == pytest.approx(0.5, rel=0.1)
+    question = Question("q", "where was orla venn born", ("Ulm",), ())
+    told = ("Orla Venn was born in Ulm.", "A town.")
+    found = [Passage(str(i), "Ulm", text) for i, text in enumerate(told)]
+    seen = look(hurt, [question], [found])["attention"][0, 1, 1]  # [layers, heads, passages]
+    assert np.mean(np.all(seen == 0, axis=-1)) == 0.5
+    assert np.all(look(whole, [question], [found])["attention"][0, 1, 1] > 0)
 
 
 def test_encoding_keeps_text_and_marks(recipes, training_pages):

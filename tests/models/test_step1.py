@@ -167,6 +167,30 @@ def test_a_gold_passage_is_put_among_those_found_as_often_as_asked():
         assert np.mean([gold in passages for passages in drawn]) == pytest.approx(expected, abs=0.1)
 
 
+def test_answers_and_passages_of_another_question_come_in_their_shares():
+    """And where none are asked for, the draws are those of before: no random number is spent."""
+    each = [Passage(str(i), "A", str(i)) for i in range(40)]
+    examples = [
+        Example(Question(str(i), "who", (str(i),), (i,)), [each[i]], [each[i]], [])
+        for i in range(40)
+    ]
+
+    def share_wrong(**settings):
+        chosen = ReaderSettings(gold_share=0.0, **settings)
+        rng = random.Random(0)
+        pairs = [step1.drawn(examples, chosen, rng) for _ in range(2000)]
+        answers = np.mean([q.answers != (q.id,) for q, _ in pairs])
+        return answers, np.mean([found[0].id != q.id for q, found in pairs])
+
+    assert share_wrong() == (0, 0)
+    assert share_wrong(label_noise=0.5) == pytest.approx((0.5 * 39 / 40, 0), abs=0.04)
+    assert share_wrong(wrong_passages=1.0) == pytest.approx((0, 39 / 40), abs=0.03)
+    rngs = random.Random(7), random.Random(7)
+    plain = step1.drawn(examples, ReaderSettings(), rngs[0])
+    assert plain == rngs[1].choice(examples).draw(0.8, rngs[1])
+    assert rngs[0].random() == rngs[1].random()
+
+
 def test_passages_of_one_kind_of_fact_are_shown_together():
     passages = [Passage(str(i), "A", str(i)) for i in range(9)]
     question = Question("q", "who", ("x",), (0,))

@@ -1,0 +1,130 @@
+"""Notebook 11's statistics: AUC, intervals over trainings, and when a foreteller is useful."""
+
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from ragkit.experiment.wanted import STUDY
+from ragkit.indicators import measures
+
+NOTEBOOK = Path(__file__).parent.parent.parent / "notebooks" / "11_who_can_teach.ipynb"
+
+
+def said_in_the_notebook():
+    """What its cells define that begin with `study`."""
+    names = {"np": np, "pd": pd, "STUDY": STUDY, "measures": measures, "rankdata": stats.rankdata}
+    names |= {"LogisticRegression": LogisticRegression, "make_pipeline": make_pipeline}
+    names |= {"StandardScaler": StandardScaler}
+    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
+        if cell.id.startswith("study-"):
+            exec(compile(cell.source, cell.id, "exec"), names)
+    return SimpleNamespace(**names)
+
+
+study = said_in_the_notebook()
+
+
+def table_of(rng, trainings=16, each=4, truth=1.0, planted=0.0):
+    """Readers whose gain follows a hidden skill; exact match sees some of it, `nouns: Spearman` a
+    share `planted`, everything else nothing."""
+    rows = []
+    for number in range(trainings):
+        base = rng.normal()
+        for step in range(each):
+            skill = base + rng.normal(0, 0.5)
+            row = {name: rng.normal() for name in study.FORETELLERS}
+            row |= {"set": "toy", "training": str(number), "reader": str(step)}
+            row["exact match"] = truth * skill + rng.normal(0, 1.5)
+            row["nouns: Spearman"] = planted * skill + (1 - planted) * rng.normal()
+            rows.append(row | {"gain by attention": 0.02 + 0.1 * skill})
+    return pd.DataFrame(rows)
+
+
+def test_auc_and_correlation_agree_with_libraries():
+    rng = np.random.default_rng(0)
+    values, can = rng.integers(0, 5, 60).astype(float), rng.random(60) > 0.5
+    assert study.auc(values, can) == pytest.approx(roc_auc_score(can, values))
+    assert np.isnan(study.auc(values, np.ones(60, bool)))
+    other = rng.normal(size=60)
+    assert study.by_rank(values, other) == pytest.approx(stats.spearmanr(values, other).statistic)
+    known = rng.normal(size=60)
+    r = [stats.spearmanr(*pair).statistic
+         for pair in ((values, other), (values, known), (other, known))]  # fmt: skip
+    by_formula = (r[0] - r[1] * r[2]) / np.sqrt((1 - r[1] ** 2) * (1 - r[2] ** 2))
+    assert study.beyond(values, other, known) == pytest.approx(by_formula)
+    assert np.isnan(study.beyond(values, other, values))
+
+
+def test_an_interval_over_trainings_is_wider_than_over_readers():
+    """Forty readers of ten trainings, alike within a training: ten numbers, not forty."""
+    rng = np.random.default_rng(0)
+    x, y = (rng.normal(size=10).repeat(4) for _ in "xy")
+    by_training = study.interval(study.by_rank, (x, y), np.arange(10).repeat(4).astype(str))
+    by_reader = study.interval(study.by_rank, (x, y), np.arange(40).astype(str))
+    widths = [one.high - one.low for one in (by_training, by_reader)]
+    assert widths[0] > 1.5 * widths[1]
+    assert by_training.n == 10
+
+
+def test_a_reader_is_foretold_by_other_trainings_only():
+    table = table_of(np.random.default_rng(1))
+    chosen = study.chosen_without(table, "attention")
+    before = study.foretold(table, "attention", chosen)
+    own = table["training"] == "3"
+    turned = table.copy()
+    turned.loc[own, "gain by attention"] *= -1
+    after = study.foretold(turned, "attention", chosen)
+    assert np.allclose(before[own], after[own])
+    assert not np.allclose(before[~own], after[~own])
+
+
+def test_a_planted_foreteller_is_found_useful():
+    found = []
+    for seed in range(10):
+        table = table_of(np.random.default_rng(seed), trainings=24, planted=0.9)
+        value = study.added(table, "attention", ["nouns: Spearman"])["nouns: Spearman"]
+        found.append(study.is_useful(value))
+    assert sum(found) >= 9
+
+
+def test_a_random_foreteller_is_seldom_found_useful(monkeypatch):
+    """False alarms over 200 draws: no more than the level allows."""
+    alarms, fewer = 0, partial(study.interval, resamples=200)
+    monkeypatch.setitem(study.added.__globals__, "interval", fewer)
+    for seed in range(200):
+        table = table_of(np.random.default_rng(1000 + seed), trainings=12)
+        value = study.added(table, "attention", ["nouns: Spearman"])["nouns: Spearman"]
+        alarms += study.is_useful(value)
+    level = STUDY["thresholds"]["level"]
+    assert stats.binomtest(alarms, 200, level, "greater").pvalue > 0.01, alarms
+
+
+def test_holm_stands_as_by_hand():
+    ps = np.array([0.03, 0.001, 0.2, 0.012])
+    assert study.standing(ps, 0.05).tolist() == [False, True, False, True]
+
+
+def test_the_best_line_parts_what_can_be_parted():
+    values, can = np.array([0.1, 0.2, 0.3, 0.4]), np.array([False, False, True, True])
+    assert study.best_line(values, can) == 0.3
+
+
+def test_a_correlation_in_a_narrow_range_is_widened_by_thorndikes_formula():
+    """A correlation of .5, cut to a third of the outcome's deviation, comes back."""
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=400_000)
+    x = 0.5 * y + np.sqrt(0.75) * rng.normal(size=len(y))
+    kept = np.abs(y) < 0.6
+    narrow = np.corrcoef(x[kept], y[kept])[0, 1]
+    assert narrow < 0.25
+    assert study.widened(narrow, y[kept].std(), y.std()) == pytest.approx(0.5, abs=0.02)
