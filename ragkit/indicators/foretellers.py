@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import special
 
 from ragkit.data.text import exact_match
 from ragkit.distillation import targets, teacher
@@ -32,7 +33,7 @@ def of_passages(
     table = {
         name: np.where(telling, targets.top(s) * holds, np.nan).sum(1) for name, s in found.items()
     }
-    table["entropy"] = -(shares * np.log(shares)).sum(1) / np.log(k)
+    table["entropy"] = special.entr(shares).sum(1) / np.log(k)
     table["last in place"] = targets.top(rank)[:, -1]
     table["orders agree"] = (targets.top(rank) * targets.top(back)).sum(1)
     question = np.repeat(np.arange(n), k)
