@@ -80,6 +80,7 @@ pretrain: $(READY)   ## train the embedded readers again (hours); a killed run g
 STARTS := $(addprefix ragkit/assets/starts/,falcon-64 falcon-96 falcon-128 gpt_neox-64 persimmon-64)
 starts: $(STARTS:%=%/sha256.txt)  ## train again what the readers of PROFILE=study begin with (hours)
 ragkit/assets/starts/gpt_neox-64/sha256.txt: MORE := -p EARLY 2500
+ragkit/assets/starts/falcon-96/sha256.txt: MORE := -p PEAK_RATE 2e-3
 ragkit/assets/starts/falcon-64/sha256.txt: MORE := -p DAMAGED True
 
 ragkit/assets/starts/%/sha256.txt: $(READY)

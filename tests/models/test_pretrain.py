@@ -72,7 +72,7 @@ def test_the_source_is_clean(name):
     nbformat.validate(notebook)
     given = {"OUT", "STEPS", "SEED"}
     given |= (
-        {"FAMILY", "HIDDEN", "SHORT_PAGES", "DTYPE", "EARLY", "DAMAGED"}
+        {"FAMILY", "HIDDEN", "PEAK_RATE", "SHORT_PAGES", "DTYPE", "EARLY", "DAMAGED"}
         if name == "pretraining.ipynb"
         else set()
     )
