@@ -19,7 +19,7 @@ else
 RAGKIT := $(RUN) -m torch.distributed.run --nproc_per_node $(PROCESSES) -m ragkit
 endif
 
-.PHONY: help plan reproduce lab test slow report reference course nouns lint bench pretrain starts tidy clean
+.PHONY: help plan reproduce lab test slow report reference course nouns lint bench pretrain starts study tidy clean
 help:            ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
@@ -78,7 +78,7 @@ pretrain: $(READY)   ## train the embedded readers again (hours); a killed run g
 
 # The other beginnings of notebook 11's readers, by family and width; `make -j2 starts` for two cores.
 STARTS := $(addprefix ragkit/assets/starts/,falcon-64 falcon-96 falcon-128 gpt_neox-64 persimmon-64)
-starts: $(STARTS:%=%/sha256.txt)  ## train again what the readers of PROFILE=study begin with (hours)
+starts: $(STARTS:%=%/sha256.txt)  ## train again what some of these readers begin with (hours)
 ragkit/assets/starts/gpt_neox-64/sha256.txt: MORE := -p EARLY 2500
 ragkit/assets/starts/falcon-96/sha256.txt: MORE := -p PEAK_RATE 2e-3
 ragkit/assets/starts/falcon-64/sha256.txt: MORE := -p DAMAGED True
@@ -87,6 +87,12 @@ ragkit/assets/starts/%/sha256.txt: $(READY)
 	mkdir -p runs
 	$(RUN) -m papermill notebooks/appendix/pretraining.ipynb runs/pretraining-$*.ipynb -p OUT $(@D) -p DTYPE float16 \
 		-p FAMILY $(word 1,$(subst -, ,$*)) -p HIDDEN $(word 2,$(subst -, ,$*)) -p STEPS 4000 -p SEED 1 -p SHORT_PAGES 2500 $(MORE)
+
+study: $(READY)      ## the table of notebook 11 again: what a hundred readers teach (hours); a killed run goes on
+	mkdir -p runs/study
+	$(RUN) -m papermill notebooks/appendix/study.ipynb runs/study/study.ipynb -p RUNS runs -p OUT figures/study
+	RAGKIT_FIGURES=runs/study/figures $(RUN) -m papermill notebooks/11_who_can_teach.ipynb runs/study/11.ipynb -p RUNS runs
+	cp runs/study/figures/11_judge.csv ragkit/assets/judge.csv
 
 clean:           ## remove runs and the environment
 	rm -rf runs .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .coverage .import_linter_cache

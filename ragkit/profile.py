@@ -43,7 +43,6 @@ class Profile(Section):
     indicators: settings.IndicatorSettings = settings.IndicatorSettings()
     # Those of VARIATIONS that notebook 08 runs Step 2 again for, under the first of its seeds.
     variations: tuple[str, ...] = Field(tuple(CHOICES["taken"]), strict=False, min_length=1)
-    study: bool = False  # whether the readers of notebook 11 are made too
     evaluate: settings.EvaluateSettings = settings.EvaluateSettings()
 
     @model_validator(mode="after")

@@ -36,8 +36,7 @@ def different(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def placed(name: str, info: ValidationInfo) -> str:
-    """A path from the profile's folder, which is the context of its validation, made absolute; a
-    model or table that is not there is a name of the hub."""
+    """A path from the profile's folder, made absolute; what is not there is a name of the hub."""
     if (folder := info.context) is None:
         return name
     is_name = name in EMBEDDED or not (folder / name).exists()
@@ -158,7 +157,6 @@ class RetrieverSettings(Section):
 
     model: Place = "embedded"  # trained here by random cropping; or a folder or hub name
     revision: str = "main"  # of a hub model: pin a commit
-    pooling: Literal["mean", "cls"] | None = None  # as the model's own folder says; embedded: mean
     normalise: bool | None = None  # to unit length; as its folder says; embedded: true
     passage_tokens: Count = 256
     dtype: Precision = "float32"  # of the computations; training keeps float32 weights

@@ -1,7 +1,6 @@
 """Exact rows of attention and value norms, recorded while a reader runs its forward pass; token
 contributions from these, and passage scores. Nothing of size tokens x tokens is made, and the eager
-path is not used where there is another (Falcon's adds its ALiBi bias twice). The pass stops when
-the last layer's attention was seen."""
+path is not used where there is another (Falcon's adds its ALiBi bias twice)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,9 +17,8 @@ from .watch import Visit, Watch, unfit
 
 @dataclass(frozen=True)
 class Record:
-    """What one forward pass showed. `alpha` `[layers, batch, heads, rows, tokens]`: attention of
-    the rows asked for, 0 on padding. `norms` `[layers, batch, heads, tokens]`: length of a head's
-    value vectors, before the output projection."""
+    """What one forward pass showed. `alpha` `[layers, batch, heads, rows, tokens]`: attention, 0 on
+    padding; `norms` `[layers, batch, heads, tokens]`: of a head's values, not yet projected."""
 
     alpha: Tensor
     norms: Tensor
@@ -111,8 +109,7 @@ def stacked(run: Callable[[Visit], None]) -> list[Tensor]:
 def record(
     reader: PreTrainedModel, ids: Tensor, mask: Tensor, rows: Tensor, states: Tensor | None = None
 ) -> Record:
-    """The attention of `rows` in every layer and head: see `observe`; with the encoder's `states`
-    the decoder's cross-attention: see `observe_cross`."""
+    """Attention of `rows` by layer and head (`observe`, or with `states` `observe_cross`)."""
     if states is None:
         return Record(*stacked(partial(observe, reader, ids, mask, rows)))
     return Record(*stacked(partial(observe_cross, reader, states, mask, ids, rows)))

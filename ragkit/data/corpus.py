@@ -128,8 +128,7 @@ class Corpus:
         return cls(name, Passages(passages / PASSAGES), parts)
 
     def gold(self, question: Question, found: Sequence[int]) -> tuple[int, ...]:
-        """A question's gold passages; where none is known, those found whose text holds an answer,
-        as DPR, FiD and Contriever count on NQ-open and TriviaQA."""
+        """A question's gold passages; if none is known, those found that hold an answer (DPR)."""
         return question.gold or tuple(
             place for place in found if holds_answer(self.passages[place].text, question.answers)
         )
@@ -195,8 +194,7 @@ def drawn(items: list[Any], settings: QuestionSet, parts: Sequence[str]) -> dict
 
 
 def passage_settings(settings: QuestionSet) -> dict[str, Any]:
-    """What determines a set's passages, as JSON values: its own settings and the files that are
-    read. Sets that agree in it share their stage."""
+    """What determines a set's passages: settings, files. Sets that agree in it share the stage."""
     kept, source = {"source", "world", "seed", "entities", "wordings_per_fact"}, None
     if not isinstance(settings, WorldSet):
         kept, source = {"source", "passages", "passage_split"}, settings.passages

@@ -108,8 +108,7 @@ def room_on_disk(folder: Path, doing: str) -> Iterator[None]:
 
 
 def file_hash(path: Path) -> str:
-    """The SHA-256 of a file, read once while its size and time stay the same; above LARGE bytes,
-    of its size and of PIECES pieces spread over it."""
+    """A file's SHA-256, kept while size and time stay; above LARGE bytes, of PIECES parts."""
     status = path.stat()
     return _hash_of(path, status.st_size, status.st_mtime_ns)
 

@@ -125,8 +125,7 @@ def load(table: HubTable, split: str, columns: Sequence[str]) -> Dataset:
 
 
 def with_text(rows: Iterable[Any], where: str) -> Iterator[Passage]:
-    """Passages of objects with `text`, perhaps `title` and an id, where there is text. Null counts
-    as empty; other types raise DataError."""
+    """Passages of objects with `text`, perhaps `title`, an id. Without: left out, or DataError."""
     for row in rows:
         if not isinstance(row, Mapping) or "text" not in row:
             raise DataError(f"{where}: no 'text'. A passage is an object with 'title' and 'text'.")

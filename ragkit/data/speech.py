@@ -49,9 +49,8 @@ def lexicon() -> dict[tuple[str, ...], tuple[str, ...]]:
 
 
 def parts_of_speech(text: str) -> list[Tagged]:
-    """Start, end and UPOS of every word and punctuation mark of a text of the embedded worlds. The
-    longest entry that fits counts: "Old Albmere" is a name, "old streets" is not. Raises DataError
-    for a word that the worlds do not hold."""
+    """Start, end and UPOS of each word and punctuation mark of a text of the worlds; DataError for
+    a word that is not theirs. The longest entry counts: "Old Albmere" is a name, "old" is not."""
     found = list(re.finditer(r"[A-Za-z]+|\d+|\S", text))
     words, tags = [match.group() for match in found], list[str]()
     while (place := len(tags)) < len(words):

@@ -1,6 +1,5 @@
-"""How texts are compared: SQuAD's exact match and F1, DPR's 'the answer stands in the passage'.
-Everything that matches strings does it here, so that curly quotes, dashes, full-width letters and
-scripts without spaces count alike everywhere."""
+"""How texts are compared: SQuAD's exact match and F1, DPR's 'the answer stands in the passage';
+curly quotes, dashes, full-width letters and scripts without spaces count alike everywhere."""
 
 import re
 import string
@@ -51,8 +50,7 @@ def exact_match(answer: str, golds: Sequence[str]) -> float:
 
 
 def f1(answer: str, golds: Sequence[str]) -> float:
-    """Overlap of words after normalisation (SQuAD; best over the gold answers); scripts without
-    spaces are compared sign by sign (as in MLQA)."""
+    """Overlap of normalised words (SQuAD; best gold answer); unspaced scripts by signs (MLQA)."""
     texts = [unicodedata.normalize("NFD", normalise(one)) for one in (answer, *golds)]
     given, *wanted = (Counter(re.sub(_SIGN, r" \g<0> ", one).split()) for one in texts)
     totals = [given.total() + gold.total() for gold in wanted]

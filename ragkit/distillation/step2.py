@@ -28,8 +28,7 @@ Row = dict[str, float]
 
 
 def kl_loss(target: Tensor, scores: Tensor, temperature: float) -> Tensor:
-    """Mean KL(target || softmax(scores / temperature)) over questions `[questions, k]`. The target
-    is detached: only the retriever learns."""
+    """Mean KL(target || softmax(scores / temperature)), both `[questions, k]`; target detached."""
     target, logs = target.detach(), (scores / temperature).log_softmax(-1)
     return (torch.xlogy(target, target) - target * logs).sum(-1).mean()
 

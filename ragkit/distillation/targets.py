@@ -139,8 +139,7 @@ def chosen_heads(look: Scores, settings: AttentionSettings) -> Bools:
 def attention_scores(
     look: Scores, settings: AttentionSettings, heads: Bools | None = None
 ) -> Floats:
-    """Passage scores `[questions, k]` under one choice of rows, norm, pooling and layers, or of the
-    chosen `heads` `[layers, heads]`."""
+    """Passage scores `[questions, k]` under one choice, or of chosen `heads` `[layers, heads]`."""
     picked = by_head(look, settings)
     if heads is not None:
         return picked[:, heads].mean(1).astype(np.float64)

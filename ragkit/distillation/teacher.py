@@ -97,8 +97,7 @@ def answer_losses(reader: Reader, prompts: list[Prompt], at_once: int) -> Array:
 
 
 def alone(reader: Reader, questions: Sequence[Question], found: Found) -> Array:
-    """Log-probability of the answer's tokens given each passage alone `[questions, k, tokens]`, NaN
-    behind its end."""
+    """Log-probability of answer tokens by each passage alone `[questions, k, tokens]`, or NaN."""
     pairs = zip(questions, found, strict=True)
     prompts = [reader.prompt(q, [p], q.answers[0]) for q, passages in pairs for p in passages]
     logs = -answer_losses(reader, prompts, 4 * reader.settings.at_once)
@@ -108,10 +107,9 @@ def alone(reader: Reader, questions: Sequence[Question], found: Found) -> Array:
 def left_out_losses(reader: Reader, questions: Sequence[Question], found: Found) -> Array:
     """LOOP's scores `[questions, k]` (ATLAS): the answer's mean loss without that passage."""
     prompts = []
-    for question, passages in zip(questions, found, strict=True):
-        for place in range(len(passages)):
-            others = passages[:place] + passages[place + 1 :]
-            prompts.append(reader.prompt(question, others, question.answers[0]))
+    for q, passages in zip(questions, found, strict=True):
+        rest = (passages[:place] + passages[place + 1 :] for place in range(len(passages)))
+        prompts += [reader.prompt(q, others, q.answers[0]) for others in rest]
     losses = answer_losses(reader, prompts, reader.settings.at_once)
     return np.nanmean(losses, axis=1).reshape(len(questions), -1)
 

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Callable, Mapping
 from functools import cache
-from itertools import product
 from pathlib import Path
 from typing import Literal
 
@@ -15,9 +14,8 @@ from ragkit.data.corpus import hits
 from ragkit.data.speech import Tagged, parts_of_speech
 from ragkit.distillation.targets import UNTAUGHT
 from ragkit.errors import NounsError
-from ragkit.experiment.lab import Lab, read_json
-from ragkit.experiment.tables import published
-from ragkit.experiment.wanted import STUDY, TAUGHT_BY, studied, trained
+from ragkit.experiment.lab import Lab
+from ragkit.experiment.wanted import TAUGHT_BY
 from ragkit.indicators import measures
 from ragkit.indicators.measures import Bools, Cut, Floats, Interval, Tokens
 from ragkit.settings import WorldSet
@@ -80,8 +78,7 @@ class Analysis:
         return [label or "unknown" for label in labels]
 
     def speech(self) -> Callable[[str], list[Tagged]]:
-        """What cuts this set's texts into words with their parts of speech: the worlds' own, or the
-        profile's spaCy pipeline; NounsError where there is none."""
+        """What cuts this set's texts into tagged words: the worlds' own, or spaCy's; NounsError."""
         if isinstance(self.lab.sets[self.set_name], WorldSet):
             return parts_of_speech
         from ragkit.indicators.nouns import load_nouns  # it loads spaCy and torch, for real text
@@ -106,8 +103,7 @@ class Analysis:
         return np.stack([self.hits(ranking) for ranking in rankings]) - self.hits()
 
     def groups(self, part: str = "test") -> NDArray[np.str_]:
-        """What each question of a part is resampled with: those about one entity of a world are no
-        independent sample, so its name; on real text its own id."""
+        """What each question of a part is resampled with: its entity, or on real text its id."""
         return np.array([q.entity or q.id for q in self.lab.corpus(self.set_name).questions[part]])
 
     def mean_of(self, values: Floats, part: str = "test") -> Interval:
@@ -156,24 +152,3 @@ def computed(sets: Mapping[str, Analysis]) -> dict[Goal, str]:
         sys.stdout.write(f"Indicator 2 is not computed: {error}\n")
         del found["nouns"]
     return found
-
-
-def readers(lab: Lab) -> pd.DataFrame:
-    """Notebook 11's readers, a row each: `set`, `training`, `reader`, every foreteller, and by each
-    signal of STUDY the gain that it teaches, on all test questions and on those of either half of
-    the entities. Where the run's profile has no study: those of the reference (or StoreError)."""
-    if not lab.profile.study:
-        return published(lab, "study", "11_readers.csv")
-    rows = []
-    for set_name, training in product(lab.sets, STUDY["trainings"]):
-        own = Analysis(lab.with_graph(trained(lab.graph, training)), set_name)
-        half = np.unique(own.groups(), return_inverse=True)[1] % 2
-        for which in studied(training):
-            row = {"set": set_name, "training": training, "reader": which}
-            row |= read_json(own.lab.open("foretellers", set_name, which) / "foretellers.json")
-            for signal in STUDY["signals"]:
-                gains = own.hit_gains(f"{which} {signal}").mean(0)
-                row[f"gain by {signal}"] = gains.mean()
-                row |= {f"gain by {signal}, half {h}": gains[half == h].mean() for h in (0, 1)}
-            rows.append(row)
-    return pd.DataFrame(rows)

@@ -43,8 +43,7 @@ def gains_improve(analysis: Analysis) -> Part:
 
 
 def by_prompt(analysis: Analysis, asks: Callable[[Analysis, str], Iterable[Number]]) -> Part:
-    """C2, C5 and C6: what a claim `asks` of the readers, for every prompt (by the ending of their
-    names) by which the off-the-shelf one is the poorer."""
+    """C2, C5, C6: what a claim `asks`, by each prompt for which the off-the-shelf one is poorer."""
     lab, numbers, told = analysis.lab, list[Number](), []
     for ending in ("", " cloze") if lab.graph.has_clozes else ("",):
         exact = [exact_by_case(lab, analysis.set_name, f"{which}{ending}") for which in READERS]

@@ -25,8 +25,7 @@ READING += ["chat", "answer"]
 
 @dataclass(frozen=True)
 class Of:
-    """What one stage is of: a set, and where its kind asks for it a reader, the order in which it
-    reads the passages (of `targets.ROLES`), a target, a seed."""
+    """What a stage is of: a set, maybe a reader, its order (`targets.ROLES`), a target, a seed."""
 
     set_name: str
     which: str = ""
@@ -82,9 +81,8 @@ class Graph:
         return [*READERS, *(CLOZES if self.has_clozes else ())]
 
     def seeds(self, target: str) -> tuple[int, ...]:
-        """Those of Step 2 for a target: all in the main table, and in a study; else one."""
-        whole = target in self.targets or self.profile.study
-        return self.profile.distill.seeds[: None if whole else 1]
+        """Those of Step 2 for a target: all in the main table, one for readers on the way."""
+        return self.profile.distill.seeds[: None if target in self.targets else 1]
 
     def system(self, set_name: str, which: str, target: str = "") -> Of:
         """A reader with the passages that a target's first retriever finds, or the initial one."""
@@ -137,9 +135,8 @@ class Graph:
             kinds = {"LOOP": "loop", "perplexity": "alone", "EMDR2": "alone"}
             return {kinds[signal]: self.stage(kinds[signal], seen)} if which else {}
         settings = targets.attention_of(of.target, self.profile.attention)
-        looks = {
-            o: self.stage("teacher", replace(seen, order=o)) for o in targets.LOOKS[settings.order]
-        }
+        orders = {o: replace(seen, order=o) for o in targets.LOOKS[settings.order]}
+        looks = {order: self.stage("teacher", one) for order, one in orders.items()}
         if settings.heads == "chosen":
             looks["heads"] = self.stage("heads", Of(of.set_name, which, "rank"))
         return looks

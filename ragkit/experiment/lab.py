@@ -101,8 +101,7 @@ class Lab:
         return 0
 
     def noun_spans(self, set_name: str, part: str) -> list[list[tuple[int, int]]]:
-        """Start and end, in characters, of the nouns of each question of a part. NounsError says
-        why where no noun finder is at hand for this set."""
+        """Start and end of the nouns of a part's questions, in characters; NounsError without."""
         if not self.graph.has_nouns(set_name):
             told = f"No noun finder for the questions of {set_name}: {self.profile.nouns!r} is not "
             told += "here, or knows the embedded worlds only. Name a spaCy pipeline (python -m "
@@ -110,8 +109,7 @@ class Lab:
         return read_json(self.open("nouns", set_name) / "spans.json")[part]
 
     def look(self, set_name: str, which: str, order: str = "rank") -> dict[str, NDArray[Any]]:
-        """A reader's look at the questions for distillation in one of `targets.ROLES`' orders, or
-        at those of dev (`heads`): the arrays of `teacher.look`."""
+        """`teacher.look` of distill's questions in an order, or dev's in rank order (`heads`)."""
         kind, shown = ("heads", "rank") if order == "heads" else ("teacher", order)
         stage = self.graph.stage(kind, Of(set_name, which, shown))
         return load_file(self.open_stage(stage) / "scores.safetensors")

@@ -39,8 +39,7 @@ COLUMNS = ("name", "kind", "units", "operations", "memory", "stays", "passing")
 
 @cache
 def shape_of(model: str) -> tuple[float, Any]:
-    """A reader's or retriever's number of weights, and its configuration. ProfileError for a model
-    that is neither here nor in `assets/hub_sizes.yaml`."""
+    """A model's number of weights, and configuration; ProfileError if neither here nor known."""
     from accelerate import init_empty_weights  # only who plans waits for torch
     from transformers import AutoConfig, AutoModel
 

@@ -129,8 +129,7 @@ def commit() -> dict[str, Any]:
 
 
 def changed_at(path: Path) -> str:
-    """The commit at which a file was last changed, its date, and whether the file differs from it
-    now; `unknown` where git does not know the file."""
+    """The commit of a file's last change, its date, if it differs now; `unknown` without git."""
     found = git("log", "-1", "--format=%h, %cs", "--", str(path)).strip()
     differs = ", and changed since" if git("status", "--porcelain", "--", str(path)) else ""
     return f"{found}{differs}" if found else "unknown"

@@ -26,8 +26,7 @@ FIGURE = "digitised from the first author's homepage, about +-0.02"
 
 
 class Number(NamedTuple):
-    """What a claim asks of one number: to lie above its line (sign 1), below (-1); with 0 it stays
-    undecided. Without a vote it is told beside."""
+    """What a claim asks of a number: to lie above its line (sign 1), below (-1), or nothing (0)."""
 
     name: str
     value: Interval
@@ -97,8 +96,7 @@ def figure_means() -> pd.DataFrame:
 
 
 def paper_values(path: Path | None = None) -> dict[str, str]:
-    """What is known of the paper's numbers, by claim: its recovered figure, and what a reader who
-    owns the paper has filled in, value and page."""
+    """The paper's numbers, by claim: its recovered figure, and what its owner has filled in."""
     filled = yaml.safe_load((path or asset("paper_values.yaml")).read_text("utf8")) or {}
     for claim, row in filled.items():
         if claim not in STATEMENTS or not isinstance(row, dict) or set(row) != {"value", "page"}:

@@ -1,5 +1,4 @@
-"""A run: every stage made by a pool of processes, every notebook executed by papermill as a stage
-made of all others, the manifest written."""
+"""A run: stages made by a pool of processes, notebooks executed by papermill, the manifest."""
 
 import json
 import logging
@@ -39,7 +38,6 @@ NOISY = "papermill httpx bm25s datasets faiss traitlets spacy asyncio sentence_t
 DRAWN_WITH = ("pandas", "matplotlib", "seaborn", "papermill", "nbclient", "ipykernel")
 KILLED = "its Python process was killed, most likely because memory ran out. Close other "
 KILLED += "programs, then give the same command: it goes on from there."
-OPENS = ("published(", "readers(lab)")  # by which a notebook opens published tables
 QUIET = {"TQDM_DISABLE": "1"}  # bars cannot be read of two processes, or kept in a notebook
 OWN_ERRORS = {*vars(errors), "AttentionError"}
 
@@ -85,8 +83,7 @@ def workers_of(lab: Lab) -> int:
 
 
 def make_all(lab: Lab, stages: Sequence[Stage]) -> None:
-    """Makes every stage that is missing, each as soon as its inputs are there, in the list's order.
-    The first error ends the run; what was finished is kept."""
+    """Makes what is missing, in order, each once its inputs are there; the first error ends it."""
     unmade = {one.key: one for one in stages if lab.store.agreed_reason(one) is not None}
     lab.store.status |= {s.name: "reused" for s in stages if s.key not in unmade} | lab.store.status
     log.info("%d stages are there, %d are to be made", len(stages) - len(unmade), len(unmade))
@@ -133,9 +130,8 @@ def stoppable(work: Callable[[], object]) -> None:
 
 
 def kernel_of_here(**env: str) -> type[AsyncKernelManager]:
-    """A class of kernels that run this interpreter and package, for a `python3` that others
-    installed may run another. They are none of several processes that work as one, and log nothing:
-    a cell's errors stand in the notebook."""
+    """A class of kernels that run this interpreter and package, not those of a `python3` installed
+    elsewhere; as one process alone, and without a log: a cell's errors stand in the notebook."""
     path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
     alone = {"PYTHONPATH": path, "WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "-1"}
     quiet = ["ipykernel_launcher", "--log-level=CRITICAL", "-f", "{connection_file}"]
@@ -145,8 +141,8 @@ def kernel_of_here(**env: str) -> type[AsyncKernelManager]:
 
 def notebooks_of(lab: Lab, sources: Path) -> list[Stage]:
     """The notebooks in `sources` as stages made of all others, which they may open. An execution
-    depends besides on its source, profile, code, the libraries that it draws with, and where it
-    opens published tables (`tables.published`) on these, which the run's other notebooks made."""
+    depends besides on its source, profile, code, the libraries that it draws with, and the tables
+    that it may open (`tables.published`); the run's other notebooks may have made these."""
     files = sorted(sources.glob("[0-9A]*.ipynb"))
     if not files:
         raise NotebookError(f"No notebooks in {sources}. Run this from a checkout.")
@@ -161,8 +157,9 @@ def notebooks_of(lab: Lab, sources: Path) -> list[Stage]:
         code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
         own = {"its source": store.fingerprint([one.source for one in cells]), **closure(code)}
         settings: Any = common | {"code": own, "source": os.path.relpath(file, PACKAGE.parent)}
-        if any(one in code for one in OPENS):
-            tables = [*REFERENCES.rglob("*.csv"), *(lab.folder / "figures").glob("*.csv")]
+        if "published(" in code:
+            own = lab.folder / "figures" if (REFERENCES / lab.base).is_dir() else REFERENCES
+            tables = {*REFERENCES.rglob("*.csv"), *own.glob("*.csv")}
             others = [one for one in sorted(tables) if not one.name.startswith(file.stem[:2])]
             settings["tables"] = [[one.name, file_hash(one)] for one in others]
         maker = f"{__name__}:make_notebook"
@@ -171,8 +168,7 @@ def notebooks_of(lab: Lab, sources: Path) -> list[Stage]:
 
 
 def make_notebook(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """Executes a notebook, with its figures in `figures/`; what goes wrong ends as one sentence
-    that names notebook and cell. Raises NotebookError."""
+    """Executes a notebook, figures in `figures/`; NotebookError names notebook, cell, problem."""
     import papermill  # it takes a second, and a run with nothing to do need not wait for it
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError

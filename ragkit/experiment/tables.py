@@ -36,8 +36,7 @@ def per_question(lab: Lab, set_name: str) -> pd.DataFrame:
 
 
 def answer_rows(lab: Lab, set_name: str, targets: Iterable[str] | None = None) -> pd.DataFrame:
-    """EM and F1 of the first test questions, by the systems and readers of `wanted.answered`:
-    columns set, system, reader, seed, question, EM, F1."""
+    """By `wanted.answered`, EM and F1: columns set, system, reader, seed, question, EM, F1."""
     rows, questions = [], lab.corpus(set_name).questions["test"]
     for system, which, seed in answered(lab.graph, targets):
         stage = lab.graph.stage("answers", Of(set_name, which, target=system, seed=seed))
@@ -62,8 +61,7 @@ def initial(lab: Lab, set_name: str) -> float:
 
 
 def mixed_golds(lab: Lab, set_name: str) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-    """Which questions for distillation have gold and other candidates `[places]`, and which of
-    these candidates are gold `[places, k]`."""
+    """Where distillation's questions with gold and others stand `[n]`; which are gold `[n, k]`."""
     asked, candidates = lab.asked(set_name)
     gold = oracle_scores(candidates.tolist(), lab.corpus(set_name).golds(asked, candidates)) > 0
     places = np.flatnonzero(gold.any(1) & ~gold.all(1))
@@ -71,8 +69,7 @@ def mixed_golds(lab: Lab, set_name: str) -> tuple[NDArray[np.int64], NDArray[np.
 
 
 def gold_on_top(lab: Lab, set_name: str, scores: NDArray[Any]) -> NDArray[np.float64]:
-    """Whether the passage with the highest score `[questions, k]` is gold `[questions]`; NaN for
-    questions that are not among `mixed_golds`."""
+    """Whether the passage of the highest score `[questions, k]` is gold; NaN if none or all are."""
     places, gold = mixed_golds(lab, set_name)
     right = np.full(len(scores), np.nan)
     right[places] = gold[np.arange(len(places)), scores[places].argmax(1)]
@@ -85,10 +82,9 @@ def top_is_gold(lab: Lab, set_name: str, scores: NDArray[Any]) -> float:
 
 
 def published(lab: Lab, profile: str, table: str) -> pd.DataFrame:
-    """A table of the reference run of a shipped profile; of this run, where it is one of that
-    profile. Raises StoreError where it is missing."""
+    """A table of a profile's reference, or of this run if it is that profile's; else StoreError."""
     file = (lab.folder / "figures" if lab.base == profile else reference(profile)) / table
     if not file.is_file():
-        told = f"Work in a checkout; `make reproduce PROFILE={profile}` makes such a run, then"
-        raise StoreError(f"No table {file}. {told} `make reference PROFILE={profile}` keeps it.")
+        told = "Work in a checkout, which holds it; the README says how it is made again."
+        raise StoreError(f"No table {file}. {told}")
     return pd.read_csv(file)

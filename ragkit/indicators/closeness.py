@@ -1,5 +1,4 @@
-"""A reader's look at every question's prompt, token by token, and how close passage tokens are to
-the answer and to the question's nouns, in several spaces."""
+"""What a reader attends to, token by token; how close that is to the answer, and to nouns."""
 
 import copy
 import json
@@ -34,8 +33,7 @@ Arrays = dict[str, NDArray[Any]]
 
 
 def passage_tokens(prompt: Prompt) -> tuple[Ints, Ints, Bools]:
-    """The places in a prompt of its passages' tokens, titles included, the passage of each, and
-    whether it is one of the title's."""
+    """Where a prompt's passage tokens stand, titles included; each one's passage; if of a title."""
     owner = np.array(prompt.owner)
     title, texts = owner == PART["title"], np.flatnonzero(owner >= 0)
     places = np.flatnonzero(title | (owner >= 0))
@@ -161,9 +159,8 @@ def space(forms: Sequence[str], model: Reader | Retriever) -> Floats:
     vectors = np.full((len(forms), table.shape[1]), np.nan)
     cut = owner([f" {one}" for one in forms], add_special_tokens=False)["input_ids"]
     for row, ids in enumerate(cut):
-        if pieces := [
-            one for one in ids if one not in special and str(owner.decode([one])).strip()
-        ]:
+        told = [one for one in ids if one not in special]
+        if pieces := [one for one in told if str(owner.decode([one])).strip()]:
             vectors[row] = table[pieces].double().mean(0).cpu().numpy()
     return vectors
 
@@ -224,8 +221,7 @@ def contextual_closeness(
 def opened(
     inputs: Mapping[str, Path], settings: Mapping[str, Any]
 ) -> tuple[Asked, Spans | None, Reader]:
-    """The first test questions, their nouns (None where no noun finder is at hand), and the
-    off-the-shelf reader, asked by questions."""
+    """A part's first questions, their nouns (None without a finder), the reader of the space."""
     part, nouns = settings["part"], None
     asked = Asked.open(inputs, part, settings["questions"], settings["k"]).scored(settings["base"])
     if "nouns" in inputs:
@@ -246,8 +242,7 @@ def make_tokens(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str,
 
 
 def make_contextual(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """`contextual.safetensors`: `contextual_closeness` of the test questions for the off-the-shelf
-    reader; nothing for an encoder-decoder."""
+    """`contextual.safetensors`: `contextual_closeness` by the off-the-shelf decoder."""
     asked, nouns, reader = opened(inputs, settings)
     arrays: Arrays = {}
     if not reader.model.config.is_encoder_decoder:
@@ -266,10 +261,8 @@ def make_closeness(folder: Path, inputs: Mapping[str, Path], settings: Mapping[s
     asked, nouns, base = opened(inputs, settings)
     words = in_words(reader, tokens, asked.questions, asked.passages, nouns)
     spaces = {"input": space(words.forms, base), "own": space(words.forms, reader)}
-    spaces |= {
-        "retriever": space(words.forms, Retriever.open(inputs, settings)),
-        "permuted": spaces["input"],
-    }
+    spaces["retriever"] = space(words.forms, Retriever.open(inputs, settings))
+    spaces["permuted"] = spaces["input"]
     arrays: Arrays = {}
     for goal, wanted in words.wanted.items():
         exact = measures.exact(words.tokens, wanted)

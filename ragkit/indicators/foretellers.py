@@ -1,5 +1,4 @@
-"""What can be known of a reader before any retriever learns from it: the indicators, and simpler
-checks (`assets/foretelling.yaml` says what each is)."""
+"""What can be known of a reader before any retriever learns from it (`assets/foretelling.yaml`)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from ragkit.models.fid import open_reader
 from ragkit.settings import AttentionSettings
 
 
+@measures.UNDEFINED
 def of_passages(
     looks: targets.Looks, others: Mapping[str, Floats], settings: AttentionSettings
 ) -> pd.DataFrame:
@@ -59,9 +59,8 @@ def make_foretellers(folder: Path, inputs: Mapping[str, Path], settings: Mapping
     losses = teacher.answer_losses(reader, whole, reader.settings.at_once)
     values |= {"exact match": np.mean(right), "loss": np.nanmean(np.nanmean(losses, axis=1))}
     tokens = closeness.look_at_tokens(reader, questions, found).texts
-    for goal, table in closeness.indicators_of((reader, base), tokens, questions, found, nouns)[
-        0
-    ].items():
+    tables, _ = closeness.indicators_of((reader, base), tokens, questions, found, nouns)
+    for goal, table in tables.items():
         means = table.drop(columns="question").mean()
         values |= {f"{goal}: {name}": mean for name, mean in means.items()}
     made = {name: float(value) for name, value in values.items()}

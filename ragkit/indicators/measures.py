@@ -155,8 +155,7 @@ def ranks(values: Floats, question: Ints, ties: Literal["average", "min"] = "ave
 
 @UNDEFINED
 def spearman(x: Floats, y: Floats, question: Ints | None = None, n: int = 1) -> Floats:
-    """Spearman's rank correlation of each of n questions `[n]`, by default of one with all tokens;
-    NaN for fewer than three tokens, or one side constant."""
+    """Spearman's correlation by question `[n]`, or of all; NaN for under 3 tokens or a constant."""
     question = np.zeros(len(x), dtype=np.int64) if question is None else question
     sizes = np.bincount(question, minlength=n)
     a, b = (ranks(side, question) - (sizes[question] + 1) / 2 for side in (x, y))
@@ -211,8 +210,7 @@ def matched_lead(lifts: Floats, near: Bools, cells: NDArray[Any], question: Ints
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean with its 95 % bootstrap interval, the number of groups behind it, and the means of the
-    resamples `[resamples]`, none where the bounds are NaN."""
+    """A mean, its 95 % bootstrap interval, its number of groups, the resamples' means, if any."""
 
     mean: float
     low: float

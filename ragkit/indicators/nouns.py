@@ -36,10 +36,8 @@ def load_nouns(model: str) -> Language:
 
 def find_nouns(model: Language, texts: list[str]) -> list[list[tuple[int, int]]]:
     """Start and end, in characters, of the nouns of each text, proper nouns included."""
-    return [
-        [(word.idx, word.idx + len(word)) for word in doc if word.pos_ in NOUN_TAGS]
-        for doc in model.pipe(texts)
-    ]
+    docs = ([word for word in doc if word.pos_ in NOUN_TAGS] for doc in model.pipe(texts))
+    return [[(word.idx, word.idx + len(word)) for word in doc] for doc in docs]
 
 
 def make_nouns(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:

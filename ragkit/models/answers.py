@@ -45,8 +45,7 @@ def premise_cases(asked: Asked, k: int, seed: int) -> dict[str, list[Pair]]:
 
 
 def make_premises(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """`exact.json`: a reader's exact match in every one of `premise_cases`, question by question;
-    null for those of dev that a case leaves out."""
+    """`exact.json`: exact match by `premise_cases` and question of dev; null where left out."""
     asked = Asked.open(inputs, "dev", settings["answered"])
     reader, exact = open_reader(inputs, settings), dict[str, list[float | None]]()
     for name, pairs in premise_cases(asked, settings["k"], settings["seed"]).items():

@@ -17,8 +17,7 @@ DIGITS = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "
 
 
 def check(path: Path, model: Any, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Refuses what of a file is not in the model or tokenizer made from it, by a ReaderError;
-    mends how the tokenizer cuts digits."""
+    """ReaderError if the model or tokenizer lacks what the file has; mends how digits are cut."""
     from gguf import GGUFReader  # where it is missing, `device.loading` says so
 
     told, names = read_gguf_metadata(str(path))

@@ -37,8 +37,7 @@ class Index:
 
     @classmethod
     def open(cls, vectors: Path, settings: IndexSettings = FLAT, index: Path = Path()) -> "Index":
-        """The vectors in one folder, with the index in another where `settings` ask for one.
-        Raises RetrieverError for a file that is missing or damaged."""
+        """Vectors of a folder, with the index that `settings` ask for. RetrieverError: damage."""
         path = vectors / VECTORS
         try:
             opened = cls(np.load(path, mmap_mode="r", allow_pickle=False), settings)
@@ -88,8 +87,7 @@ def bm25(queries: Sequence[str], passages: Sequence[str], k: int) -> Places:
 
 
 def make_vectors(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """The passages' vectors; a killed encoding goes on behind its last whole shard. Raises
-    RetrieverError for vectors too large for `index.dtype`."""
+    """The passages' vectors, shard by shard; RetrieverError if too large for `index.dtype`."""
     retriever = Retriever.open(inputs, settings)
     chosen, passages = IndexSettings(**settings["index"]), Passages(inputs["passages"] / PASSAGES)
     path, progress = folder / VECTORS, folder / PROGRESS

@@ -205,8 +205,7 @@ class Reader:
         return (text.split(".")[0] if self.style == "cloze" else text).strip()
 
     def token_losses(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Negative log-likelihood (nats) of each prompt's answer tokens `[prompts, answer tokens]`,
-        with gradients; NaN behind an answer's end."""
+        """Losses (nats) of answer tokens `[prompts, tokens]`, with gradients; NaN behind an end."""
         answers = [torch.tensor(p.ids[p.answer_start :]) for p in prompts]
         logits = self.predicted(prompts).float()
         labels = torch.cat(answers).to(logits.device)

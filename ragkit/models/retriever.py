@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize
-from sentence_transformers.sentence_transformer.modules import Pooling
 from sentence_transformers.util import batch_to_device
 from tokenizers import Tokenizer
 from tokenizers.models import WordPiece
@@ -58,8 +57,7 @@ class Retriever(nn.Module):
         return self.encoder(batch_to_device(batch, device.device()))["sentence_embedding"]
 
     def encode(self, texts: Sequence[str], kind: str = "query") -> NDArray[np.float32]:
-        """Vectors `[texts, dimensions]` in every process, computed together in `settings.dtype`.
-        Raises RetrieverError if they are not finite."""
+        """Vectors `[texts, dimensions]`, made by all processes; RetrieverError if not finite."""
         given, at_once = list(map(readable, texts)), self.settings.at_once
         quiet: dict[str, Any] = {"batch_size": at_once, "show_progress_bar": False}
         work = partial(self.encoder.encode, prompt=self.prompts[kind], **quiet)
@@ -102,8 +100,6 @@ class Retriever(nn.Module):
                 raise RetrieverError(f"{name} has {limit} positions. Lower {what}.")
             encoder.max_seq_length, modules = settings.passage_tokens, encoder._modules
             for key, one in list(modules.items()):
-                if isinstance(one, Pooling) and settings.pooling is not None:
-                    modules[key] = Pooling(model.config.hidden_size, settings.pooling)
                 if isinstance(one, Normalize) and settings.normalise is not None:
                     del modules[key]
             if settings.normalise:
@@ -114,8 +110,7 @@ class Retriever(nn.Module):
 
 
 def embedded_tokenizer() -> PreTrainedTokenizerFast:
-    """That of all embedded models: a lower-casing WordPiece tokenizer over the worlds' vocabulary.
-    How it was made: `notebooks/appendix/pretraining.ipynb`."""
+    """That of all embedded models, WordPiece; made in `notebooks/appendix/pretraining.ipynb`."""
     special = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "bos", "eos")}
     file = str(asset("reader/tokenizer.json"))
     return PreTrainedTokenizerFast(tokenizer_file=file, model_max_length=1024, **special)

@@ -51,8 +51,7 @@ class Example:
     same_kind: list[Passage]
 
     def draw(self, gold_share: float, rng: random.Random) -> Pair:
-        """The question and k passages in random order; where no gold one was found, one is put
-        among them in `gold_share` of the draws."""
+        """k passages in random order; if none is gold, one is put in, in `gold_share` of draws."""
         passages, others = list(self.found), len(self.found) - 1
         if self.gold and len(self.same_kind) >= others and rng.random() < SAME_KIND_SHARE:
             passages = [rng.choice(self.gold), *rng.sample(self.same_kind, others)]
@@ -62,8 +61,7 @@ class Example:
 
 
 def drawn(examples: list[Example], settings: ReaderSettings, rng: random.Random) -> Pair:
-    """A question of Step 1 with its passages; in shares of the draws that the settings name, the
-    answer or the passages are those of another one."""
+    """A question with its passages; in the settings' shares with another's answer or passages."""
     question, passages = rng.choice(examples).draw(settings.gold_share, rng)
     if settings.label_noise and rng.random() < settings.label_noise:
         question = replace(question, answers=rng.choice(examples).question.answers)

@@ -102,8 +102,7 @@ def copy_of(notebook: NotebookNode, profile: str, runs: str, kind: str = "") -> 
 
 
 def with_lesson(copy: NotebookNode, lesson: dict[str, Any], kind: str) -> NotebookNode:
-    """A copy with its outcomes below the title and its quiz at the end; `solution` also with a
-    model answer to the open question (`assets/lessons.yaml`)."""
+    """A copy with outcomes and quiz (`assets/lessons.yaml`), for `solution` with model answers."""
     form: Any = Template(LESSON, trim_blocks=True, lstrip_blocks=True).module
     copy.cells.insert(1, new_markdown_cell(form.begin(lesson)))
     copy.cells.append(new_markdown_cell(form.end(lesson, kind)))
@@ -116,9 +115,8 @@ def trial(code: str, what: str, ends: str = "") -> NotebookNode:
 
 
 def trials_of(stem: str, notebook: NotebookNode) -> Iterator[NotebookNode]:
-    """All that a solved notebook is tried by, in order. Each exercise is tried with the stub, each
-    wrong answer and the solution. Its check must refuse all but the last by an assert of its own
-    with a sentence, or the stub by the stub's error."""
+    """All that a solved notebook is tried by, in order. A check must refuse the stub and
+    each wrong answer by an assert of its own with a sentence (or the stub by its error)."""
     exercises = {one.answer.id: one for one in exercises_of(stem, notebook)}
     checks = {one.check.id for one in exercises.values()}
     for place, cell in enumerate(notebook.cells, 1):

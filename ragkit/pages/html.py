@@ -17,9 +17,8 @@ from pygments.formatters import HtmlFormatter
 
 from ragkit.settings import asset
 
-TEMPLATES = Environment(
-    loader=FileSystemLoader(asset("templates")), autoescape=True, undefined=StrictUndefined
-)
+FILES = FileSystemLoader(asset("templates"))
+TEMPLATES = Environment(loader=FILES, autoescape=True, undefined=StrictUndefined)
 # Addresses that stay: places of the report, and pictures that are part of the page.
 ADDRESS = re.compile(r"#\S*|[\w.-]+(/[\w.-]+)*(#\S*)?|data:image/(png|jpeg);base64,[\w+/=\s]+")
 ELSEWHERE = re.compile(r"url\s*\((?!\s*['\"]?#)|//|\\", re.IGNORECASE)  # in a style
@@ -75,8 +74,7 @@ def table(frame: pd.DataFrame, digits: int = 3, index: bool = False) -> HTML:
 
 
 def figure(path: Path) -> Markup:
-    """A figure (the path of its SVG), captioned by the first sentence of its alt text; all of that
-    is its label, and stands in words behind a fold."""
+    """A figure (path of its SVG), captioned by its alt text's first sentence; all in a fold."""
     svg, alt = (path.with_suffix(end).read_text("utf8") for end in (".svg", ".txt"))
     drawing = svg[svg.index("<svg") :].replace("<svg", '<svg style="max-width:100%;height:auto"', 1)
     return fill("figure", name=path.stem, alt=alt, drawing=Markup(drawing))  # our own

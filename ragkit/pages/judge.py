@@ -1,4 +1,5 @@
-"""Is a reader of one's own fit to teach a retriever? Its attention on a few hundred questions:
+"""Is a reader of one's own fit to teach a retriever? Its attention on a few hundred questions, held
+against what foretold best in the study of notebook 11:
 `judge.write_html(judge.judge("path/to/reader", "questions.jsonl"), Path("judgement.html"))`."""
 
 import logging
@@ -9,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
-from tqdm.auto import tqdm
 from transformers import AutoConfig
 
 from ragkit.data.corpus import Corpus, Pair, Question, found_first
@@ -19,29 +18,28 @@ from ragkit.data.files import read_jsonl, text_and_answers, write_whole
 from ragkit.data.sets import with_text
 from ragkit.data.text import same_question, words
 from ragkit.distillation import targets
-from ragkit.distillation.targets import top
 from ragkit.distillation.teacher import look
 from ragkit.errors import DataError, NounsError, ReaderError, StoreError
 from ragkit.experiment.rules import LINE
 from ragkit.indicators import measures
 from ragkit.indicators.closeness import indicators_of, look_at_tokens
+from ragkit.indicators.foretellers import of_passages
 from ragkit.indicators.measures import Interval, Tokens, interval
 from ragkit.indicators.nouns import find_nouns, load_nouns
 from ragkit.models import device
 from ragkit.models.fid import load_reader, located
 from ragkit.models.reader import Reader
 from ragkit.pages import html
-from ragkit.settings import EMBEDDED, ROWS, AttentionSettings, IndicatorSettings, ReaderSettings
+from ragkit.settings import EMBEDDED, AttentionSettings, IndicatorSettings, ReaderSettings, asset
 
 log = logging.getLogger(__name__)
 NOUNS = "en_core_web_sm"  # what finds them
 FEWEST, MOST = 2, 20  # passages of a question
 ENOUGH = 30  # questions: fewer decide nothing, for a bootstrap's interval of them is too narrow
-ABOVE, BELOW, UNSURE = "above", "not above", "undecided"
-# Ways to read the attention, and what a verdict adds where no way before is above both lines.
-WAYS = {"rank order": "", "balanced": " when balanced", "chosen heads": " by chosen heads"}
-FIT, UNFIT = "fit to teach", "unfit to teach"
-FIRST, CHANCE = "the first passage", "one drawn at random"  # what the top passage is held against
+FIT, UNFIT, UNSURE = "fit to teach", "unfit to teach", "undecided"
+# By signal, the rule that was wrong for the fewest readers of the study; and what it adds to FIT.
+RULES = pd.read_csv(asset("judge.csv")).set_index("signal").to_dict("index")
+SIGNALS = {"attention": "", "balanced": " when balanced"}
 GOALS = {"answer": "Indicator 1 (the answer)", "nouns": "Indicator 2 (the question's nouns)"}
 SHARE, READ = IndicatorSettings().share, AttentionSettings()  # as profiles do by default
 PLAIN = "The reader has a chat template, but is asked by a plain prompt, without it (see --chat)."
@@ -50,14 +48,16 @@ CHAT = "The reader is asked in a turn of its own chat template, as instruct mode
 
 @dataclass(frozen=True)
 class Judgement:
-    """What `judge` found. `tops` (see `tops_of`) make the verdict, `tables` are the indicators' by
-    their goal. `counts` says what was left out or cut, `how` what was judged by what."""
+    """What `judge` found. `tables` are the indicators' by their goal, `measured` all foretellers, a
+    row a question; of these `found` (by signal, see `found_by`) and `verdict` are made. `counts`
+    says what was left out or cut, `how` what was judged by what."""
 
     reader: Reader
     asked: list[Pair]
     tokens: Tokens
     tables: dict[str, pd.DataFrame]
-    tops: pd.DataFrame
+    measured: pd.DataFrame
+    found: dict[str, tuple[str, Interval]]
     verdict: str
     counts: Mapping[str, int]
     how: dict[str, str]
@@ -66,9 +66,9 @@ class Judgement:
 def read_asked(path: Path) -> list[Pair]:
     """Questions with their passages, from a file (see `read_jsonl`). Keys: `question`; `answer` or
     `answers` (see `text_and_answers` and `found_first`); `passages` or DPR's `ctxs`, best first,
-    FEWEST to MOST objects with `text` and `title`; where known, `gold`: places of the passages that
-    state the answer. Raises DataError that names line and key."""
-    asked = []
+    FEWEST to MOST objects with `text` and `title`, as many for each; where known, `gold`: places of
+    the passages that state the answer. Raises DataError that names line and key."""
+    asked = list[Pair]()
     for line, row in read_jsonl(path):
         where = f"{path}, line {line}"
         text, answers = text_and_answers(row, where)
@@ -78,6 +78,9 @@ def read_asked(path: Path) -> list[Pair]:
         passages = list(with_text(given, f"{where}: a passage"))
         if len(passages) < len(given):
             raise DataError(f"{where}: a passage has no text. Mend it, or leave it out.")
+        if asked and len(given) != (wanted := len(asked[0][1])):
+            told = f"{len(given)} passages, where the first question has {wanted}"
+            raise DataError(f"{where}: {told}. Give every question as many: chance depends on it.")
         places = range(len(given))
         if not isinstance(gold, list) or any(type(i) is not int or i not in places for i in gold):
             raise DataError(f"{where}: 'gold' must be places of passages, 0 to {places[-1]}.")
@@ -89,8 +92,7 @@ def read_asked(path: Path) -> list[Pair]:
 
 
 def usable(reader: Reader, asked: list[Pair], counts: Counter[str]) -> list[Pair]:
-    """The questions that a reader can be asked, each once; `counts` takes up the others, and what
-    needs care. Raises DataError if none is left."""
+    """Questions that a reader can be asked, each once; `counts` the others; DataError if none."""
     kept: dict[str, Pair] = {}
     for question, passages in asked:
         answer, key = question.answers[0], same_question(question.text)
@@ -126,59 +128,38 @@ def load(name: str, chat: bool = False) -> Reader:
     return load_reader(name, ReaderSettings(model=name, context=context, chat=chat))
 
 
-def look_at_all(reader: Reader, asked: list[Pair]) -> tuple[list[targets.Looks], Tokens]:
-    """The looks in rank and in reversed order, and all tokens in rank order: three passes. One
-    question at a time, for a bar that foretells the minutes from the first on. `holds` marks gold
-    passages here; where none is known, those that hold an answer."""
-    looks, parts = list[targets.Looks](), list[dict[str, Any]]()
-    for number, (question, passages) in enumerate(tqdm(asked, "attention")):
-        places, one = range(len(passages)), ([question], [passages])
-        gold = Corpus("", passages, {}).gold(question, places)
-        holds = {"holds": targets.oracle_scores([places], [gold])}
-        looks.append({way: {**look(reader, *one, way), **holds} for way in ("rank", "reversed")})
-        seen = look_at_tokens(reader, *one).texts
-        parts.append(vars(seen) | {"question": seen.question + number})
-    return looks, Tokens(**{name: np.concatenate([x[name] for x in parts]) for name in parts[0]})
+def look_at_all(reader: Reader, asked: list[Pair]) -> tuple[targets.Looks, Tokens]:
+    """The looks in rank and in reversed order, and all tokens in rank order: three passes. `holds`
+    marks gold passages here; where none is known, those that hold an answer."""
+    questions, found = map(list, zip(*asked, strict=True))
+    places = [range(len(passages)) for passages in found]
+    golds = [Corpus("", p, {}).gold(q, place) for (q, p), place in zip(asked, places, strict=True)]
+    holds = {"holds": targets.oracle_scores(places, golds)}
+    looks = {way: {**look(reader, questions, found, way), **holds} for way in ("rank", "reversed")}
+    return looks, look_at_tokens(reader, questions, found).texts
 
 
-def tops_of(looks: list[targets.Looks]) -> pd.DataFrame:
-    """A row a question. Where some passages hold the answer, not all: whether that with most
-    attention does, by each of WAYS, beside FIRST and CHANCE; heads are chosen on the first half of
-    these questions, tried on the other. Of every question, without its answer: `agreement`, whether
-    both orders have the same top passage."""
-    held, rows = [one["rank"]["holds"][0] for one in looks], []
-    telling = [number for number, holds in enumerate(held) if 0 < holds.mean() < 1]
-    half, heads = telling[: (len(telling) + 1) // 2], None
-    if half:
-        shares = np.mean([targets.shares_of_heads(looks[i]["rank"], READ) for i in half], axis=0)
-        heads = shares >= np.sort(shares, axis=None)[-min(READ.chosen, shares.size)]
-    for number, one in enumerate(looks):
-        both = np.concatenate([targets.attention_scores(seen, READ) for seen in one.values()])
-        rows.append({"agreement": top(both[0]) @ top(both[1])})
-        if number in telling:
-            tried = {"rank order": both[0], "balanced": targets.standardise(both).mean(0)}
-            tried |= {FIRST: np.arange(both.shape[1]) == 0, CHANCE: np.ones(both.shape[1])}
-            if number not in half:
-                tried["chosen heads"] = targets.attention_scores(one["rank"], READ, heads)[0]
-            rows[-1] |= {name: top(scores) @ held[number] for name, scores in tried.items()}
-    return pd.DataFrame(rows, columns=["agreement", *WAYS, FIRST, CHANCE])
+def measured_of(looks: targets.Looks, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """All foretellers that two looks and the indicators' `tables` tell, a row a question."""
+    named = [one.drop(columns="question").add_prefix(f"{goal}: ") for goal, one in tables.items()]
+    return pd.concat([of_passages(looks, {}, READ), *named], axis=1)
 
 
-def found_of(tops: pd.DataFrame, way: str) -> tuple[str, list[Interval]]:
-    """How much more often than FIRST and CHANCE a way's top passage holds the answer: ABOVE if both
-    intervals lie above 0, BELOW if one does not reach above it; else, of few questions, and where
-    the first passage always holds it (which nothing can exceed) UNSURE."""
-    leads = [interval(tops[way] - tops[line]) for line in (FIRST, CHANCE)]
-    low, high = min(lead.low for lead in leads), min(lead.high for lead in leads)
-    found = BELOW if high <= 0 else ABOVE if low > 0 else UNSURE
-    return found if leads[0].n >= ENOUGH and tops[FIRST].min() < 1 else UNSURE, leads
+def found_by(rule: Mapping[str, Any], measured: pd.DataFrame) -> tuple[str, Interval]:
+    """On which side of the rule's cut its foreteller lies, with the interval of its mean over these
+    questions: FIT, UNFIT, or UNSURE; that also where few questions or none have a value."""
+    value = interval(measured.get(rule["foreteller"], pd.Series(dtype=float)).to_numpy())
+    sign = 1 if rule["can teach"] == "above" else -1
+    low, high = sorted((sign * (value.low - rule["cut"]), sign * (value.high - rule["cut"])))
+    found = FIT if low >= 0 else UNFIT if high < 0 else UNSURE
+    return (found if value.n >= ENOUGH else UNSURE), value
 
 
-def verdict_of(tops: pd.DataFrame) -> str:
-    """FIT by the first way that is above both lines; UNFIT if each fails one, else UNSURE."""
-    found = {way: found_of(tops, way)[0] for way in WAYS}
-    fit = [FIT + told for way, told in WAYS.items() if found[way] == ABOVE]
-    return fit[0] if fit else UNFIT if set(found.values()) == {BELOW} else UNSURE
+def verdict_of(found: Mapping[str, tuple[str, Interval]]) -> str:
+    """FIT by the first of SIGNALS that is found so; UNFIT if each is, else UNSURE."""
+    words = {signal: word for signal, (word, _) in found.items()}
+    fit = [FIT + told for signal, told in SIGNALS.items() if words[signal] == FIT]
+    return fit[0] if fit else UNFIT if {*words.values()} == {UNFIT} else UNSURE
 
 
 def judge(
@@ -204,17 +185,20 @@ def judge(
         log.warning("Indicator 2 is not computed. %s", error)
     log.info("reading  %d prompts, as ranked, reversed, and by their tokens", len(asked))
     looks, tokens = look_at_all(reader, asked)
-    counts["in no passage"] = sum(not one["rank"]["holds"].any() for one in looks)
-    found = [passages for _, passages in asked]
-    tables, counts["vectors"] = indicators_of((reader, model), tokens, texts, found, spans)
-    tops = tops_of(looks)
-    return Judgement(reader, asked, tokens, tables, tops, verdict_of(tops), counts, how)
+    counts["in no passage"] = int((looks["rank"]["holds"].max(1) == 0).sum())
+    passages = [found for _, found in asked]
+    tables, counts["vectors"] = indicators_of((reader, model), tokens, texts, passages, spans)
+    measured = measured_of(looks, tables)
+    found = {signal: found_by(RULES[signal], measured) for signal in SIGNALS}
+    verdict = verdict_of(found)
+    return Judgement(reader, asked, tokens, tables, measured, found, verdict, counts, how)
 
 
 def write_html(judged: Judgement, path: Path) -> None:
     """Writes a judgement as one page that runs no script and loads nothing."""
-    mass = zip(measures.PLACES, judged.tokens.mass[:, ROWS.index(READ.rows)].mean(0), strict=True)
-    told = {"judge": globals(), "judged": judged, "mass": dict(mass), "line": LINE}
+    mass = judged.tokens.mass[:, measures.ROWS.index(READ.rows)].mean(0)
+    told = {"judge": globals(), "judged": judged, "line": LINE}
+    told["mass"] = dict(zip(measures.PLACES, mass, strict=True))
     title, body = f"Judgement of {judged.how['Reader']}", html.fill("judge", **told)
     write_whole(path, html.page(title, body, [("Judgement", "#main")], "#main"))
 
@@ -228,8 +212,6 @@ def write(
         raise StoreError(f"The page cannot be written to {out}: {why}. Choose another --out.")
     judged = judge(reader, questions, nouns, space, chat)
     write_html(judged, out)
-    for way in WAYS:
-        found, (first, chance) = found_of(judged.tops, way)
-        told = f"{interval(judged.tops[way])}, over {FIRST} {first}, over {CHANCE} {chance}"
-        log.info("%-9s %s: %s", found, way, told)
+    for signal, (word, value) in judged.found.items():
+        log.info("by %s %s: %s %s", signal, word, RULES[signal]["foreteller"], value)
     log.info("verdict: %s (%d questions). The page: %s", judged.verdict, len(judged.asked), out)

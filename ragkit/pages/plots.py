@@ -1,6 +1,5 @@
 """One seaborn theme, one function a figure, which gives it with its alt text; `show` keeps both.
-Every figure is one column of panels, WIDTH inches wide, so that its text stays legible where a
-phone shows it 360 pixels wide."""
+Every figure is one column of panels, WIDTH inches wide: legible on a phone of 360 pixels."""
 
 from pathlib import Path
 from textwrap import fill

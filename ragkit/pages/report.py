@@ -157,8 +157,7 @@ def block(mark: str) -> re.Pattern[str]:
 def keep_outputs(lab: Lab, sources: Path) -> None:
     """Writes the outputs of a finished run into the notebooks in `sources`, to be read on the web:
     figures as pictures with alt text, no error stream. Each cell keeps a fingerprint of the source
-    that `ran`, so that an output which is no longer its own is seen. StoreError if a cell was
-    edited since the run."""
+    that `ran`, which tells whose its outputs are. StoreError if a cell was edited since the run."""
     kept = {}
     for file in sorted(sources.glob("[0-9A]*.ipynb")):
         notebook = kept[file] = nbformat.read(file, as_version=4)
@@ -217,8 +216,7 @@ def make_reference(lab: Lab, figures: Path, readme: Path) -> None:
 
 
 def with_tables(text: str, figures: Path) -> str:
-    """The README's text with the claims' verdicts in every reference there is, and the deviations
-    from the paper, as measured in the worlds."""
+    """The README's text with the verdicts of every reference, and the worlds' deviations."""
     homes = {"in the worlds": figures, "on real text": figures / "real"}
     homes = {where: home for where, home in homes.items() if (home / LEDGER).is_file()}
     ledgers = {where: pd.read_csv(home / LEDGER) for where, home in homes.items()}

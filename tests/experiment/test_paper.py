@@ -63,7 +63,7 @@ def changes(hub, falcon):
         "retriever.model": hub / "contriever", "reader.model": falcon,
         "sets.0.questions.dataset": hub / "nq", "sets.0.questions.rows": rows,
         "sets.1.questions.dataset": hub / "trivia", "sets.1.questions.rows": rows,
-        "retriever.at_once": 64, "index.shard": 4000, "index.probes": 8, "index.candidates": 100,
+        "retriever.at_once": 64, "index.shard": 4000, "index.probes": 12, "index.candidates": 200,
         "reader.steps": 2, "reader.batch": 4, "reader.at_once": 2, "reader.checkpoints": 1,
         "distill.questions": 12, "distill.seeds": [0], "distill.epochs": 1,
         "indicators.questions": 4, "evaluate.answered": 4, "evaluate.bootstrap": 200,

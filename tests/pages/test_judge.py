@@ -36,18 +36,7 @@ from ragkit.indicators import measures
 from ragkit.indicators.measures import interval
 from ragkit.models.retriever import embedded_tokenizer
 from ragkit.pages import judge as judging
-from ragkit.pages.judge import (
-    ABOVE,
-    BELOW,
-    CHANCE,
-    ENOUGH,
-    FIRST,
-    FIT,
-    UNFIT,
-    UNSURE,
-    WAYS,
-    read_asked,
-)
+from ragkit.pages.judge import ENOUGH, FIT, RULES, SIGNALS, UNFIT, UNSURE, read_asked
 
 NASTY = "<script src='https://example.com/x.js'>alert(1)</script>"
 SVG_NAMES = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}  # no browser opens them
@@ -146,10 +135,11 @@ def test_one_question_by_hand(reader, nouns, tmp_path):
             assert got["Spearman" + ending] == pytest.approx(by_scipy, abs=1e-6)
     owner = np.array(prompt.owner)[inside]
     scores = np.bincount(owner, attention)
-    (row_of,) = judged.tops.to_dict("records")
-    assert row_of["rank order"] == (scores.argmax() == 0)  # Ulm stands in the first passage alone
-    assert (row_of[FIRST], row_of[CHANCE]) == (1, pytest.approx(1 / 3))
-    assert np.isnan(row_of["chosen heads"])  # the only question chose them
+    (row_of,) = judged.measured.to_dict("records")
+    holds = row_of["top holds the answer"]
+    assert holds == (scores.argmax() == 0)  # Ulm stands in the first passage alone
+    assert row_of["last in place"] == (scores.argmax() == 2)
+    assert row_of["answer: Spearman"] == judged.tables["answer"]["Spearman"][0]
     alpha = seen.alpha[:, 0, :, 0].mean((0, 1)).numpy()
     mass = dict(zip(measures.PLACES, judged.tokens.mass[0, 0], strict=True))
     assert mass["passages"] == pytest.approx(alpha[inside].sum(), abs=1e-5)
@@ -161,24 +151,20 @@ def test_one_question_by_hand(reader, nouns, tmp_path):
     assert "too few to tell" in page
 
 
-def test_questions_with_other_numbers_of_passages_do_not_touch_each_other(reader, nouns):
-    lyda = row("on which river lies old tarholm", ["Lyda", "the Lyda"], TEXTS[:2])
+def test_questions_do_not_touch_each_other(reader, nouns):
+    lyda = row("on which river lies old tarholm", ["Lyda", "the Lyda"], TEXTS[1:] + TEXTS[:1])
     rows = [row(), lyda, row(PLACES[1], texts=TEXTS[::-1])]
-    together = judge(reader, rows, nouns)
-    alone = [judge(reader, [one], nouns) for one in rows]
-    for goal in ("answer", "nouns"):
-        for name in ("attention", "Spearman", "Spearman (no exact)"):
-            own = [one.tables[goal][name][0] for one in alone]
-            assert together.tables[goal][name].tolist() == pytest.approx(own, abs=1e-4)
-    for name in ("rank order", "balanced", "agreement", FIRST, CHANCE):
-        own = [one.tops[name][0] for one in alone]
-        assert together.tops[name].tolist() == pytest.approx(own, abs=1e-4, nan_ok=True)
+    together = judge(reader, rows, nouns).measured
+    alone = [judge(reader, [one], nouns).measured for one in rows]
+    for name in together.columns:
+        own = [one[name][0] for one in alone]
+        assert together[name].tolist() == pytest.approx(own, abs=1e-4, nan_ok=True), name
 
 
 def test_dprs_ctxs_and_triviaqas_answers_are_read(tmp_path):
     answers = {"value": "b", "aliases": ["b", "c"]}
     asked = {"question": " q ", "answers": answers, "ctxs": row()["passages"], "gold": [1]}
-    untitled = {**row(), "passages": [{"text": "a"}, {"text": "b", "title": None}]}
+    untitled = {**row(), "passages": [{"text": "a"}] + 2 * [{"text": "b", "title": None}]}
     first, second = read_asked(lines(tmp_path / "q.jsonl", [asked, untitled]))
     assert (first[0].text, first[0].answers, first[0].gold) == ("q", ("b", "c"), (1,))
     assert [p.text for p in first[1]] == TEXTS
@@ -193,6 +179,7 @@ def test_dprs_ctxs_and_triviaqas_answers_are_read(tmp_path):
         ({"passages": "text"}, "a list of 2 to 20"),
         ({"passages": [{"text": "one"}]}, "a list of 2 to 20"),
         ({"passages": [{"text": "one"}] * 21}, "a list of 2 to 20"),
+        ({"passages": [{"text": "one"}] * 2}, "2 passages, where the first question has 3"),
         ({"passages": [{"text": "a"}, {"title": "b"}]}, "a passage: no 'text'"),
         ({"passages": [{"text": "a"}, "b"]}, "a passage: no 'text'"),
         ({"passages": [{"text": "a"}, {"text": " "}]}, "a passage has no text"),
@@ -268,7 +255,7 @@ def test_constant_attention_is_left_out(change, nouns, tmp_path):
 
 def test_constant_closeness_and_a_question_of_two_tokens_are_left_out(reader, nouns):
     for texts in (["river river river"] * 2, ["river", "town"]):
-        judged = judge(reader, [row(texts=texts), row(PLACES[1])], nouns)
+        judged = judge(reader, [row(texts=texts), row(PLACES[1], texts=TEXTS[:2])], nouns)
         assert number(judged, "answer", "Spearman").n == 1
     assert number(judged, "answer", "attention").n == 2
 
@@ -302,7 +289,7 @@ def test_an_encoder_decoder(nouns, tmp_path):
     config = T5Config(vocab_size=len(tokenizer), num_layers=2, dropout_rate=0.0, **sizes, **special)
     T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    judged = judge(str(tmp_path), [row(), row(PLACES[1], texts=TEXTS[:2])], nouns)
+    judged = judge(str(tmp_path), [row(), row(PLACES[1])], nouns)
     assert number(judged, "answer", "Spearman").n == 2
     assert number(judged, "nouns", "attention").n == 2
     assert judged.tokens.mass[:, 0].sum(1) == pytest.approx(1, abs=1e-5)
@@ -311,7 +298,7 @@ def test_an_encoder_decoder(nouns, tmp_path):
 def test_prompts_that_do_not_fit(nouns, tmp_path):
     short = llama(tmp_path, positions=60)
     endless = row("where was orla venn born " * 20)
-    judged = judge(short, [row(), endless, row(PLACES[1], texts=TEXTS[:2])], nouns)
+    judged = judge(short, [row(), endless, row(PLACES[1])], nouns)
     assert len(judged.asked) == 2
     assert judged.counts["too long"] == 1
     assert judged.counts["cut"] >= 1
@@ -361,106 +348,65 @@ def test_the_answer_that_most_passages_hold_counts(tmp_path):
     assert asked[0][0].answers == ("Tarholm", "Paris", "Ulm")
 
 
-def planted(n, scores, heads=1):
-    """Looks at n questions of four passages. `scores(question, gold, order)` `[heads, k]` or `[k]`
-    is the attention of each head, and `gold` the passage that holds the answer."""
-    looks = []
-    for question in range(n):
-        gold = question % 4
-        looks.append({})
-        for order in ("rank", "reversed"):
-            by_head = np.broadcast_to(scores(question, gold, order), (heads, 4)).astype(np.float32)
-            attention = np.broadcast_to(by_head, (1, 3, 2, 1, heads, 4))
-            tokens = np.ones((1, 4), dtype=np.int64)
-            holds = (np.arange(4) == gold)[None].astype(float)
-            looks[-1][order] = {"attention": attention, "tokens": tokens, "holds": holds}
-    return looks
-
-
-def on(place, strength=1.0):
-    return strength * (np.arange(4) == place) + 0.1
-
-
-def place_first(question, gold, order):
-    """Twice as much attention to what the prompt begins with as to the answer."""
-    return on(gold) + on(0 if order == "rank" else 3, 2.0)
-
-
-def four_heads_know(question, gold, order):
-    """Four others are louder, and look at the first passage."""
-    return np.stack([on(gold, 0.5 if question < 64 else 5.0)] * 4 + [on(0, 20.0)] * 4)
+def numbers(values, name="x"):
+    return pd.DataFrame({name: values})
 
 
 @pytest.mark.parametrize(
-    ("scores", "verdict", "found"),
+    ("mean", "above", "below"), [(0.9, FIT, UNFIT), (0.1, UNFIT, FIT), (0.5, UNSURE, UNSURE)]
+)
+def test_a_rule_says_on_which_side_the_whole_interval_lies(mean, above, below):
+    rng = np.random.default_rng(0)
+    values = mean + rng.normal(0, 0.1, 4 * ENOUGH)
+    values -= values.mean() - mean
+    for side, found in (("above", above), ("below", below)):
+        rule = {"foreteller": "x", "can teach": side, "cut": 0.5}
+        word, value = judging.found_by(rule, numbers(values))
+        assert word == found
+        assert value.mean == pytest.approx(mean)
+    at_the_cut = {"foreteller": "x", "can teach": "above", "cut": 0.5}
+    assert judging.found_by(at_the_cut, numbers(np.full(ENOUGH, 0.5)))[0] == FIT
+
+
+def test_few_questions_or_none_decide_nothing():
+    rule = {"foreteller": "x", "can teach": "above", "cut": 0.5}
+    few = np.where(np.arange(2 * ENOUGH) < ENOUGH - 1, 1.0, np.nan)
+    assert judging.found_by(rule, numbers(few))[0] == UNSURE
+    few[-1] = 1.0
+    assert judging.found_by(rule, numbers(few))[0] == FIT
+    assert judging.found_by(rule, numbers(np.full(9, np.nan)))[0] == UNSURE
+    word, value = judging.found_by(rule, numbers(np.ones(99), "another"))  # such as nouns
+    assert (word, value.n) == (UNSURE, 0)
+
+
+@pytest.mark.parametrize(
+    ("attention", "balanced", "verdict"),
     [
-        (lambda q, gold, o: on(gold), FIT, [ABOVE] * 3),
-        (place_first, FIT + WAYS["balanced"], [BELOW, ABOVE, BELOW]),
-        (lambda q, gold, o: on(0), UNFIT, [BELOW] * 3),
-        (lambda q, gold, o: on((gold + 1) % 4), UNFIT, [BELOW] * 3),
-        # by chance as often as the first passage: the interval reaches to both sides of it
-        (lambda q, gold, o: on((gold + q // 4) % 4), UNSURE, [UNSURE] * 3),
-        # silent: a tie of all, which is chance itself, is no more than chance
-        (lambda q, gold, o: np.zeros(4), UNFIT, [BELOW] * 3),
+        (FIT, UNFIT, FIT),
+        (UNFIT, FIT, FIT + SIGNALS["balanced"]),
+        (UNSURE, FIT, FIT + SIGNALS["balanced"]),
+        (UNFIT, UNFIT, UNFIT),
+        (UNFIT, UNSURE, UNSURE),
     ],
 )
-def test_every_verdict_can_be_reached(scores, verdict, found):
-    tops = judging.tops_of(planted(128, scores))
-    assert [judging.found_of(tops, way)[0] for way in WAYS] == found
-    assert judging.verdict_of(tops) == verdict
+def test_every_verdict_can_be_reached(attention, balanced, verdict):
+    found = {"attention": (attention, None), "balanced": (balanced, None)}
+    assert judging.verdict_of(found) == verdict
 
 
-def test_heads_are_chosen_on_one_half_and_tried_on_the_other():
-    def swapped(question, gold, order):  # those that know in the second half know it better
-        return four_heads_know(question, gold, order)[:: 1 if question < 64 else -1]
-
-    for scores, found in ((four_heads_know, ABOVE), (swapped, BELOW)):
-        tops = judging.tops_of(planted(128, scores, heads=8))
-        assert tops["chosen heads"].notna().tolist() == [False] * 64 + [True] * 64
-        assert judging.found_of(tops, "rank order")[0] == BELOW
-        assert judging.found_of(tops, "chosen heads")[0] == found
-        assert judging.verdict_of(tops) == (FIT + WAYS["chosen heads"] if found == ABOVE else UNFIT)
-
-
-def test_too_few_questions_decide_nothing():
-    """However clear they are; nor do questions that all or none of the passages answer."""
-    looks = planted(2 * ENOUGH, lambda q, gold, o: on(gold))
-    assert judging.verdict_of(judging.tops_of(looks)) == FIT
-    few = judging.tops_of(looks[: ENOUGH - 1])
-    assert judging.verdict_of(few) == UNSURE
-    for number, one in enumerate(looks[ENOUGH - 1 :]):
-        for look in one.values():
-            look["holds"] = np.full((1, 4), float(number % 2))
-    padded = judging.tops_of(looks)
-    assert padded[FIRST].notna().sum() == ENOUGH - 1
-    assert padded["agreement"].notna().all()
-    assert judging.verdict_of(padded) == UNSURE
-
-
-def test_a_first_passage_that_always_holds_the_answer_decides_nothing(reader, nouns, tmp_path):
-    looks = planted(8 * ENOUGH, lambda q, gold, o: on((gold + 1) % 4))
-    always = judging.tops_of(looks[::4])  # the gold passage is the first
-    assert judging.verdict_of(always) == UNSURE
-    judging.write_html(replace(judge(reader, [row()], nouns), tops=always), tmp_path / "page.html")
-    assert "not the right one first" in (tmp_path / "page.html").read_text("utf8")
-    assert judging.verdict_of(judging.tops_of(looks)) == UNFIT
-
-
-def test_the_numbers_of_a_look_by_hand():
-    looks = planted(8, place_first)
-    tops = judging.tops_of(looks)
-    assert tops["rank order"].tolist() == tops[FIRST].tolist() == [1, 0, 0, 0] * 2
-    assert tops["balanced"].tolist() == [1] * 8
-    assert tops[CHANCE].tolist() == [0.25] * 8
-    assert tops["agreement"].tolist() == [0] * 8  # first in one order, last in the other
-    silent = judging.tops_of(planted(4, lambda q, gold, o: np.zeros(4)))
-    assert silent["rank order"].tolist() == silent["agreement"].tolist() == [0.25] * 4
+def test_the_rules_name_what_is_measured(reader, nouns):
+    judged = judge(reader, [row(), row(PLACES[1])], nouns)
+    assert set(judged.found) == set(SIGNALS) <= set(RULES)
+    for signal in SIGNALS:
+        assert RULES[signal]["foreteller"] in judged.measured
+        assert RULES[signal]["can teach"] in ("above", "below")
+        assert 0 <= RULES[signal]["error rate"] <= RULES[signal]["commoner"] <= 0.5
 
 
 def test_both_orders_are_looked_at(reader, tmp_path):
     """By the recorder with the passages turned round; a gold passage goes before the words."""
     one, (asked,) = judging.load(reader), read_asked(lines(tmp_path / "q.jsonl", [row(gold=[2])]))
-    (looked,), tokens = judging.look_at_all(one, [asked])
+    looked, tokens = judging.look_at_all(one, [asked])
     (question, passages), scores = asked, {}
     for order, shown in (("rank", passages), ("reversed", passages[::-1])):
         prompt = one.prompt(question, shown)
@@ -479,12 +425,15 @@ def test_both_orders_are_looked_at(reader, tmp_path):
 
 def test_the_page_says_every_verdict_in_words(reader, nouns, tmp_path):
     judged, pages = judge(reader, [row(), row(PLACES[1])], nouns), set()
-    for verdict in (*(FIT + told for told in WAYS.values()), UNFIT, UNSURE):
+    for verdict in (*(FIT + told for told in SIGNALS.values()), UNFIT, UNSURE):
         judging.write_html(replace(judged, verdict=verdict), tmp_path / "page.html")
-        said = (tmp_path / "page.html").read_text("utf8").split("<h2>Why")[0]
+        said, why = (tmp_path / "page.html").read_text("utf8").split("<h2>Why")
         assert f">{verdict}</span>" in said
         pages.add(said.split("</span>")[1])
-    assert len(pages) == 5
+        for signal in SIGNALS:
+            rule = RULES[signal]
+            assert f"{100 * rule['error rate']:.0f} % of {rule['readers']}" in why
+    assert len(pages) == 4
 
 
 @pytest.mark.parametrize(
@@ -537,19 +486,18 @@ def command(monkeypatch, *arguments):
 
 
 def test_the_command_tells_what_it_does_and_writes_the_page(
-    reader, nouns, tmp_path, monkeypatch, caplog, capfd
+    reader, nouns, tmp_path, monkeypatch, caplog
 ):
     caplog.set_level("INFO")
-    questions = lines(tmp_path / "q.jsonl", [row(), row(PLACES[1], texts=TEXTS[:2])])
+    questions = lines(tmp_path / "q.jsonl", [row(), row(PLACES[1])])
     page = tmp_path / "page.html"
     given = (reader, questions, "--nouns", nouns, "--space", reader, "--out", page)
     assert command(monkeypatch, *given) == 0
     assert f"verdict: {UNSURE} (2 questions" in caplog.text
-    signs = ("loading ", "reading  2 prompts", "rank order: ", "balanced: ", "chosen heads: ")
+    signs = ("loading ", "reading  2 prompts", f"by attention {UNSURE}", f"by balanced {UNSURE}")
     for sign in signs:
         assert sign in caplog.text
     assert "Is this reader fit to teach a retriever?" in page.read_text("utf8")
-    assert re.search(r"attention: .*2/2 \[", capfd.readouterr().err)  # a step a question
 
 
 @pytest.mark.parametrize(
