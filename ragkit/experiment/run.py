@@ -140,9 +140,9 @@ def kernel_of_here(**env: str) -> type[AsyncKernelManager]:
 
 
 def notebooks_of(lab: Lab, sources: Path) -> list[Stage]:
-    """The notebooks in `sources` as stages made of all others, which they may open. An execution
-    depends besides on its source, profile, code, the libraries that it draws with, and the tables
-    that it may open (`tables.published`); the run's other notebooks may have made these."""
+    """The notebooks in `sources` as stages made of all others, which they may open. One depends
+    besides on its source, profile, code, the libraries that it draws with, and the tables that it
+    may open (`tables.published`): those of references, of which this run may be one."""
     files = sorted(sources.glob("[0-9A]*.ipynb"))
     if not files:
         raise NotebookError(f"No notebooks in {sources}. Run this from a checkout.")
@@ -158,8 +158,8 @@ def notebooks_of(lab: Lab, sources: Path) -> list[Stage]:
         own = {"its source": store.fingerprint([one.source for one in cells]), **closure(code)}
         settings: Any = common | {"code": own, "source": os.path.relpath(file, PACKAGE.parent)}
         if "published(" in code:
-            own = lab.folder / "figures" if (REFERENCES / lab.base).is_dir() else REFERENCES
-            tables = {*REFERENCES.rglob("*.csv"), *own.glob("*.csv")}
+            here = lab.folder / "figures" if (REFERENCES / lab.base).is_dir() else REFERENCES
+            tables = {*REFERENCES.rglob("*.csv"), *here.glob("*.csv")}
             others = [one for one in sorted(tables) if not one.name.startswith(file.stem[:2])]
             settings["tables"] = [[one.name, file_hash(one)] for one in others]
         maker = f"{__name__}:make_notebook"
