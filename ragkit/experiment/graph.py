@@ -147,8 +147,7 @@ class Graph:
         known = vars(of) | self.common | {"set": one.model_dump(mode="json")}
         known |= {"world": getattr(one, "world", None), "closed_book": of.target == "closed book"}
         known |= {"questions": number, "answered": number, "part": KINDS[kind].get("part")}
-        base = self.base.reader.model_dump(mode="json")
-        known["base"] = {key: base[key] for key in READING}
+        known["base"] = self.base.reader.model_dump(mode="json", include={*READING})
         if of.which == ENCODER_DECODER:
             same = {"answer": self.profile.reader.answer}  # closeness is to one answer
             known |= {"which": READERS[1], "reader": known["encoder_decoder"] | same}

@@ -31,7 +31,7 @@ from ragkit.experiment.provenance import PACKAGE, closure
 from ragkit.experiment.store import Stage, Store
 from ragkit.experiment.wanted import stages as stages_of
 from ragkit.profile import save_profile
-from ragkit.settings import REFERENCES
+from ragkit.settings import REFERENCES, reference
 
 log = logging.getLogger(__name__)
 NOISY = "papermill httpx bm25s datasets faiss traitlets spacy asyncio sentence_transformers"
@@ -158,7 +158,7 @@ def notebooks_of(lab: Lab, sources: Path) -> list[Stage]:
         own = {"its source": store.fingerprint([one.source for one in cells]), **closure(code)}
         settings: Any = common | {"code": own, "source": os.path.relpath(file, PACKAGE.parent)}
         if "published(" in code:
-            here = lab.folder / "figures" if (REFERENCES / lab.base).is_dir() else REFERENCES
+            here = lab.folder / "figures" if reference(lab.base).is_dir() else REFERENCES
             tables = {*REFERENCES.rglob("*.csv"), *here.glob("*.csv")}
             others = [one for one in sorted(tables) if not one.name.startswith(file.stem[:2])]
             settings["tables"] = [[one.name, file_hash(one)] for one in others]

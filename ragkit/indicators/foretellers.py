@@ -5,42 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-from scipy import special
 
 from ragkit.data.text import exact_match
 from ragkit.distillation import targets, teacher
 from ragkit.indicators import closeness, measures
-from ragkit.indicators.measures import Floats
 from ragkit.models import device
 from ragkit.models.answers import premise_cases
 from ragkit.models.fid import open_reader
 from ragkit.settings import AttentionSettings
-
-
-@measures.UNDEFINED
-def of_passages(
-    looks: targets.Looks, others: Mapping[str, Floats], settings: AttentionSettings
-) -> pd.DataFrame:
-    """The checks of a reader's attention over passages, a row a question: by its looks in rank and
-    in reversed order, and against `others`, further scores of the passages `[questions, k]`."""
-    rank, back = (targets.attention_scores(looks[o], settings) for o in ("rank", "reversed"))
-    holds, (n, k) = looks["rank"]["holds"].astype(float), rank.shape
-    both = targets.standardise(rank) + targets.standardise(back)
-    telling = holds.max(1, keepdims=True) > holds.min(1, keepdims=True)
-    shares = rank / rank.sum(1, keepdims=True)
-    found = {"top holds the answer": rank, "top holds the answer, balanced": both}
-    table = {
-        name: np.where(telling, targets.top(s) * holds, np.nan).sum(1) for name, s in found.items()
-    }
-    table["entropy"] = special.entr(shares).sum(1) / np.log(k)
-    table["last in place"] = targets.top(rank)[:, -1]
-    table["orders agree"] = (targets.top(rank) * targets.top(back)).sum(1)
-    question = np.repeat(np.arange(n), k)
-    places = {"follows the place": np.tile(np.arange(k, dtype=float), (n, 1))}
-    for name, other in (places | dict(others)).items():
-        table[name] = measures.spearman(rank.ravel(), other.ravel(), question, n)
-    return pd.DataFrame(table)
 
 
 def make_foretellers(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
@@ -51,7 +23,7 @@ def make_foretellers(folder: Path, inputs: Mapping[str, Path], settings: Mapping
     likely = targets.likelihood({"answer_logs": teacher.alone(reader, questions, found)})
     left_out = teacher.left_out_losses(reader, questions, found).astype(float)
     others = {"agrees with leaving out": left_out, "agrees with perplexity": likely}
-    values = dict(of_passages(looks, others, AttentionSettings()).mean())
+    values = dict(measures.of_passages(looks, others, AttentionSettings()).mean())
     pairs = premise_cases(asked, settings["k"], settings["seed"])["gold among the passages"]
     answers = reader.answer([reader.prompt(*pair) for pair in pairs])
     right = [exact_match(one, q.answers) for one, (q, _) in zip(answers, pairs, strict=True)]

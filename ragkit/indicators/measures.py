@@ -6,7 +6,7 @@ question, for tokens of one prompt are no independent sample; they come question
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from itertools import pairwise
@@ -18,8 +18,10 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from scipy import special
 
 from ragkit.data.corpus import Passage, block
+from ragkit.distillation import targets
 from ragkit.distillation.targets import Bools, Floats, over_layers
 from ragkit.errors import DataError
 from ragkit.settings import ROWS, AttentionSettings
@@ -187,6 +189,31 @@ def indicator(
         for name, some in (("Spearman", kept), ("Spearman closest", near)):
             table[name + ending] = spearman(lifts[some], close[some], question[some], n)
     return table
+
+
+@UNDEFINED
+def of_passages(
+    looks: targets.Looks, others: Mapping[str, Floats], settings: AttentionSettings
+) -> pd.DataFrame:
+    """The checks of a reader's attention over passages, a row a question: by its looks in rank and
+    in reversed order, and against `others`, further scores of the passages `[questions, k]`."""
+    rank, back = (targets.attention_scores(looks[o], settings) for o in ("rank", "reversed"))
+    holds, (n, k) = looks["rank"]["holds"].astype(float), rank.shape
+    both = targets.standardise(rank) + targets.standardise(back)
+    telling = holds.max(1, keepdims=True) > holds.min(1, keepdims=True)
+    shares = rank / rank.sum(1, keepdims=True)
+    found = {"top holds the answer": rank, "top holds the answer, balanced": both}
+    table = {
+        name: np.where(telling, targets.top(s) * holds, np.nan).sum(1) for name, s in found.items()
+    }
+    table["entropy"] = special.entr(shares).sum(1) / np.log(k)
+    table["last in place"] = targets.top(rank)[:, -1]
+    table["orders agree"] = (targets.top(rank) * targets.top(back)).sum(1)
+    question = np.repeat(np.arange(n), k)
+    places = {"follows the place": np.tile(np.arange(k, dtype=float), (n, 1))}
+    for name, other in (places | dict(others)).items():
+        table[name] = spearman(rank.ravel(), other.ravel(), question, n)
+    return pd.DataFrame(table)
 
 
 def deciles(attention: Floats, close: Floats, question: Ints, parts: int = 10) -> Floats:

@@ -23,7 +23,6 @@ from ragkit.errors import DataError, NounsError, ReaderError, StoreError
 from ragkit.experiment.rules import LINE
 from ragkit.indicators import measures
 from ragkit.indicators.closeness import indicators_of, look_at_tokens
-from ragkit.indicators.foretellers import of_passages
 from ragkit.indicators.measures import Interval, Tokens, interval
 from ragkit.indicators.nouns import find_nouns, load_nouns
 from ragkit.models import device
@@ -142,7 +141,7 @@ def look_at_all(reader: Reader, asked: list[Pair]) -> tuple[targets.Looks, Token
 def measured_of(looks: targets.Looks, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """All foretellers that two looks and the indicators' `tables` tell, a row a question."""
     named = [one.drop(columns="question").add_prefix(f"{goal}: ") for goal, one in tables.items()]
-    return pd.concat([of_passages(looks, {}, READ), *named], axis=1)
+    return pd.concat([measures.of_passages(looks, {}, READ), *named], axis=1)
 
 
 def found_by(rule: Mapping[str, Any], measured: pd.DataFrame) -> tuple[str, Interval]:

@@ -142,7 +142,7 @@ def inputs(tmp_path_factory):
     questions = [Question(n, f"what is {n}", (n,), (i,)) for i, n in enumerate(NAMES)]
     for part in ("distill", "dev", "test"):
         write_jsonl(folders["data"] / f"{part}.jsonl", map(asdict, questions))
-    retriever = RetrieverSettings(pooling="mean", normalise=True, crop_steps=2, crop_batch=4)
+    retriever = RetrieverSettings(normalise=True, crop_steps=2, crop_batch=4)
     train_by_cropping(passages, embedded_tokenizer(), retriever, 0).save(
         folders["retriever"] / "model"
     )

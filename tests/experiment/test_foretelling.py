@@ -1,37 +1,19 @@
 """Notebook 11's statistics: AUC, intervals over trainings, and when a foreteller is useful."""
 
 from functools import partial
-from pathlib import Path
-from types import SimpleNamespace
 
-import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
+from cells import defined
 from scipy import stats
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
-from ragkit.experiment.wanted import STUDY
-from ragkit.indicators import measures
+from ragkit.settings import asset, reference
 
-NOTEBOOK = Path(__file__).parent.parent.parent / "notebooks" / "11_who_can_teach.ipynb"
-
-
-def said_in_the_notebook():
-    """What its cells define that begin with `study`."""
-    names = {"np": np, "pd": pd, "STUDY": STUDY, "measures": measures, "rankdata": stats.rankdata}
-    names |= {"LogisticRegression": LogisticRegression, "make_pipeline": make_pipeline}
-    names |= {"StandardScaler": StandardScaler}
-    for cell in nbformat.read(NOTEBOOK, as_version=4).cells:
-        if cell.id.startswith("study-"):
-            exec(compile(cell.source, cell.id, "exec"), names)
-    return SimpleNamespace(**names)
-
-
-study = said_in_the_notebook()
+STUDY = yaml.safe_load(asset("foretelling.yaml").read_text("utf8"))
+study = defined("11_who_can_teach", "study", STUDY=STUDY)
 
 
 def table_of(rng, trainings=16, each=4, truth=1.0, planted=0.0):
@@ -128,3 +110,46 @@ def test_a_correlation_in_a_narrow_range_is_widened_by_thorndikes_formula():
     narrow = np.corrcoef(x[kept], y[kept])[0, 1]
     assert narrow < 0.25
     assert study.widened(narrow, y[kept].std(), y.std()) == pytest.approx(0.5, abs=0.02)
+
+
+def test_the_rule_is_the_number_that_is_wrong_for_the_fewest_readers_left_out():
+    """One number parts them, read from below; another does so for all trainings but one."""
+    rng = np.random.default_rng(0)
+    table = table_of(rng, trainings=10)
+    can = table["gain by attention"] >= STUDY["thresholds"]["gain"]
+    for name in study.JUDGED:
+        table[name] = rng.normal(size=len(table))
+    table["entropy"] = np.where(can, 0.2, 0.8) + rng.normal(0, 0.01, len(table))
+    table["nouns: share"] = np.where(can, 0.8, 0.2)
+    table.loc[table["training"] == "3", "nouns: share"] = 1 - table["nouns: share"]
+    assert study.error_rate(table, "attention", "entropy") == 0
+    assert study.error_rate(table, "attention", "nouns: share") == pytest.approx(0.1)
+    row = study.rule(table, "attention")
+    assert (row["foreteller"], row["can teach"], row["error rate"]) == ("entropy", "below", 0)
+    assert table.loc[can, "entropy"].max() <= row["cut"] < table.loc[~can, "entropy"].min()
+    assert row["commoner"] == pytest.approx(min(can.mean(), 1 - can.mean()), abs=1e-6)
+    assert (row["readers"], row["trainings"]) == (40, 10)
+
+
+def test_an_error_rate_is_of_lines_that_have_not_seen_the_training():
+    """A number that knows the training alone, not who can teach, is right for nothing."""
+    table = table_of(np.random.default_rng(0), trainings=12, each=1)
+    table["entropy"] = np.arange(12.0)
+    can = np.arange(12) % 2 == 0
+    table["gain by attention"] = np.where(can, 0.1, -0.1)
+    assert study.error_rate(table, "attention", "entropy") >= 0.4
+
+
+def test_the_judge_has_the_rules_of_the_published_study():
+    table = pd.read_csv(reference("study") / "11_readers.csv")
+    rules = pd.DataFrame([study.rule(table, signal) for signal in STUDY["signals"]])
+    kept = pd.read_csv(asset("judge.csv"))
+    pd.testing.assert_frame_equal(kept, rules, check_dtype=False, atol=1e-6)
+
+
+def test_the_published_study_is_of_todays_rules():
+    table = pd.read_csv(reference("study") / "11_readers.csv")
+    assert set(table["training"]) == set(STUDY["trainings"])
+    assert not table.isna().to_numpy().all(0).any()
+    assert len(table) >= 125
+    assert len(table.groupby(["set", "training"])) >= 25

@@ -140,7 +140,7 @@ def reasons(old, new):
         ("models/reader.py", '"title": -4', '"title": -5', READERS, COMPUTE),
         ("models/step1.py", "import logging\n", "import logging\nNEW = 1\n", {"step1"}, set()),
         ("indicators/measures.py", '("permuted", "overlap")', '("overlap", "permuted")',
-         {"tokens", "contextual", "closeness"}, JUDGED | {"02", "03", "A1"}),
+         {"tokens", "contextual", "closeness"}, JUDGED | {"02", "03", "11", "A1"}),
     ],
 )  # fmt: skip
 def test_an_edit_reruns_what_reaches_it(before, copy, file, old, new, kinds, notebooks):

@@ -28,7 +28,7 @@ def test_the_checks_of_passages_by_hand():
     looks = {"rank": seen_as([[3, 4, 1], [1, 1, 2]], holds)}
     looks["reversed"] = seen_as([[6, 2, 1], [1, 2, 5]], holds)
     other = np.array([[1.0, 3.0, 2.0], [1.0, 2.0, 3.0]])
-    found = foretellers.of_passages(looks, {"agrees with leaving out": other}, READ)
+    found = measures.of_passages(looks, {"agrees with leaving out": other}, READ)
     first, second = found.to_dict("records")
     assert first["top holds the answer"] == 1
     assert np.isnan(second["top holds the answer"])
@@ -66,6 +66,6 @@ def test_the_stage_holds_every_foreteller_of_the_rules(tmp_path, inputs, reader)
     assert made["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
     order = {way: teacher.look(reader, QUESTIONS, FOUND, way) for way in ("rank", "reversed")}
     alone = teacher.left_out_losses(reader, QUESTIONS, FOUND).astype(float)
-    by_parts = foretellers.of_passages(order, {"agrees with leaving out": alone}, READ).mean()
+    by_parts = measures.of_passages(order, {"agrees with leaving out": alone}, READ).mean()
     for name, value in by_parts.items():
         assert made[name] == pytest.approx(value, nan_ok=True)
