@@ -45,6 +45,8 @@ def make(*arguments, **environment):
         ("tidy", "python -m ragkit tidy --profile 'tiny'"),
         ("pretrain", "papermill notebooks/appendix/pretraining.ipynb"),
         ("pretrain", "papermill notebooks/appendix/pretraining_fid.ipynb"),
+        ("starts", "-p FAMILY gpt_neox -p HIDDEN 64"),
+        ("study", "papermill notebooks/appendix/study.ipynb"),
     ],
 )
 def test_each_command_sets_itself_up_first(target, words):
