@@ -86,7 +86,7 @@ def test_the_readers_of_a_small_study(tmp_path):
     (tmp_path / "small.yaml").write_text(SMALL, "utf8")
     lab = Lab(changed_profile(str(tmp_path / "small.yaml"), ()), tmp_path / "runs")
     made = study(STUDY | {"trainings": trainings, "steps": []})
-    table = made.readers(lab)
+    table = made.readers(lab, [("almanac", training) for training in trainings])
     assert table[["training", "reader"]].to_numpy().tolist() == [
         ["as it is", "off-the-shelf"],
         ["as it is", "fine-tuned"],
