@@ -212,7 +212,7 @@ def test_a_killed_run_goes_on_with_the_same_result(tmp_path, recipes, which, dra
     assert [row["step"] for row in again["curve"]] == [2, 4, 6]
 
 
-@pytest.mark.parametrize(("which", "megabytes"), [*zip(EMBEDDED, (1.0, 1.6), strict=True)])
+@pytest.mark.parametrize(("which", "megabytes"), [*zip(NOTEBOOKS, (1.0, 1.6), strict=True)])
 def test_a_shipped_reader_is_the_one_its_card_names(which, megabytes):
     """Hashes as noted, small, safetensors only."""
     folder = EMBEDDED[which]
@@ -221,3 +221,15 @@ def test_a_shipped_reader_is_the_one_its_card_names(which, megabytes):
     assert noted.keys() == {"model.safetensors", "tokenizer.json"}
     assert (folder / "model.safetensors").stat().st_size < megabytes * 1e6
     assert not list(folder.glob("*.pt")) + list(folder.glob("*.bin"))
+
+
+@pytest.mark.parametrize("which", sorted(EMBEDDED.keys() - NOTEBOOKS.keys()))
+def test_a_beginning_of_the_study_is_small_and_as_noted(which):
+    folder, note = EMBEDDED[which], EMBEDDED[which] / "sha256.txt"
+    for line in note.read_text().splitlines() if note.is_file() else ():
+        digest, name = line.split()
+        assert file_hash(folder / name) == digest
+    assert (folder / "model.safetensors").stat().st_size < 1.7e6
+    assert not list(folder.glob("*.pt")) + list(folder.glob("*.bin"))
+    shipped = EMBEDDED["embedded"] / "tokenizer.json"
+    assert file_hash(folder / "tokenizer.json") == file_hash(shipped)
