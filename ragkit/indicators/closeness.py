@@ -166,15 +166,14 @@ def space(forms: Sequence[str], model: Reader | Retriever) -> Floats:
 
 
 def indicators_of(
-    readers: tuple[Reader, Reader],
+    models: tuple[Reader, Reader | Retriever],
     tokens: Tokens,
     questions: Sequence[Question],
     found: Found,
     nouns: Spans | None,
 ) -> tuple[dict[str, pd.DataFrame], int]:
-    """Both indicators (`measures.indicator`) by goal, of `tokens` as the first of two readers saw
-    them, in the input embeddings of the other; and how many tokens have no vector there."""
-    reader, base = readers
+    """Both indicators by goal, of a model's tokens in the space of another; how many lack a vector."""
+    reader, base = models
     words = in_words(reader, tokens, questions, found, nouns)
     vectors, seen = space(words.forms, base), words.tokens
     attention, tables = tokens.attention(AttentionSettings()), {}

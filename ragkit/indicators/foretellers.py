@@ -12,11 +12,13 @@ from ragkit.indicators import closeness, measures
 from ragkit.models import device
 from ragkit.models.answers import premise_cases
 from ragkit.models.fid import open_reader
+from ragkit.models.reader import Reader
+from ragkit.models.retriever import Retriever
 from ragkit.settings import AttentionSettings
 
 
 def make_foretellers(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """`foretellers.json`: each foreteller of a reader, its mean over the first questions of dev."""
+    """`foretellers.json`: all foretellers on dev, the indicators in three spaces (base: plain)."""
     asked, nouns, base = closeness.opened(inputs, settings)
     reader, questions, found = open_reader(inputs, settings), asked.questions, asked.passages
     looks = {one: teacher.look(reader, questions, found, one) for one in ("rank", "reversed")}
@@ -30,10 +32,11 @@ def make_foretellers(folder: Path, inputs: Mapping[str, Path], settings: Mapping
     whole = [reader.prompt(q, p, q.answers[0]) for q, p in zip(questions, found, strict=True)]
     losses = teacher.answer_losses(reader, whole, reader.settings.at_once)
     values |= {"exact match": np.mean(right), "loss": np.nanmean(np.nanmean(losses, axis=1))}
-    tokens = closeness.look_at_tokens(reader, questions, found).texts
-    tables, _ = closeness.indicators_of((reader, base), tokens, questions, found, nouns)
-    for goal, table in tables.items():
-        means = table.drop(columns="question").mean()
-        values |= {f"{goal}: {name}": mean for name, mean in means.items()}
-    made = {name: float(value) for name, value in values.items()}
-    device.write(folder, {"foretellers.json": made})
+    seen = closeness.look_at_tokens(reader, questions, found).texts, questions, found, nouns
+    spaces: dict[str, Reader | Retriever] = {"": base, ", own": reader}
+    spaces[", retriever"] = Retriever.open(inputs, settings)
+    for space, model in spaces.items():
+        for goal, table in closeness.indicators_of((reader, model), *seen)[0].items():
+            means = table.drop(columns="question").mean()
+            values |= {f"{goal}{space}: {name}": mean for name, mean in means.items()}
+    device.write(folder, {"foretellers.json": {name: float(one) for name, one in values.items()}})

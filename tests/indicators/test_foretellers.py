@@ -1,5 +1,6 @@
 """What foretells: the checks by hand, and the stage against its parts."""
 
+import itertools
 import json
 
 import numpy as np
@@ -9,6 +10,8 @@ from test_closeness import FOUND, NOUNS, QUESTIONS, READER, SETTINGS, inputs, re
 
 from ragkit.distillation import targets, teacher
 from ragkit.indicators import closeness, foretellers, measures
+from ragkit.models.fid import open_reader
+from ragkit.models.retriever import Retriever
 from ragkit.settings import AttentionSettings
 
 READ = AttentionSettings()
@@ -48,24 +51,29 @@ def test_a_tie_at_the_top_counts_by_its_share():
 
 
 def test_the_stage_holds_every_foreteller_of_the_rules(tmp_path, inputs, reader):  # noqa: F811
-    """Against the functions that the claims use, on the same questions."""
-    mine = {role: one for role, one in inputs.items() if role != "step1"}
-    foretellers.make_foretellers(tmp_path, mine, SETTINGS)
+    """Of a taught reader, against the functions that the claims use, on the same questions."""
+    settings = SETTINGS | {"which": "fine-tuned"}
+    foretellers.make_foretellers(tmp_path, inputs, settings)
     made = json.loads((tmp_path / "foretellers.json").read_text())
-    tokens = closeness.look_at_tokens(reader, QUESTIONS, FOUND).texts
-    words = closeness.in_words(reader, tokens, QUESTIONS, FOUND, NOUNS)
-    vectors = closeness.space(words.forms, reader)
-    for goal, wanted in words.wanted.items():
+    taught = open_reader(inputs, settings)
+    tokens = closeness.look_at_tokens(taught, QUESTIONS, FOUND).texts
+    words = closeness.in_words(taught, tokens, QUESTIONS, FOUND, NOUNS)
+    spaces = {"": reader, ", own": taught, ", retriever": Retriever.open(inputs, settings)}
+    seen = []
+    for (ending, model), goal in itertools.product(spaces.items(), words.wanted):
+        wanted, vectors = words.wanted[goal], closeness.space(words.forms, model)
         close = measures.closeness_to(words.tokens, wanted, vectors)
         exact = measures.exact(words.tokens, wanted)
         table = measures.indicator(tokens.attention(READ), close, tokens.question, exact, 0.05)
         for name in table.columns.drop("question"):
-            assert made[f"{goal}: {name}"] == pytest.approx(table[name].mean(), nan_ok=True)
-    losses = [float(reader.losses([reader.prompt(q, p, q.answers[0])]).detach())
+            assert made[f"{goal}{ending}: {name}"] == pytest.approx(table[name].mean(), nan_ok=True)
+        seen.append(made[f"{goal}{ending}: Spearman"])
+    assert len(set(seen)) == 6  # the spaces differ
+    losses = [float(taught.losses([taught.prompt(q, p, q.answers[0])]).detach())
               for q, p in zip(QUESTIONS, FOUND, strict=True)]  # fmt: skip
     assert made["loss"] == pytest.approx(np.mean(losses), rel=1e-4)
-    order = {way: teacher.look(reader, QUESTIONS, FOUND, way) for way in ("rank", "reversed")}
-    alone = teacher.left_out_losses(reader, QUESTIONS, FOUND).astype(float)
+    order = {way: teacher.look(taught, QUESTIONS, FOUND, way) for way in ("rank", "reversed")}
+    alone = teacher.left_out_losses(taught, QUESTIONS, FOUND).astype(float)
     by_parts = measures.of_passages(order, {"agrees with leaving out": alone}, READ).mean()
     for name, value in by_parts.items():
         assert made[name] == pytest.approx(value, nan_ok=True)
