@@ -169,15 +169,15 @@ def space(forms: Sequence[str], model: Reader | Retriever) -> Floats:
 
 
 def indicators_of(
-    readers: tuple[Reader, Reader],
+    models: tuple[Reader, Reader | Retriever],
     tokens: Tokens,
     questions: Sequence[Question],
     found: Found,
     nouns: Spans | None,
 ) -> tuple[dict[str, pd.DataFrame], int]:
-    """Both indicators (`measures.indicator`) by goal, of `tokens` as the first of two readers saw
+    """Both indicators (`measures.indicator`) by goal, of `tokens` as the first of two models saw
     them, in the input embeddings of the other; and how many tokens have no vector there."""
-    reader, base = readers
+    reader, base = models
     words = in_words(reader, tokens, questions, found, nouns)
     vectors, seen = space(words.forms, base), words.tokens
     attention, tables = tokens.attention(AttentionSettings()), {}

@@ -16,6 +16,7 @@ from ragkit.indicators.measures import Floats
 from ragkit.models import device
 from ragkit.models.answers import premise_cases
 from ragkit.models.fid import open_reader
+from ragkit.models.retriever import Retriever
 from ragkit.settings import AttentionSettings
 
 
@@ -44,7 +45,8 @@ def of_passages(
 
 
 def make_foretellers(folder: Path, inputs: Mapping[str, Path], settings: Mapping[str, Any]) -> None:
-    """`foretellers.json`: each foreteller of a reader, its mean over the first questions of dev."""
+    """`foretellers.json`: each foreteller of a reader, its mean over the first questions of dev; the
+    indicators in three spaces: the base reader's, `own`, the `retriever`'s."""
     asked, nouns, base = closeness.opened(inputs, settings)
     reader, questions, found = open_reader(inputs, settings), asked.questions, asked.passages
     looks = {one: teacher.look(reader, questions, found, one) for one in ("rank", "reversed")}
@@ -59,10 +61,11 @@ def make_foretellers(folder: Path, inputs: Mapping[str, Path], settings: Mapping
     losses = teacher.answer_losses(reader, whole, reader.settings.at_once)
     values |= {"exact match": np.mean(right), "loss": np.nanmean(np.nanmean(losses, axis=1))}
     tokens = closeness.look_at_tokens(reader, questions, found).texts
-    for goal, table in closeness.indicators_of((reader, base), tokens, questions, found, nouns)[
-        0
-    ].items():
-        means = table.drop(columns="question").mean()
-        values |= {f"{goal}: {name}": mean for name, mean in means.items()}
+    spaces = {"": base, ", own": reader, ", retriever": Retriever.open(inputs, settings)}
+    for space, model in spaces.items():
+        tables, _ = closeness.indicators_of((reader, model), tokens, questions, found, nouns)
+        for goal, table in tables.items():
+            means = table.drop(columns="question").mean()
+            values |= {f"{goal}{space}: {name}": mean for name, mean in means.items()}
     made = {name: float(value) for name, value in values.items()}
     device.write(folder, {"foretellers.json": made})
