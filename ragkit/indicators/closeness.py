@@ -172,7 +172,7 @@ def indicators_of(
     found: Found,
     nouns: Spans | None,
 ) -> tuple[dict[str, pd.DataFrame], int]:
-    """Both indicators by goal, of a model's tokens in the space of another; how many lack a vector."""
+    """Both indicators by goal, of a model's tokens in another's space; how many lack a vector."""
     reader, base = models
     words = in_words(reader, tokens, questions, found, nouns)
     vectors, seen = space(words.forms, base), words.tokens
