@@ -99,6 +99,7 @@ def test_holm_stands_as_by_hand():
 def test_the_best_line_parts_what_can_be_parted():
     values, can = np.array([0.1, 0.2, 0.3, 0.4]), np.array([False, False, True, True])
     assert study.best_line(values, can) == 0.3
+    assert np.isnan(study.best_line(values, np.ones(4, dtype=bool)))
 
 
 def test_a_correlation_in_a_narrow_range_is_widened_by_thorndikes_formula():
@@ -122,8 +123,9 @@ def test_the_rule_is_the_number_that_is_wrong_for_the_fewest_readers_left_out():
     table["entropy"] = np.where(can, 0.2, 0.8)
     table["nouns: share"] = np.where(can, 0.8, 0.2)
     table.loc[table["training"] == "3", "nouns: share"] = 1 - table["nouns: share"]
-    assert study.error_rate(table, "attention", "entropy") == 0
-    assert study.error_rate(table, "attention", "nouns: share") == pytest.approx(0.1)
+    of = study.clusters(table)
+    assert study.error_rate(table, "attention", "entropy", of) == 0
+    assert study.error_rate(table, "attention", "nouns: share", of) == pytest.approx(0.1)
     row = study.rule(table, "attention")
     assert (row["foreteller"], row["can teach"], row["error rate"]) == ("entropy", "below", 0)
     assert table.loc[can, "entropy"].max() <= row["cut"] < table.loc[~can, "entropy"].min()
@@ -137,7 +139,21 @@ def test_an_error_rate_is_of_lines_that_have_not_seen_the_training():
     table["entropy"] = np.arange(12.0)
     can = np.arange(12) % 2 == 0
     table["gain by attention"] = np.where(can, 0.1, -0.1)
-    assert study.error_rate(table, "attention", "entropy") >= 0.4
+    assert study.error_rate(table, "attention", "entropy", study.clusters(table)) >= 0.4
+
+
+def test_a_line_that_lies_elsewhere_in_another_world_is_wrong_there():
+    """The order is perfect in both worlds, the cut of one is half wrong in the other."""
+    skill = np.tile(np.arange(20.0), 2)
+    table = pd.DataFrame({"set": ["here"] * 20 + ["there"] * 20, "training": np.arange(40) // 4})
+    table["training"] = table["training"].astype(str)
+    for name in study.JUDGED:
+        table[name] = 0.0
+    table["entropy"] = skill + np.where(table["set"] == "there", 10, 0)
+    table["gain by attention"] = np.where(skill >= 10, 0.1, -0.1)
+    assert study.rule(table, "attention")["other world"] == pytest.approx(0.5)
+    table["entropy"] = skill
+    assert study.rule(table, "attention")["other world"] == 0
 
 
 def test_the_judge_has_the_rules_of_the_published_study():

@@ -433,6 +433,7 @@ def test_the_page_says_every_verdict_in_words(reader, nouns, tmp_path):
         for signal in SIGNALS:
             rule = RULES[signal]
             assert f"{100 * rule['error rate']:.0f} % of {rule['readers']}" in why
+            assert f"<td>{100 * rule['other world']:.0f} %</td>" in why
     assert len(pages) == 4
 
 
